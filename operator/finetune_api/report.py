@@ -1,0 +1,87 @@
+"""What the trainer tells the operator: served by the head at GET /report, and at the end as the termination message and report.json."""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.fields import StatusModel
+from finetune_api.status import (
+    Artifact,
+    Checkpoints,
+    Count,
+    DataSummary,
+    Evaluation,
+    Failure,
+    Metric,
+    Progress,
+    Resolved,
+    Stage,
+    Text,
+    Usage,
+)
+
+REPORT_PORT = 8000
+TERMINATION_MESSAGE_BYTES = 4096
+"""Largest termination message that the kubelet keeps."""
+
+EXIT_SUCCEEDED = 0
+EXIT_FAILED = 1
+"""The trainer failed and says why in its report."""
+EXIT_INTERRUPTED = 143
+"""The trainer was asked to stop, and left a checkpoint where there was something to save."""
+
+Outcome = Literal["Succeeded", "Failed", "Interrupted"]
+
+
+class Report(StatusModel):
+    """The state of one attempt, whole: a later report replaces an earlier one."""
+
+    job_uid: Annotated[str, Field(max_length=64)]
+    """The job that it belongs to."""
+    attempt: Count
+    """The attempt that it belongs to."""
+    revision: Count = 0
+    """Grows with each change that the operator should act on at once: a stage, the workers wanted, the outcome."""
+    message: Text = ""
+    """What is being done, for people."""
+    workers_wanted: Count = 0
+    """Worker pods that the current stage needs."""
+    stages: Annotated[tuple[Stage, ...], Field(max_length=16)] = ()
+    resolved: Resolved | None = None
+    data: DataSummary | None = None
+    progress: Progress | None = None
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=64)] = ()
+    checkpoints: Checkpoints | None = None
+    resumed_step: Count | None = None
+    """Step that this attempt went on from; None where it began anew."""
+    lost_steps: Count = 0
+    """Steps of earlier attempts, or of workers lost in this one, that had to be done again in this attempt."""
+    evaluation: Evaluation | None = None
+    artifacts: Annotated[tuple[Artifact, ...], Field(max_length=16)] = ()
+    usage: Usage | None = None
+    """What this attempt alone has used."""
+    outcome: Outcome | None = None
+    """How the attempt ended; None while it runs."""
+    failure: Failure | None = None
+    """Why, where the outcome is Failed."""
+
+
+def parse_report(text: str | bytes) -> Report | None:
+    """The report in a body or termination message, or None where it is not one (cut off, or another program's words)."""
+    try:
+        return Report.model_validate_json(text)
+    except ValueError:
+        return None
+
+
+def termination_message(report: Report) -> str:
+    """The report within the kubelet's limit: what report.json in the storage also says is left out first."""
+    for dropped in ((), ("metrics",), ("metrics", "stages"), ("metrics", "stages", "progress", "usage", "resolved"), _ALL_OPTIONAL):
+        text = json.dumps({key: value for key, value in report.to_json().items() if key not in dropped}, separators=(",", ":"))
+        if len(text.encode()) <= TERMINATION_MESSAGE_BYTES:
+            return text
+    return text
+
+
+_ALL_OPTIONAL = ("metrics", "stages", "progress", "usage", "resolved", "data", "checkpoints", "evaluation", "artifacts", "message")

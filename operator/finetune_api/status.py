@@ -1,0 +1,265 @@
+"""The status of a FineTuneJob: everything `kubectl get` shows stands here. Times are RFC 3339 in UTC, durations seconds, sizes bytes."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.fields import StatusModel
+
+Text = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(max_length=253)]
+Uri = Annotated[str, Field(max_length=2048)]
+Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
+Count = Annotated[int, Field(ge=0)]
+
+Phase = Literal["Pending", "Queued", "Preparing", "Training", "Evaluating", "Publishing", "Suspended", "Complete", "Failed"]
+StageName = Literal["Prepare", "Train", "Evaluate", "Publish"]
+StageState = Literal["Pending", "Running", "Succeeded", "Failed"]
+STAGES: tuple[StageName, ...] = ("Prepare", "Train", "Evaluate", "Publish")
+
+ConditionType = Literal[
+    "Accepted",
+    "DataReady",
+    "WorkersReady",
+    "Trained",
+    "Evaluated",
+    "Published",
+    "Complete",
+    "Failed",
+    "Suspended",
+    "Ready",
+    "Reconciling",
+    "Stalled",
+]
+
+
+class Condition(StatusModel):
+    """One fact about the job, as Kubernetes' conventions for conditions have it."""
+
+    type: ConditionType
+    """What the fact is about."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    observed_generation: Count
+    """Generation of the spec that the fact belongs to."""
+    last_transition_time: Time
+    """When `status` last changed."""
+    reason: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Z][A-Za-z0-9]*$")]
+    """Why, as one word of the documented set."""
+    message: Text = ""
+    """Why, for people."""
+
+
+class Attempt(StatusModel):
+    """The set of pods that is running the job, and how many sets there were before."""
+
+    number: Count = 0
+    """The current attempt, from 1; 0 before the first."""
+    failures: Count = 0
+    """Attempts that failed; backoffLimit bounds these."""
+    preemptions: Count = 0
+    """Attempts that the cluster took away; these are not bounded."""
+    lost_steps: Count = 0
+    """Optimiser steps that had to be done again."""
+    start_time: Time | None = None
+    """When the current attempt began."""
+    head_seen: bool = False
+    """Whether the head pod of this attempt was seen, so that its absence means that it is lost."""
+    retry_time: Time | None = None
+    """When the next attempt may begin, after a failure."""
+
+
+class Stage(StatusModel):
+    """One stage of the job's way."""
+
+    name: StageName
+    """Name of the stage."""
+    state: StageState
+    """How far it is."""
+    start_time: Time | None = None
+    """When it began."""
+    end_time: Time | None = None
+    """When it ended."""
+
+
+class Resolved(StatusModel):
+    """What the job's references came to, so that it can be run again."""
+
+    model_revision: Annotated[str, Field(max_length=128)] | None = None
+    """Commit of the hub model, or the digest of the model's files."""
+    data_digest: Annotated[str, Field(max_length=128)] | None = None
+    """Digest of the examples, after checks and in their order."""
+    config_digest: Annotated[str, Field(max_length=128)] | None = None
+    """Digest of everything in the spec that the result follows from."""
+    trainer_image: Annotated[str, Field(max_length=512)] | None = None
+    """Image that the pods run."""
+
+
+class DataSummary(StatusModel):
+    """The examples, counted."""
+
+    train: Count = 0
+    """Examples to train on."""
+    validation: Count = 0
+    """Examples for the validation loss."""
+    test: Count = 0
+    """Examples for the comparison."""
+    tokens: Count = 0
+    """Tokens of the training examples."""
+    rejected: Count = 0
+    """Examples that were left out."""
+
+
+class Progress(StatusModel):
+    """How far the training is."""
+
+    percent: Annotated[int, Field(ge=0, le=100)] = 0
+    """Share of the steps that is done, in percent."""
+    step: Count = 0
+    """Optimiser steps done."""
+    total_steps: Count = 0
+    """Optimiser steps in all."""
+    epoch: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs done."""
+    tokens_per_second: Annotated[float, Field(ge=0)] | None = None
+    """Tokens of examples, padding not counted, over all workers."""
+    eta_seconds: Count | None = None
+    """Estimated time to the end of the training."""
+    last_update_time: Time | None = None
+    """When the trainer last reported."""
+
+
+class Metric(StatusModel):
+    """The latest value of one measure; the history is Prometheus's."""
+
+    name: Annotated[str, Field(max_length=128)]
+    """Name as suite/measure: train/loss, validation/loss."""
+    value: float
+    """The value; never NaN or infinite."""
+    step: Count | None = None
+    """Optimiser step that it belongs to."""
+
+
+class CheckpointRef(StatusModel):
+    """A saved state of the training."""
+
+    step: Count
+    """Optimiser step after which it was saved."""
+    uri: Uri
+    """Where it is."""
+
+
+class Checkpoints(StatusModel):
+    """The saved states that matter."""
+
+    latest: CheckpointRef | None = None
+    """The newest complete one, which an interrupted training goes on from."""
+
+
+class EvaluationResult(StatusModel):
+    """One measure of the tuned model beside the untuned one's."""
+
+    metric: Annotated[str, Field(max_length=128)]
+    """Name as suite/measure: test/loss."""
+    value: float | None = None
+    """The tuned model's."""
+    baseline: float | None = None
+    """The untuned model's."""
+
+
+class Evaluation(StatusModel):
+    """The comparison of the untuned and the tuned model."""
+
+    results: Annotated[tuple[EvaluationResult, ...], Field(max_length=64)] = ()
+    """One entry for each measure."""
+
+
+class Artifact(StatusModel):
+    """A result that was published."""
+
+    kind: Literal["adapter", "model"]
+    """adapter: a PEFT folder to put beside the base model; model: a whole model."""
+    uri: Uri
+    """Where it is."""
+    digest: Annotated[str, Field(max_length=80)]
+    """sha256 over the manifest of its files."""
+    bytes: Count
+    """Size of its files."""
+
+
+class Usage(StatusModel):
+    """What the job has used so far, over all attempts."""
+
+    gpu_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs held, times seconds."""
+    trained_tokens: Count = 0
+    """Tokens of examples that steps were taken on."""
+
+
+class Failure(StatusModel):
+    """Why the last attempt that failed did."""
+
+    stage: StageName | None = None
+    """Stage in which it failed."""
+    reason: Annotated[str, Field(max_length=64)]
+    """Why, as one word of the documented set."""
+    message: Text = ""
+    """Why, for people."""
+    hint: Text | None = None
+    """What to change."""
+    retryable: bool = False
+    """Whether another attempt may help."""
+    pod: Name | None = None
+    """Pod that it happened in."""
+    exit_code: int | None = None
+    """Exit code of the pod's container."""
+
+
+class Status(StatusModel):
+    """Where the job stands."""
+
+    observed_generation: int = -1
+    """Generation of the spec that this status belongs to; -1 before the operator has seen the job."""
+    phase: Phase | None = None
+    """Summary for people; programs look at the conditions."""
+    message: Text | None = None
+    """Summary for people."""
+    start_time: Time | None = None
+    """When the operator first acted on the job."""
+    completion_time: Time | None = None
+    """When the job ended."""
+    suspended_time: Time | None = None
+    """Since when the job has been in suspension."""
+    suspended_seconds: Count = 0
+    """Time spent in earlier suspensions, which activeDeadlineSeconds does not count."""
+    attempt: Attempt = Attempt()
+    """The current set of pods and the count of those before."""
+    workers_wanted: Count = 0
+    """Worker pods that the head has asked for in this attempt."""
+    workers_ready: Count = 0
+    """Worker pods that are ready."""
+    conditions: Annotated[
+        tuple[Condition, ...],
+        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = ()
+    """The facts about the job."""
+    stages: Annotated[tuple[Stage, ...], Field(max_length=16)] = ()
+    """The stages of the job's way."""
+    resolved: Resolved | None = None
+    """What the job's references came to."""
+    data: DataSummary | None = None
+    """The examples, counted."""
+    progress: Progress | None = None
+    """How far the training is."""
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=64)] = ()
+    """The latest value of each measure."""
+    checkpoints: Checkpoints | None = None
+    """The saved states that matter."""
+    evaluation: Evaluation | None = None
+    """The comparison of the untuned and the tuned model."""
+    artifacts: Annotated[tuple[Artifact, ...], Field(max_length=16)] = ()
+    """The results."""
+    usage: Usage | None = None
+    """What the job has used so far."""
+    failure: Failure | None = None
+    """Why the last attempt that failed did."""

@@ -1,0 +1,12 @@
+"""The operator: watches FineTuneJobs, runs their pods, writes their status.
+
+One loop does everything: read what is there, decide (pure), write the status, then bring the objects in line.
+
+- `settings`: what the operator's environment says, read once
+- `observed`: raw objects as plain values (pure)
+- `lifecycle`: job, observation and clock give the status (pure)
+- `plan`: job and status give the objects that should exist (pure)
+- `cluster`: the Kubernetes API; `local` is the same port with processes in place of pods
+- `reconcile`, `queue`: the loop, and whose turn it is
+- `metrics`, `handlers`, `cli`: Prometheus, kopf and the command line
+"""

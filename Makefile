@@ -1,0 +1,63 @@
+# Everything a developer runs. `make` alone lists the targets.
+VENV   ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+BIN     = $(VENV)/bin
+
+# Images for `make e2e`. With Docker and kind: IMAGE_BUILD="docker build -t" IMAGE_LOAD="kind load docker-image".
+OPERATOR_IMAGE ?= docker.io/local/finetune-operator:e2e
+TRAINER_IMAGE  ?= docker.io/local/finetune-trainer:e2e
+IMAGE_BUILD    ?= docker build -t
+IMAGE_LOAD     ?= kind load docker-image
+
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check generate images e2e bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## make the virtual environment and install everything into it
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt -e '.[operator,trainer,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	@$(PIP) install -c constraints.txt -e '.[operator,trainer,dev,bench]'
+	@touch $@
+
+demo: install  ## tune the quickstart's model on this machine and ask it three questions, before and after
+	@$(BIN)/python examples/demo.py
+
+test: install  ## all tests that this machine can run; says what it left out and why
+	$(BIN)/python -m pytest -m 'not cluster'
+
+check: install  ## format, lint, types, import contracts, generated files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python crds/generate.py --check
+
+generate: install  ## write the CRD, the chart's copy and the reference from the API's models
+	$(BIN)/python crds/generate.py
+
+images:  ## build the operator's and the trainer's image and load them into the cluster
+	$(IMAGE_BUILD) $(OPERATOR_IMAGE) --target operator .
+	$(IMAGE_BUILD) $(TRAINER_IMAGE) --target trainer .
+	$(IMAGE_LOAD) $(OPERATOR_IMAGE) $(TRAINER_IMAGE)
+
+e2e: install images  ## the whole way on the cluster that KUBECONFIG names
+	FINETUNE_OPERATOR_IMAGE=$(OPERATOR_IMAGE) FINETUNE_TRAINER_IMAGE=$(TRAINER_IMAGE) \
+	  $(BIN)/python -m pytest -m cluster tests/e2e
+
+bench: $(VENV)/.bench  ## measure: trainer beside TRL, API writes per job, operator with 1,000 jobs
+	$(BIN)/python -m tests.bench
+
+clean:  ## remove the virtual environment and what runs left here
+	rm -rf $(VENV) .finetune .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

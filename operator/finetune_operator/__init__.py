@@ -3,6 +3,7 @@
 One loop does everything: read what is there, decide (pure), write the status, then bring the objects in line.
 
 - `settings`: what the operator's environment says, read once
+- `manifest`: manifests as kubectl reads them, and errors that name line, field and remedy
 - `observed`: raw objects as plain values (pure)
 - `lifecycle`: job, observation and clock give the status (pure)
 - `plan`: job and status give the objects that should exist (pure)

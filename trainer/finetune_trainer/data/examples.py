@@ -1,0 +1,158 @@
+"""Tokenised examples: three flat arrays for each split, in memory as on disk, where they are mapped and not read.
+
+A folder of prepared data holds, for each split, `<split>-tokens.npy`, `<split>-labelled.npy`, `<split>-offsets.npy`, and `prepared.json`,
+which is written last: a folder without it is not there. The digest covers every array, so that the same digest is the same data.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.reasons import Reason
+from finetune_trainer.errors import JobError
+from finetune_trainer.sources import Location
+
+MANIFEST = "prepared.json"
+FORMAT = 1
+"""Version of the folder's form."""
+SPLITS = ("train", "validation", "test")
+_ARRAYS = ("tokens", "labelled", "offsets")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token sequences, one after the other.
+
+    tokens: int32 [T], all examples' tokens. labelled: bool [T], whether the token counts in the loss (it is predicted from those before
+    it, so an example's first token never counts, whatever stands here). offsets: int64 [N + 1], example i is tokens[offsets[i]:offsets[i + 1]].
+    """
+
+    tokens: npt.NDArray[np.int32]
+    labelled: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example: int64 [N]."""
+        return np.diff(self.offsets)
+
+    def label_counts(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example that the loss is taken over: int64 [N]."""
+        sums = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        return np.asarray(sums[ends] - sums[np.minimum(starts + 1, ends)], dtype=np.int64)
+
+    def example(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """The tokens and the label mask of one example."""
+        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return self.tokens[span], self.labelled[span]
+
+    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "Examples":
+        """These examples, in this order."""
+        return join([self.example(int(index)) for index in indices])
+
+
+def join(parts: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]) -> Examples:
+    """One value out of single examples."""
+    lengths = np.array([len(tokens) for tokens, _ in parts], dtype=np.int64)
+    return Examples(
+        tokens=np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in parts)]),
+        labelled=np.concatenate([np.empty(0, np.bool_), *(labelled for _, labelled in parts)]),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a job, ready to be trained on. `test` is None where the job has none."""
+
+    train: Examples
+    validation: Examples
+    test: Examples | None
+    rejected: int
+    """Examples that were left out: nothing of them to learn from was left within maxSequenceLength."""
+    digest: str
+    """`sha256:` and the digest of all arrays."""
+
+    def splits(self) -> dict[str, Examples]:
+        """The splits that there are, by name, in the order of the digest."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: examples for name, examples in named.items() if examples is not None}
+
+
+def digest_of(splits: dict[str, Examples]) -> str:
+    """`sha256:...` over the splits' names and arrays."""
+    digest = hashlib.sha256()
+    for name, examples in splits.items():
+        for part in _ARRAYS:
+            array = np.ascontiguousarray(getattr(examples, part))
+            digest.update(f"{name}/{part}/{array.dtype.str}/{len(array)}\n".encode())
+            digest.update(array.data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def write_prepared(prepared: Prepared, folder: Location) -> None:
+    """Write the folder, the manifest last. Raises OSError."""
+    files = folder.filesystem
+    files.makedirs(folder.path, exist_ok=True)
+    for name, examples in prepared.splits().items():
+        for part in _ARRAYS:
+            with files.open(f"{folder.path}/{name}-{part}.npy", "wb") as file:
+                np.save(file, getattr(examples, part), allow_pickle=False)
+    manifest = {"format": FORMAT, "digest": prepared.digest, "rejected": prepared.rejected, "splits": list(prepared.splits())}
+    with files.open(f"{folder.path}/{MANIFEST}", "wb") as file:
+        file.write(json.dumps(manifest).encode())
+
+
+def read_manifest(folder: Location) -> dict[str, Any] | None:
+    """The manifest of a prepared folder, or None where there is none of this form."""
+    try:
+        with folder.filesystem.open(f"{folder.path}/{MANIFEST}", "rb") as file:
+            manifest = json.loads(file.read())
+    except (FileNotFoundError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def open_prepared(folder: Location, cache: Path) -> Prepared:
+    """Map a prepared folder into memory. A folder that is not on a local file system is first copied into `cache`.
+
+    Raises JobError (StorageUnavailable) where the folder is incomplete.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise JobError(Reason.STORAGE_UNAVAILABLE, f"{folder.uri} holds no prepared data")
+    local = folder.local_path() or _copied(folder, manifest, cache)
+
+    def split(name: str) -> Examples:
+        return Examples(*(np.load(local / f"{name}-{part}.npy", mmap_mode="r", allow_pickle=False) for part in _ARRAYS))
+
+    try:
+        splits = {name: split(name) for name in manifest["splits"]}
+    except (OSError, ValueError) as error:
+        raise JobError(Reason.STORAGE_UNAVAILABLE, f"{folder.uri}: the prepared data cannot be read: {error}") from error
+    return Prepared(splits["train"], splits["validation"], splits.get("test"), manifest["rejected"], manifest["digest"])
+
+
+def _copied(folder: Location, manifest: dict[str, Any], cache: Path) -> Path:
+    """The folder's files in a local folder named by their digest, copied once."""
+    local = cache / str(manifest["digest"]).replace(":", "-")
+    if local.exists():
+        return local
+    aside = local.with_name(f".{local.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name in manifest["splits"]:
+        for part in _ARRAYS:
+            folder.filesystem.get_file(f"{folder.path}/{name}-{part}.npy", str(aside / f"{name}-{part}.npy"))
+    aside.rename(local)
+    return local

@@ -1,0 +1,59 @@
+"""What every method offers, and what all of them share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from finetune_api.reasons import Reason
+from finetune_trainer.errors import JobError
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a published adapter says of the model that it belongs to."""
+
+    name: str
+    """`owner/name` of a hub model, else the place that the job named."""
+    revision: str | None
+    """Commit of a hub model."""
+
+
+class Method(Protocol):
+    """One way in which weights change."""
+
+    @property
+    def freezes_base(self) -> bool:
+        """Whether the base model's weights stay as they are, and so may be kept in the computation's number format."""
+        ...
+
+    def apply(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
+        """Add the method's parameters and set what trains. New parameters follow from the seed. On a model on the `meta` device it only checks.
+
+        Raises JobError (ModelInvalid) where the method does not fit the model.
+        """
+        ...
+
+    def export(self, model: torch.nn.Module, folder: Path, base: BaseModel) -> Literal["adapter", "model"]:
+        """Write what the ecosystem loads into an empty folder (safetensors and configuration; no tokenizer). Returns what it is."""
+        ...
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that train, by name: what a checkpoint holds. Detached, not copied."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trained_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved parameters into the model. Raises JobError (CheckpointIncompatible) naming what does not fit."""
+    own = trained_state(model)
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    other = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    for what, names in (("lacks", missing), ("has the unknown", surplus), ("has another shape of", other)):
+        if names:
+            raise JobError(Reason.CHECKPOINT_INCOMPATIBLE, f"the checkpoint {what} {names[0]} ({len(names)} such parameters)")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])

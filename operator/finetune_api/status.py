@@ -63,6 +63,12 @@ class Attempt(StatusModel):
     """Optimiser steps that had to be done again."""
     start_time: Time | None = None
     """When the current attempt began."""
+    end_time: Time | None = None
+    """When the current attempt ended or was told to stop. The next one begins when its pods have gone."""
+    waiting_time: Time | None = None
+    """Since when the current attempt has waited for pods to run; absent while they run, or a queue holds them."""
+    earlier_lost_steps: Count = 0
+    """The part of lostSteps that attempts before the current one count."""
     head_seen: bool = False
     """Whether the head pod of this attempt was seen, so that its absence means that it is lost."""
     retry_time: Time | None = None
@@ -261,5 +267,7 @@ class Status(StatusModel):
     """The results."""
     usage: Usage | None = None
     """What the job has used so far."""
+    earlier_usage: Usage | None = None
+    """The part of usage that attempts before the current one count."""
     failure: Failure | None = None
     """Why the last attempt that failed did."""

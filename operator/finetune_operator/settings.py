@@ -35,6 +35,8 @@ class Settings:
     http_port: int = 8080
     """Port of /healthz, /readyz and /metrics."""
     leader_election: bool = True
+    local: bool = False
+    """Pods are processes on this machine: jobs may name `file://` paths."""
 
     def token(self, job_uid: str, attempt: int) -> str:
         """The token of one attempt: its Ray cluster and its report answer to nothing else."""

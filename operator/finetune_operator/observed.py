@@ -1,0 +1,253 @@
+"""Raw objects as plain values: what is there, in the words that decisions are made in. Pure."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
+from finetune_api.reasons import Reason
+from finetune_api.report import Report, parse_report
+from finetune_api.status import Status
+from finetune_api.v1alpha1 import FineTuneJob, Spec, parse_job
+
+Raw = Mapping[str, Any]
+"""A Kubernetes object as JSON."""
+
+Role = Literal["head", "worker"]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why something that should run does not."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a pod's container ended."""
+
+    code: int
+    reason: str
+    """The kubelet's word: Completed, Error, OOMKilled, ..."""
+    message: str
+    """The termination message, or the log's tail."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod of a job."""
+
+    name: str
+    namespace: str
+    uid: str
+    role: Role
+    attempt: int
+    phase: str
+    """Pending, Running, Succeeded, Failed or Unknown."""
+    created: datetime
+    ip: str | None = None
+    deletion: datetime | None = None
+    """When its grace ends, where it has been told to go."""
+    exit: Exit | None = None
+    waiting: Waiting | None = None
+    """Why it does not run, while it is pending."""
+    gated: bool = False
+    """A queue (Kueue) holds it back."""
+    disruption: str | None = None
+    """The cluster's words, where the cluster took it away."""
+    message: str = ""
+    """The kubelet's words about the pod as a whole."""
+
+    @property
+    def finished(self) -> bool:
+        """Its container has ended and will not start again."""
+        return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def running(self) -> bool:
+        """Its container runs, and nobody has told it to go."""
+        return self.phase == "Running" and self.deletion is None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What exists of a job."""
+
+    pods: tuple[Pod, ...] = ()
+    anchors: frozenset[int] = frozenset()
+    """Attempts whose ConfigMap exists, and so their Secret, Service and NetworkPolicy."""
+    report: Report | None = None
+    """What the head of the current attempt says, if it could be asked."""
+    refusal: Waiting | None = None
+    """The API server's words, where it has just refused an object of this job."""
+
+    def head(self, attempt: int) -> Pod | None:
+        """The head pod of an attempt."""
+        return next((pod for pod in self.pods if pod.role == "head" and pod.attempt == attempt), None)
+
+    def workers(self, attempt: int) -> tuple[Pod, ...]:
+        """The worker pods of an attempt, by name."""
+        return tuple(pod for pod in self.pods if pod.role == "worker" and pod.attempt == attempt)
+
+    @property
+    def alive(self) -> tuple[Pod, ...]:
+        """Pods of any attempt that have not ended: they may still write to the job's storage."""
+        return tuple(pod for pod in self.pods if not pod.finished)
+
+    def report_of(self, uid: str, attempt: int) -> Report | None:
+        """What an attempt last said: the head's answer, or the message it left when it ended."""
+        head = self.head(attempt)
+        left = parse_report(head.exit.message) if head and head.exit else None
+        for report in (left, self.report):
+            if report and report.job_uid == uid and report.attempt == attempt:
+                return report
+        return None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A FineTuneJob as read: its spec, or what is wrong with it."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+    labels: Mapping[str, str]
+    deleting: bool
+    spec: Spec | None
+    """None where the spec cannot be understood."""
+    problem: str
+    """What is wrong with the spec, by field."""
+    status: Status
+
+
+def job_from(raw: Raw, *, local: bool = False) -> Job:
+    """The job in a raw FineTuneJob. A spec that breaks the rules is a value, not an error."""
+    meta = raw["metadata"]
+    spec, problem = _spec(raw, local)
+    return Job(
+        name=meta["name"],
+        namespace=meta["namespace"],
+        uid=meta["uid"],
+        generation=meta.get("generation", 1),
+        labels=meta.get("labels") or {},
+        deleting=meta.get("deletionTimestamp") is not None,
+        spec=spec,
+        problem=problem,
+        status=Status.model_validate(raw.get("status") or {}),
+    )
+
+
+def _spec(raw: Raw, local: bool) -> tuple[Spec | None, str]:
+    manifest = {key: raw[key] for key in ("apiVersion", "kind", "metadata", "spec") if key in raw}
+    try:
+        return FineTuneJob.model_validate(parse_job(manifest, local=local)).spec, ""
+    except ValidationError as error:
+        return None, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False, include_input=False))
+
+
+def observe(pods: Iterable[Raw], config_maps: Iterable[Raw], events: Iterable[Raw], report: Report | None = None) -> Observed:
+    """The observation in raw pods, ConfigMaps (metadata is enough) and Events of pending pods."""
+    told = tuple(events)
+    return Observed(
+        pods=tuple(sorted((pod_from(pod, told) for pod in pods), key=lambda pod: pod.name)),
+        anchors=frozenset(int(config_map["metadata"]["labels"][LABEL_ATTEMPT]) for config_map in config_maps),
+        report=report,
+    )
+
+
+def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
+    """One raw pod, with what the Events say about it."""
+    meta, status = raw["metadata"], raw.get("status") or {}
+    phase = status.get("phase", "Pending")
+    scheduled = _condition(status, "PodScheduled")
+    return Pod(
+        name=meta["name"],
+        namespace=meta["namespace"],
+        uid=meta["uid"],
+        role="head" if meta["labels"][LABEL_ROLE] == "head" else "worker",
+        attempt=int(meta["labels"][LABEL_ATTEMPT]),
+        phase=phase,
+        created=datetime.fromisoformat(meta["creationTimestamp"]),
+        ip=status.get("podIP"),
+        deletion=datetime.fromisoformat(meta["deletionTimestamp"]) if meta.get("deletionTimestamp") else None,
+        exit=_exit(status),
+        waiting=_waiting(raw, tuple(events)) if phase == "Pending" else None,
+        gated=scheduled.get("reason") == "SchedulingGated",
+        disruption=_disruption(status),
+        message=status.get("message", ""),
+    )
+
+
+def _condition(status: Raw, kind: str) -> Raw:
+    return next((condition for condition in status.get("conditions") or () if condition["type"] == kind), {})
+
+
+def _exit(status: Raw) -> Exit | None:
+    for container in status.get("containerStatuses") or ():
+        ended = (container.get("state") or {}).get("terminated")
+        if ended:
+            return Exit(ended["exitCode"], ended.get("reason", ""), ended.get("message", ""))
+    return None
+
+
+_TAKEN_AWAY = re.compile(r"Evicted|Preempting|NodeLost|NodeShutdown|Shutdown|Terminated|UnexpectedAdmissionError|NodeAffinity|Out[Oo]f.+")
+_OWN_FAULT = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
+
+
+def _disruption(status: Raw) -> str | None:
+    """The cluster's words where it took the pod away. Filling one's own volume is one's own fault, though the kubelet evicts for that too."""
+    target, words = _condition(status, "DisruptionTarget"), status.get("message", "")
+    if _OWN_FAULT.search(words):
+        return None
+    if target.get("status") == "True":
+        return f"{target.get('reason', 'disrupted')}: {target.get('message', '')}".rstrip(": ")
+    if status.get("phase") == "Failed" and _TAKEN_AWAY.fullmatch(status.get("reason", "")):
+        return f"{status['reason']}: {words}".rstrip(": ")
+    return None
+
+
+_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
+_MISSING = (
+    (re.compile(r'secret "[^"]+" not found|non-existent secret key'), Reason.SECRET_NOT_FOUND),
+    (re.compile(r'configmap "[^"]+" not found|non-existent config key'), Reason.CONFIG_MAP_NOT_FOUND),
+    (re.compile(r'persistentvolumeclaim "[^"]+" (not found|is being deleted)'), Reason.VOLUME_CLAIM_NOT_FOUND),
+)
+
+
+def _waiting(raw: Raw, events: tuple[Raw, ...]) -> Waiting | None:
+    """Why a pending pod does not run: its image, something that it mounts, or no node; None where it is just starting."""
+    status, name = raw.get("status") or {}, raw["metadata"]["name"]
+    for container in status.get("containerStatuses") or ():
+        stuck = (container.get("state") or {}).get("waiting") or {}
+        words = f"pod {name}: {stuck.get('message') or stuck.get('reason', '')}"
+        if stuck.get("reason") in _IMAGE:
+            return Waiting(Reason.IMAGE_PULL_FAILED, words)
+        if stuck.get("reason") == "CreateContainerConfigError":
+            return Waiting(_missing(words) or Reason.FORBIDDEN, words)
+    told = [event for event in events if event.get("involvedObject", {}).get("uid") == raw["metadata"]["uid"]]
+    for event in sorted(told, key=_event_time, reverse=True):
+        words = f"pod {name}: {event.get('message', '')}"
+        if event.get("reason") == "FailedMount" and (reason := _missing(words)):
+            return Waiting(reason, words)
+        if event.get("reason") == "FailedAttachVolume":
+            return Waiting(Reason.STORAGE_UNAVAILABLE, words)
+    scheduled = _condition(status, "PodScheduled")
+    if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
+        words = f"pod {name}: {scheduled.get('message', 'no node fits')}"
+        return Waiting(_missing(words) or Reason.UNSCHEDULABLE, words)
+    return None
+
+
+def _missing(words: str) -> Reason | None:
+    return next((reason for pattern, reason in _MISSING if pattern.search(words)), None)
+
+
+def _event_time(event: Raw) -> str:
+    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api.report import REPORT_PORT
 
 @dataclass(frozen=True)
 class Settings:
@@ -66,6 +67,7 @@ def settings_from(env: Mapping[str, str]) -> Settings:
         retry_base_seconds=_number(env, "FINETUNE_RETRY_BASE_SECONDS", Settings.retry_base_seconds),
         max_concurrent=int(_number(env, "FINETUNE_MAX_CONCURRENT", Settings.max_concurrent)),
         http_port=int(_number(env, "FINETUNE_HTTP_PORT", Settings.http_port)),
+        report_port=int(_number(env, "FINETUNE_REPORT_PORT", Settings.report_port)),
         leader_election=env.get("FINETUNE_LEADER_ELECTION", "true").lower() != "false",
     )
 

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationInfo
 from pydantic.alias_generators import to_camel
 
 LOCAL_RUN = {"local": True}
@@ -11,7 +11,7 @@ LOCAL_RUN = {"local": True}
 
 
 class SpecModel(BaseModel):
-    """A part of a spec: frozen, typed strictly, unknown fields refused, `null` treated as the API server treats it."""
+    """A part of a spec: frozen, typed strictly, unknown fields refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -23,22 +23,6 @@ class SpecModel(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        """The API server prunes a null where the schema has a default and refuses it elsewhere; so do we."""
-        if not isinstance(data, dict):
-            return data
-        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
-        kept = {}
-        for key, value in data.items():
-            field = fields.get(key)
-            if value is not None or field is None:
-                kept[key] = value
-            elif field.is_required() or field.get_default(call_default_factory=True) is None:
-                raise ValueError(f"{key} must not be null")
-        return kept
 
 
 class StatusModel(BaseModel):
@@ -71,14 +55,24 @@ def rules(*entries: dict[str, str]) -> dict[str, Any]:
 def exactly_one(*names: str) -> dict[str, str]:
     """The CEL rule of a union by presence."""
     count = " + ".join(f"(has(self.{name}) ? 1 : 0)" for name in names)
-    return rule(f"{count} == 1", f"exactly one of {', '.join(names)} must be set")
+    return rule(f"{count} == 1", _exactly_one_message(names))
 
 
 def check_exactly_one(model: BaseModel, *names: str) -> None:
     """The same rule in Python. Raises ValueError."""
     fields = {field.alias or name: name for name, field in type(model).model_fields.items()}
     if sum(getattr(model, fields[name]) is not None for name in names) != 1:
-        raise ValueError(f"exactly one of {', '.join(names)} must be set")
+        raise ValueError(_exactly_one_message(names))
+
+
+def _exactly_one_message(names: tuple[str, ...]) -> str:
+    return f"exactly one of {', '.join(names)} must be set" if len(names) > 1 else f"{names[0]} must be set"
+
+
+def check(holds: bool, message: str) -> None:
+    """A rule in Python. Raises ValueError."""
+    if not holds:
+        raise ValueError(message)
 
 
 def is_local(info: ValidationInfo) -> bool:
@@ -86,51 +80,70 @@ def is_local(info: ValidationInfo) -> bool:
     return bool(info.context and info.context.get("local"))
 
 
-NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+NAME_PATTERN = rf"^{_LABEL}(\.{_LABEL})*$"
 """A Kubernetes object name (DNS subdomain, RFC 1123)."""
 
 ObjectName = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=NAME_PATTERN)]
 ConfigMapKey = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[-_a-zA-Z0-9][-._a-zA-Z0-9]*$")]
-Revision = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][-A-Za-z0-9._/]*$")]
-ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Revision = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$")]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
 ModulePattern = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.*-]+$")]
-LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=317, pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$")]
-LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$")]
+
+_WORD = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=317, pattern=rf"^({_LABEL}(\.{_LABEL})*/)?{_WORD}$")]
+LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=rf"^({_WORD})?$")]
+ResourceName = Annotated[
+    str,
+    StringConstraints(
+        min_length=1,
+        max_length=317,
+        pattern=rf"^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMGT]i|{_LABEL}(\.{_LABEL})*/{_WORD})$",
+    ),
+]
+"""A resource as a container asks for it: one of Kubernetes' own, or domain/name."""
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 Quantity = Annotated[
-    int | Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")],
+    Annotated[int, Field(ge=0, le=2**53)] | Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=QUANTITY_PATTERN)],
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]
 
-_PLAIN_PATH = r"[A-Za-z0-9_.=+@-]+(/[A-Za-z0-9_.=+@-]+)*/?"
-MODEL_URI = rf"^(hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+|s3://{_PLAIN_PATH}|pvc://{_PLAIN_PATH})$"
-DATA_URI = rf"^(hf://datasets/{_PLAIN_PATH}|s3://{_PLAIN_PATH}|pvc://{_PLAIN_PATH})$"
-STORAGE_URI = rf"^(s3://{_PLAIN_PATH}|pvc://{_PLAIN_PATH})$"
-FILE_URI = r"^file://(/|\./)?[^\x00:]+$"
+# A folder or file name that is not `.` or `..`; a path of them.
+_SEGMENT = r"\.?[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]*"
+_PATH = rf"{_SEGMENT}(/{_SEGMENT})*/?"
+_HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_S3 = rf"s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/{_PATH})?"
+_PVC = rf"pvc://{_LABEL}(\.{_LABEL})*(/{_PATH})?"
+MODEL_URI = rf"^(hf://{_HUB_NAME}|{_S3}|{_PVC})$"
+DATA_URI = rf"^(hf://datasets/{_HUB_NAME}(/{_PATH})?|{_S3}|{_PVC})$"
+STORAGE_URI = rf"^({_S3}|{_PVC})$"
+FILE_URI = r"^file://[^\x00-\x1f:]+$"
 URI_MAX = 1024
 
 NO_PARENT_PATH = rule("!self.contains('..')", "a URI must not contain '..'")
 
 
-def _uri(pattern: str) -> Any:
+def _uri(pattern: str, forms: str) -> Any:  # noqa: ANN401 - an annotation
     """A bounded URI of the given form; `file://` only where the validation context says that the run is local."""
 
-    def check(value: str, info: ValidationInfo) -> str:
-        if is_local(info) and re.fullmatch(FILE_URI, value) and ".." not in value:
-            return value
+    def checked(value: str, info: ValidationInfo) -> str:
         if ".." in value:
             raise ValueError("a URI must not contain '..'")
+        if is_local(info) and re.fullmatch(FILE_URI, value):
+            return value
         if not re.fullmatch(pattern, value):
-            raise ValueError(f"{value!r} is not a URI of a supported form ({pattern})")
+            raise ValueError(f"must be {forms}{' or file://path' if is_local(info) else ''}, not {value!r}")
         return value
 
+    validations: list[JsonValue] = [dict(NO_PARENT_PATH)]
     return Annotated[
         str,
         StringConstraints(min_length=1, max_length=URI_MAX),
-        AfterValidator(check),
-        Field(json_schema_extra={"pattern": pattern, "x-kubernetes-validations": [NO_PARENT_PATH]}),
+        AfterValidator(checked),
+        Field(json_schema_extra={"pattern": pattern, "x-kubernetes-validations": validations}),
     ]
 
 
-ModelUri = _uri(MODEL_URI)
-DataUri = _uri(DATA_URI)
-StorageUri = _uri(STORAGE_URI)
+ModelUri = _uri(MODEL_URI, "hf://owner/name, s3://bucket/path or pvc://claim/path")
+DataUri = _uri(DATA_URI, "hf://datasets/owner/name/path, s3://bucket/path or pvc://claim/path")
+StorageUri = _uri(STORAGE_URI, "s3://bucket/path or pvc://claim/path")

@@ -26,7 +26,7 @@ class Reason(StrEnum):
     MODEL_INVALID = "ModelInvalid"
     UNSAFE_MODEL_FORMAT = "UnsafeModelFormat"
     AUTHENTICATION_FAILED = "AuthenticationFailed"
-    SECRET_NOT_FOUND = "SecretNotFound"
+    SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
     CONFIG_MAP_NOT_FOUND = "ConfigMapNotFound"
     VOLUME_CLAIM_NOT_FOUND = "VolumeClaimNotFound"
     CHECKPOINT_INCOMPATIBLE = "CheckpointIncompatible"
@@ -64,28 +64,40 @@ class Advice:
 
 ADVICE: dict[Reason, Advice] = {
     Reason.INVALID_SPEC: Advice(False, "Correct the field that the message names and apply the job under a new name."),
-    Reason.DATASET_INVALID: Advice(False, "Correct the rows that the message names, or set data.format and data.columns to what the file holds."),
+    Reason.DATASET_INVALID: Advice(
+        False, "Correct the rows that the message names, or set data.format and data.columns to what the file holds."
+    ),
     Reason.DATASET_NOT_FOUND: Advice(False, "Check data.*.source: the path, the bucket or the data set's name."),
     Reason.MODEL_NOT_FOUND: Advice(False, "Check model.source and model.revision."),
-    Reason.MODEL_INVALID: Advice(False, "The model must be a causal language model that transformers knows, with its tokenizer; check method.lora.targetModules too."),
+    Reason.MODEL_INVALID: Advice(
+        False, "The model must be a causal language model that transformers knows, with its tokenizer; check method.lora.targetModules too."
+    ),
     Reason.UNSAFE_MODEL_FORMAT: Advice(False, "Only safetensors are loaded: convert the model's weights first."),
     Reason.AUTHENTICATION_FAILED: Advice(False, "Check the Secret that secretRef names: its keys, and what its owner may read."),
     Reason.SECRET_NOT_FOUND: Advice(False, "Create the Secret in the job's namespace, or correct secretRef.name."),
     Reason.CONFIG_MAP_NOT_FOUND: Advice(False, "Create the ConfigMap with that key in the job's namespace, or correct configMap.name."),
     Reason.VOLUME_CLAIM_NOT_FOUND: Advice(False, "Create the PersistentVolumeClaim in the job's namespace, or correct the pvc:// URI."),
-    Reason.CHECKPOINT_INCOMPATIBLE: Advice(False, "The checkpoints in output.storage belong to another method or model: use another output.storage."),
-    Reason.TRAINING_DIVERGED: Advice(False, "Lower training.learningRate, raise training.warmupRatio, or look for broken rows in the data."),
+    Reason.CHECKPOINT_INCOMPATIBLE: Advice(
+        False, "The checkpoints in output.storage belong to another method or model: use another output.storage."
+    ),
+    Reason.TRAINING_DIVERGED: Advice(
+        False, "Lower training.learningRate, raise training.warmupRatio, or look for broken rows in the data."
+    ),
     Reason.IMAGE_PULL_FAILED: Advice(True, "Check the trainer image of the operator's settings and the cluster's access to its registry."),
     Reason.UNSCHEDULABLE: Advice(True, "No node has what compute.resourcesPerWorker, nodeSelector and tolerations ask for."),
     Reason.FORBIDDEN: Advice(True, "The cluster refused an object of this job: see the message for the quota, policy or permission."),
     Reason.STORAGE_FULL: Advice(True, "Free or add space on the volume of output.storage, or lower checkpoint.keep."),
     Reason.STORAGE_UNAVAILABLE: Advice(True, "Check that output.storage can be written to from the job's namespace."),
-    Reason.OUT_OF_MEMORY: Advice(True, "Raise memory in compute.resourcesPerWorker, or lower training.microBatchSize or maxSequenceLength."),
+    Reason.OUT_OF_MEMORY: Advice(
+        True, "Raise memory in compute.resourcesPerWorker, or lower training.microBatchSize or maxSequenceLength."
+    ),
     Reason.GPU_OUT_OF_MEMORY: Advice(True, "Lower training.microBatchSize or maxSequenceLength, or use method.lora."),
     Reason.PREEMPTED: Advice(True, "The cluster took the pods away; the job goes on from its last checkpoint."),
     Reason.HEAD_LOST: Advice(True, "The head pod went without a word; the job goes on from its last checkpoint."),
     Reason.WORKERS_LOST: Advice(True, "Worker pods kept dying; look at their logs and at the nodes they ran on."),
-    Reason.PRE_RUNNING_DEADLINE_EXCEEDED: Advice(False, "The pods never ran: see the message, then raise preRunningDeadlineSeconds or ask for less."),
+    Reason.PRE_RUNNING_DEADLINE_EXCEEDED: Advice(
+        False, "The pods never ran: see the message, then raise preRunningDeadlineSeconds or ask for less."
+    ),
     Reason.DEADLINE_EXCEEDED: Advice(False, "Raise activeDeadlineSeconds, lower training.epochs, or use more workers."),
     Reason.BACKOFF_LIMIT_EXCEEDED: Advice(False, "Every attempt failed: see status.failure for the last one's reason."),
     Reason.CHECKPOINT_CORRUPTED: Advice(True, "Every checkpoint is damaged; they were set aside and the training begins anew."),

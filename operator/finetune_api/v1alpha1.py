@@ -8,114 +8,63 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
 
-from finetune_api import API_VERSION, JOB_NAME_MAX, KIND
+from finetune_api import JOB_NAME_MAX
+from finetune_api.compute import Compute, Toleration, Workers
 from finetune_api.fields import (
     LOCAL_RUN,
     ColumnName,
-    ConfigMapKey,
-    DataUri,
     LabelKey,
     LabelValue,
-    ModelUri,
     ModulePattern,
-    ObjectName,
-    Quantity,
-    Revision,
     SpecModel,
-    StorageUri,
+    check,
     check_exactly_one,
     exactly_one,
     rule,
     rules,
 )
+from finetune_api.sources import ConfigMapSource, DataSource, ModelSource, Output, SecretReference, ValidationSource
 from finetune_api.status import Status
 
-
-class SecretReference(SpecModel):
-    """A Secret in the job's namespace."""
-
-    name: ObjectName
-    """Name of the Secret."""
-
-
-class ConfigMapSource(SpecModel):
-    """One key of a ConfigMap in the job's namespace."""
-
-    name: ObjectName
-    """Name of the ConfigMap."""
-    key: ConfigMapKey
-    """Key that holds the file; its ending (.jsonl, .json, .csv, .parquet) tells the file's form."""
-
-
-class ModelSource(SpecModel):
-    """The base model, in safetensors, with its tokenizer."""
-
-    source: ModelUri
-    """Where the model is: hf://owner/name, pvc://claim/path or s3://bucket/path. Local runs also take file://path."""
-    revision: Revision | None = None
-    """Branch, tag or commit of a hub model. It is resolved to a commit, which status.resolved records."""
-    secret_ref: SecretReference | None = None
-    """Secret with the key `token` (hub), or `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
+__all__ = [
+    "Checkpoint",
+    "Compute",
+    "ConfigMapSource",
+    "Data",
+    "DataSource",
+    "FineTuneJob",
+    "FullMethod",
+    "LoraMethod",
+    "Method",
+    "ModelSource",
+    "ObjectMeta",
+    "Objective",
+    "Output",
+    "SecretReference",
+    "SftObjective",
+    "Spec",
+    "Toleration",
+    "Training",
+    "ValidationSource",
+    "Workers",
+    "parse_job",
+]
 
 
-_ONE_DATA_SOURCE = exactly_one("source", "configMap")
-
-
-class DataSource(SpecModel):
-    """One file, or one folder of files of one form. Exactly one of source and configMap."""
-
-    model_config = ConfigDict(json_schema_extra=rules(_ONE_DATA_SOURCE))
-
-    source: DataUri | None = None
-    """Where the data is: pvc://claim/path, s3://bucket/path or hf://datasets/owner/name/path. Local runs also take file://path."""
-    config_map: ConfigMapSource | None = None
-    """Data that stands in a ConfigMap."""
-    secret_ref: SecretReference | None = None
-    """Secret with the key `token` (hub), or `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        check_exactly_one(self, "source", "configMap")
-        return self
-
-
-class ValidationSource(SpecModel):
-    """Data for the validation loss: a fraction held out of the training data, or data of its own."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            exactly_one("fraction", "source", "configMap"),
-            rule("!(has(self.fraction) && has(self.secretRef))", "secretRef goes with source"),
-        )
-    )
-
-    fraction: Annotated[float, Field(gt=0, le=0.5)] | None = None
-    """Share of the training examples that is held out, chosen by training.seed."""
-    source: DataUri | None = None
-    """Where the data is; as in train."""
-    config_map: ConfigMapSource | None = None
-    """Data that stands in a ConfigMap."""
-    secret_ref: SecretReference | None = None
-    """Secret for the source; as in train."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        check_exactly_one(self, "fraction", "source", "configMap")
-        if self.fraction is not None and self.secret_ref is not None:
-            raise ValueError("secretRef goes with source")
-        return self
-
-    def data_source(self) -> DataSource | None:
-        """The data of its own, or None where a fraction of the training data is held out."""
-        if self.fraction is not None:
-            return None
-        return DataSource.model_construct(source=self.source, config_map=self.config_map, secret_ref=self.secret_ref)
+_COLUMNS_FIT_FORMAT = rule(
+    "self.format == 'auto' || self.columns.all(key, "
+    "self.format == 'promptCompletion' ? key in ['prompt', 'completion'] : key == self.format)",
+    "columns names fields of another format",
+)
 
 
 class Data(SpecModel):
     """The examples: to train on, to validate while training, to test before and after."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_COLUMNS_FIT_FORMAT))
 
     train: DataSource
     """Examples to train on."""
@@ -124,13 +73,30 @@ class Data(SpecModel):
     test: DataSource | None = None
     """Examples that are only used for the comparison of the untuned and the tuned model."""
     format: Literal["auto", "messages", "promptCompletion", "text"] = "auto"
-    """Form of a row: messages (a conversation, written with the model's chat template), promptCompletion, text; auto looks at the columns."""
+    """Form of a row: messages (a conversation, written with the model's chat template), promptCompletion or text.
+    auto looks at the columns."""
     columns: Annotated[dict[Literal["messages", "prompt", "completion", "text"], ColumnName], Field(max_length=4)] = {}
     """Names of the data's own columns, by the field that they hold: {prompt: question, completion: answer}."""
+
+    @model_validator(mode="after")
+    def _columns_fit_format(self) -> Self:
+        if self.format != "auto":
+            wanted = {"prompt", "completion"} if self.format == "promptCompletion" else {self.format}
+            check(set(self.columns) <= wanted, _COLUMNS_FIT_FORMAT["message"])
+        return self
 
 
 class FullMethod(SpecModel):
     """Every weight is trained."""
+
+
+_ALL_LINEAR_ALONE = rule("!self.exists(name, name == 'all-linear') || self.size() == 1", "all-linear stands alone")
+
+
+def _check_modules(names: tuple[str, ...]) -> tuple[str, ...]:
+    check(len(set(names)) == len(names), "every name must stand once")
+    check("all-linear" not in names or len(names) == 1, _ALL_LINEAR_ALONE["message"])
+    return names
 
 
 class LoraMethod(SpecModel):
@@ -142,7 +108,11 @@ class LoraMethod(SpecModel):
     """Scale: the update is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the update's inputs that is dropped while training."""
-    target_modules: Annotated[tuple[ModulePattern, ...], Field(min_length=1, max_length=32)] = ("all-linear",)
+    target_modules: Annotated[
+        tuple[ModulePattern, ...],
+        Field(min_length=1, max_length=32, json_schema_extra={"x-kubernetes-list-type": "set", **rules(_ALL_LINEAR_ALONE)}),
+        AfterValidator(_check_modules),
+    ] = ("all-linear",)
     """Names of the modules that get an update; all-linear is every linear layer but the output layer."""
 
 
@@ -191,7 +161,8 @@ class Training(SpecModel):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate of AdamW."""
     global_batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
-    """Sequences per optimiser step, over all workers, whatever their number. With packing a sequence is a filled row of maxSequenceLength tokens."""
+    """Sequences per optimiser step, over all workers, whatever their number.
+    With packing a sequence is a filled row of maxSequenceLength tokens."""
     micro_batch_size: Annotated[
         Annotated[int, Field(ge=1, le=4096)] | Literal["auto"],
         Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
@@ -224,63 +195,15 @@ class Checkpoint(SpecModel):
     """Newest complete checkpoints that are kept."""
 
 
-class Workers(SpecModel):
-    """Number of workers; min == max is a fixed size."""
-
-    model_config = ConfigDict(json_schema_extra=rules(rule("self.min <= self.max", "min must not be larger than max")))
-
-    min: Annotated[int, Field(ge=1, le=1024)] = 1
-    """The training starts with no fewer."""
-    max: Annotated[int, Field(ge=1, le=1024)] = 1
-    """The training asks for so many."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min > self.max:
-            raise ValueError("min must not be larger than max")
-        return self
-
-
-class Toleration(SpecModel):
-    """A toleration of the worker pods, as in a Pod."""
-
-    key: LabelKey | None = None
-    """Key of the taint; absent with operator Exists tolerates all."""
-    operator: Literal["Exists", "Equal"] = "Equal"
-    """Exists, or Equal (the value must match)."""
-    value: LabelValue | None = None
-    """Value of the taint."""
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint; absent is every effect."""
-    toleration_seconds: Annotated[int, Field(ge=0, le=31536000)] | None = None
-    """How long a NoExecute taint is tolerated."""
-
-
-class Compute(SpecModel):
-    """The workers that train."""
-
-    workers: Workers = Workers()
-    """Number of workers."""
-    resources_per_worker: Annotated[dict[LabelKey, Quantity], Field(max_length=16)] = {}
-    """Requests and limits of each worker, as in a Pod: {nvidia.com/gpu: 1, cpu: 8, memory: 64Gi}."""
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = {}
-    """Labels of the nodes that may run a worker."""
-    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
-    """Taints that a worker tolerates."""
-
-
-class Output(SpecModel):
-    """Where checkpoints and results go."""
-
-    storage: StorageUri
-    """Folder for checkpoints, report and artifacts: pvc://claim/path or s3://bucket/path. Local runs also take file://path."""
-    secret_ref: SecretReference | None = None
-    """Secret with the keys `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
-
-
 def _immutable(*names: str) -> list[dict[str, str]]:
     """A spec says what ran, so it does not change; only what steers the run does."""
     return [rule(f"self.{name} == oldSelf.{name}", f"{name} is immutable") for name in names]
+
+
+_A_SEQUENCE_FOR_EACH_WORKER = rule(
+    "self.training.globalBatchSize >= self.compute.workers.max",
+    "training.globalBatchSize must not be smaller than compute.workers.max: every worker needs a sequence",
+)
 
 
 class Spec(SpecModel):
@@ -289,9 +212,12 @@ class Spec(SpecModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             *_immutable("model", "data", "method", "objective", "training", "checkpoint", "compute", "output"),
-            *_immutable("backoffLimit", "preRunningDeadlineSeconds"),
+            *_immutable("backoffLimit"),
+            rule("self.preRunningDeadlineSeconds >= oldSelf.preRunningDeadlineSeconds", "preRunningDeadlineSeconds can only be raised"),
+            _A_SEQUENCE_FOR_EACH_WORKER,
             rule(
-                "!has(self.activeDeadlineSeconds) || (has(oldSelf.activeDeadlineSeconds) && self.activeDeadlineSeconds >= oldSelf.activeDeadlineSeconds)",
+                "!has(self.activeDeadlineSeconds) || "
+                "(has(oldSelf.activeDeadlineSeconds) && self.activeDeadlineSeconds >= oldSelf.activeDeadlineSeconds)",
                 "activeDeadlineSeconds can only be raised or removed",
             ),
         )
@@ -324,20 +250,29 @@ class Spec(SpecModel):
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315360000)] | None = None
     """The job is deleted this long after its end; absent keeps it. Its artifacts stay."""
 
+    @model_validator(mode="after")
+    def _a_sequence_for_each_worker(self) -> Self:
+        check(self.training.global_batch_size >= self.compute.workers.max, _A_SEQUENCE_FOR_EACH_WORKER["message"])
+        return self
+
+
+JOB_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+"""A DNS label: the names of the job's Services follow from its own."""
+
 
 class ObjectMeta(BaseModel):
     """The part of a Kubernetes object's metadata that this project reads."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=None)
+    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=to_camel, populate_by_name=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=JOB_NAME_MAX, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+    name: Annotated[str, Field(min_length=1, max_length=JOB_NAME_MAX, pattern=JOB_NAME_PATTERN)]
     namespace: str = "default"
     uid: str = ""
     generation: int = 1
-    resourceVersion: str = ""
-    creationTimestamp: str | None = None
-    deletionTimestamp: str | None = None
-    labels: dict[str, str] = {}
+    resource_version: str = ""
+    creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
+    labels: dict[LabelKey, LabelValue] = {}
     annotations: dict[str, str] = {}
 
 
@@ -346,8 +281,8 @@ class FineTuneJob(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    api_version: Annotated[Literal["finetune.dev/v1alpha1"], Field(alias="apiVersion")] = API_VERSION
-    kind: Literal["FineTuneJob"] = KIND
+    api_version: Annotated[Literal["finetune.dev/v1alpha1"], Field(alias="apiVersion")]
+    kind: Literal["FineTuneJob"]
     metadata: ObjectMeta
     spec: Spec
     status: Status = Status()
@@ -358,4 +293,15 @@ def parse_job(manifest: Mapping[str, Any], *, local: bool = False) -> FineTuneJo
 
     `local` also allows `file://` sources. Raises pydantic.ValidationError naming each field at fault.
     """
-    return FineTuneJob.model_validate_json(json.dumps(manifest), context=LOCAL_RUN if local else None)
+    return FineTuneJob.model_validate_json(json.dumps(_as_stored(manifest)), context=LOCAL_RUN if local else None)
+
+
+def _as_stored(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """The value as the API server reads it: a field that is null is absent, and 3.0 is the integer 3."""
+    if isinstance(value, Mapping):
+        return {key: _as_stored(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_as_stored(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    return value

@@ -1,0 +1,88 @@
+"""The workers that train: how many, with what, on which nodes."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from finetune_api.fields import LabelKey, LabelValue, Quantity, ResourceName, SpecModel, check, rule, rules
+
+
+class Workers(SpecModel):
+    """Number of workers; min == max is a fixed size."""
+
+    model_config = ConfigDict(json_schema_extra=rules(rule("self.min <= self.max", "min must not be larger than max")))
+
+    min: Annotated[int, Field(ge=1, le=1024)] = 1
+    """The training starts with no fewer."""
+    max: Annotated[int, Field(ge=1, le=1024)] = 1
+    """The training asks for so many."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError("min must not be larger than max")
+        return self
+
+
+_TOLERATION_RULES = (
+    rule("has(self.key) || self.operator == 'Exists'", "without a key the operator must be Exists"),
+    rule("!has(self.value) || self.value == '' || self.operator == 'Equal'", "value goes with the operator Equal"),
+    rule(
+        "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+        "tolerationSeconds goes with the effect NoExecute",
+    ),
+)
+
+
+class Toleration(SpecModel):
+    """A toleration of the worker pods, as in a Pod."""
+
+    model_config = ConfigDict(json_schema_extra=rules(*_TOLERATION_RULES))
+
+    key: LabelKey | None = None
+    """Key of the taint; absent with operator Exists tolerates all."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """Exists, or Equal (the value must match)."""
+    value: LabelValue | None = None
+    """Value of the taint."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; absent is every effect."""
+    toleration_seconds: Annotated[int, Field(ge=0, le=31536000)] | None = None
+    """How long a NoExecute taint is tolerated."""
+
+    @model_validator(mode="after")
+    def _as_in_a_pod(self) -> Self:
+        keyless, valueless, timeless = (entry["message"] for entry in _TOLERATION_RULES)
+        check(self.key is not None or self.operator == "Exists", keyless)
+        check(not self.value or self.operator == "Equal", valueless)
+        check(self.toleration_seconds is None or self.effect == "NoExecute", timeless)
+        return self
+
+
+_WHOLE_DEVICES = rule(
+    "self.all(name, !name.contains('/') || string(self[name]).matches('^[0-9]+$'))",
+    "a device such as nvidia.com/gpu is counted in whole numbers",
+)
+
+
+def _check_resources(resources: dict[str, int | str]) -> dict[str, int | str]:
+    whole = (str(amount).isdecimal() for name, amount in resources.items() if "/" in name)
+    check(all(whole), _WHOLE_DEVICES["message"])
+    return resources
+
+
+class Compute(SpecModel):
+    """The workers that train."""
+
+    workers: Workers = Workers()
+    """Number of workers."""
+    resources_per_worker: Annotated[
+        dict[ResourceName, Quantity],
+        Field(max_length=16, json_schema_extra=rules(_WHOLE_DEVICES)),
+        AfterValidator(_check_resources),
+    ] = {}
+    """Requests and limits of each worker, as in a Pod: {nvidia.com/gpu: 1, cpu: 8, memory: 64Gi}."""
+    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = {}
+    """Labels of the nodes that may run a worker."""
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
+    """Taints that a worker tolerates."""

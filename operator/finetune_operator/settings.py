@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune_api.report import REPORT_PORT
 
+
 @dataclass(frozen=True)
 class Settings:
     """Everything about the platform that a job does not say itself."""
@@ -35,6 +36,8 @@ class Settings:
     """Jobs that are reconciled at the same time."""
     http_port: int = 8080
     """Port of /healthz, /readyz and /metrics."""
+    report_port: int = REPORT_PORT
+    """Port of a head's /report."""
     leader_election: bool = True
     local: bool = False
     """Pods are processes on this machine: jobs may name `file://` paths."""

@@ -1,0 +1,237 @@
+"""The operator as a process: settings from the environment, logs, probes, leader election, and the orderly end.
+
+Exit codes: 0 after SIGTERM or SIGINT, 2 where the environment is wrong, 1 for everything else; Kubernetes starts it again then,
+and nothing is lost, since nothing is remembered.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+import structlog
+from aiohttp import web
+from kubernetes.aio.config import ConfigException
+
+from finetune_operator.cluster import ApiError, KubernetesCluster, connect
+from finetune_operator.election import LEASE_SECONDS, Election
+from finetune_operator.handlers import informer_registry, start_informer
+from finetune_operator.metrics import CONTENT_TYPE, Metrics
+from finetune_operator.port import JobKey
+from finetune_operator.queue import Queue
+from finetune_operator.reconcile import reconcile
+from finetune_operator.settings import Settings, settings_from
+
+EXIT_ENVIRONMENT = 2
+STUCK_SECONDS = 180.0
+"""A reconcile that takes so long is stuck: each of its calls has a limit of seconds."""
+READY_SECONDS = 3.0
+"""Longest wait for the API server when /readyz asks whether it can be reached."""
+CRD_RETRY_SECONDS = 5.0
+
+log = structlog.get_logger("finetune_operator")
+
+
+def main() -> NoReturn:
+    """Run the operator until it is told to stop."""
+    try:
+        settings = settings_from(os.environ)
+    except (ValueError, OSError) as error:
+        print(f"finetune-operator: {error}", file=sys.stderr)  # noqa: T201 - logs are not set up yet
+        sys.exit(EXIT_ENVIRONMENT)
+    configure_logs(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"))
+    try:
+        asyncio.run(Operator(settings).run())
+    except ConfigException as error:
+        log.error("no Kubernetes to work with: set KUBECONFIG, or run in a pod", error=str(error))
+        sys.exit(EXIT_ENVIRONMENT)
+    except Exception:
+        log.exception("the operator ends after an error")
+        sys.exit(1)
+    sys.exit(0)
+
+
+class Operator:
+    """One replica."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.queue = Queue(self._reconcile, settings.max_concurrent)
+        self.metrics = Metrics(installed_version(), depth=lambda: len(self.queue), leading=self._leads)
+        self.election: Election | None = None
+        self._begun: dict[JobKey, float] = {}
+        """Reconciles that run, and when they began (monotonic)."""
+        self._watching = False
+        self._cluster: KubernetesCluster
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT. Raises where the watch breaks down for good."""
+        stop = asyncio.Event()
+        async with connect(self.settings.report_port, self.metrics.api_request) as self._cluster, self._http_server():
+            if self.settings.leader_election:
+                identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+                self.election = Election(self._cluster.client, self.settings.operator_namespace, identity)
+            # SIGTERM also counts while the CRD is not there yet.
+            _on_signals(stop)
+            tasks = [asyncio.create_task(self._watch(stop)), asyncio.create_task(self._work())]
+            if self.election:
+                tasks.append(asyncio.create_task(self.election.run(_lost_lead)))
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+                log.info("stopping", reason="signal" if stop.is_set() else "a part of the operator has ended")
+            finally:
+                await _end(stopping, *reversed(tasks))
+                if self.election:
+                    await self.election.release()
+            for task in tasks:
+                if not task.cancelled():
+                    task.result()  # raises what ended it
+            if not stop.is_set():
+                raise RuntimeError("a part of the operator has ended without a reason")
+
+    async def _work(self) -> None:
+        """The queue's turn comes with the lead."""
+        if self.election:
+            await self.election.leading.wait()
+        await self.queue.run()
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        """Watch once there is something to watch: kopf would not notice a CRD that comes later."""
+        while True:
+            try:
+                await self._cluster.check(self.settings.watch_namespaces)
+                break
+            except ApiError as error:
+                log.warning("waiting for the API server, the CRD and the permission to list jobs", error=str(error))
+                await asyncio.sleep(CRD_RETRY_SECONDS)
+        registry = informer_registry(wake=self.queue.add, seen=self.metrics.jobs.see, login=self._cluster.login)
+        watch = await start_informer(registry, self.settings.watch_namespaces)
+        _on_signals(stop)  # kopf has just taken them
+        self._watching = True
+        log.info("watching", namespaces=self.settings.watch_namespaces or "all")
+        try:
+            await watch()
+        finally:
+            self._watching = False
+
+    async def _reconcile(self, key: JobKey) -> float | None:
+        with structlog.contextvars.bound_contextvars(namespace=key.namespace, job=key.name), self.metrics.reconcile():
+            self._begun[key] = time.monotonic()
+            try:
+                return await reconcile(key, self._cluster, self.settings, _now())
+            finally:
+                del self._begun[key]
+
+    def _leads(self) -> bool:
+        return self.election is None or self.election.leading.is_set()
+
+    @contextlib.asynccontextmanager
+    async def _http_server(self) -> AsyncIterator[None]:
+        app = web.Application()
+        app.add_routes([web.get("/healthz", self._healthz), web.get("/readyz", self._readyz), web.get("/metrics", self._metrics)])
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, port=self.settings.http_port).start()
+            yield
+        finally:
+            await runner.cleanup()
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        """Alive: the event loop turns (it answers), no reconcile is stuck, and a leader has renewed its Lease."""
+        now = time.monotonic()
+        stuck = [f"{key.namespace}/{key.name}" for key, begun in self._begun.items() if now - begun > STUCK_SECONDS]
+        if stuck:
+            return web.Response(status=500, text=f"reconcile stuck: {', '.join(stuck[:10])}\n")
+        if self.election and self.election.leading.is_set() and self.election.seconds_since_contact > LEASE_SECONDS:
+            return web.Response(status=500, text=f"the Lease was not renewed for {self.election.seconds_since_contact:.0f} s\n")
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        """Ready: the watch is up and the API server answers, whether this replica leads or stands by."""
+        if not self._watching:
+            return web.Response(status=503, text="not watching yet\n")
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await self._cluster.check(self.settings.watch_namespaces)
+        except (ApiError, TimeoutError) as error:
+            return web.Response(status=503, text=f"the API server does not answer: {error}\n")
+        return web.Response(text="leads\n" if self._leads() else "stands by\n")
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel the tasks one after the other, and wait for each."""
+    for task in tasks:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _lost_lead() -> NoReturn:
+    """Another replica may lead from now on, so nothing more may be written: not even an orderly end is left time for."""
+    log.error("the lead is lost: the Lease could not be renewed in time")
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def installed_version() -> str:
+    """Version of the installed distribution; "unknown" where the code runs from a folder that was never installed."""
+    try:
+        return version("finetune-operator")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def configure_logs(level: str) -> None:
+    """One JSON object per line on standard output, from every library too, with the job that the line is about."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.EventRenamer("message"),
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.PositionalArgumentsFormatter(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

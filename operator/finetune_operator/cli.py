@@ -1,0 +1,166 @@
+"""The command line: `finetune operator | local | validate | list | status`."""
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from kubernetes.aio.config import ConfigException
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from finetune_api import KIND
+from finetune_api.status import Status
+from finetune_api.v1alpha1 import parse_job
+from finetune_operator.__main__ import installed_version
+from finetune_operator.__main__ import main as run_operator
+from finetune_operator.cluster import ApiError, connect
+from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
+from finetune_operator.port import JobKey
+
+app = typer.Typer(
+    name="finetune",
+    help="Tune language models: check manifests, run jobs on this machine, look at jobs in a cluster, run the operator.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the job.", metavar="NAME")]
+Result = TypeVar("Result")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"finetune {installed_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """Options that stand before a command; the version's callback does it all."""
+
+
+@app.command("operator")
+def operator() -> None:
+    """Run the operator. Its settings are FINETUNE_* variables of the environment."""
+    run_operator()
+
+
+@app.command("validate")
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Manifests; `-` reads standard input.", metavar="FILE...", allow_dash=True)],
+    local: Annotated[bool, typer.Option("--local", help="Allow file:// sources, as `finetune local` does.")] = False,
+) -> None:
+    """Check manifests as the API server would, without one. Exit code 1 where one is refused."""
+    refused = 0
+    for file in files:
+        problems = _problems(file, local)
+        refused += bool(problems)
+        for problem in problems:
+            typer.echo(f"{file}: {problem}", err=True)
+        if not problems:
+            typer.echo(f"{file}: accepted")
+    raise typer.Exit(1 if refused else 0)
+
+
+def _problems(file: Path, local: bool) -> list[str]:
+    """What is wrong with a file, a line of text for each; empty where the API server would take it."""
+    try:
+        manifests = read_manifests(typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"cannot be read: {error}"]
+    except ManifestError as error:
+        return [str(error)]
+    jobs = [manifest for manifest in manifests if manifest.get("kind") == KIND]
+    if not jobs:
+        kinds = ", ".join(sorted({str(manifest.get("kind")) for manifest in manifests})) or "nothing"
+        return [f"holds no {KIND} but {kinds}; set kind: {KIND}"]
+    return [problem for job in jobs for problem in _job_problems(job, local)]
+
+
+def _job_problems(job: Manifest, local: bool) -> list[str]:
+    try:
+        parse_job(job, local=local)
+    except ValidationError as error:
+        return explain(error, job)
+    return []
+
+
+@app.command("list")
+def list_jobs(
+    namespace: Namespace = "default",
+    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Jobs of every namespace.")] = False,
+) -> None:
+    """List the jobs of the cluster that KUBECONFIG names."""
+
+    async def read() -> list[dict[str, Any]]:
+        async with connect() as cluster:
+            return await cluster.jobs(None if everywhere else namespace)
+
+    table = Table("NAMESPACE", "NAME", "PHASE", "PROGRESS", "LOSS", "ATTEMPT", "MESSAGE", box=None, header_style="bold")
+    for job in _run(read()):
+        status = Status.model_validate(job.get("status") or {})
+        table.add_row(
+            job["metadata"]["namespace"],
+            job["metadata"]["name"],
+            status.phase or "",
+            f"{status.progress.percent}%" if status.progress else "",
+            next((f"{metric.value:.4g}" for metric in status.metrics if metric.name == "train/loss"), ""),
+            str(status.attempt.number),
+            status.message or "",
+        )
+    Console().print(table)
+
+
+@app.command("status")
+def show_status(name: Annotated[str, typer.Argument(help="Name of the job.")], namespace: Namespace = "default") -> None:
+    """Tell where a job stands, what it has achieved, and what to do where it failed."""
+
+    async def read() -> dict[str, Any] | None:
+        async with connect() as cluster:
+            found = await cluster.read(JobKey(namespace, name))
+            return found.job if found else None
+
+    job = _run(read())
+    if job is None:
+        typer.echo(f"there is no {KIND} {name} in namespace {namespace}; `finetune list -A` shows all", err=True)
+        raise typer.Exit(1)
+    for line in status_lines(Status.model_validate(job.get("status") or {})):
+        typer.echo(line)
+
+
+def status_lines(status: Status) -> list[str]:
+    """A status in words, a line of text each."""
+    lines = [f"{status.phase or 'not seen by an operator yet'}: {status.message or ''}".rstrip(": ")]
+    lines += [f"attempt {status.attempt.number} ({status.attempt.failures} failed, {status.attempt.preemptions} preempted)"]
+    lines += [f"{stage.name:10} {stage.state:10} {stage.start_time or ''} {stage.end_time or ''}".rstrip() for stage in status.stages]
+    lines += [f"{metric.name}: {metric.value:.6g}" for metric in status.metrics]
+    for result in status.evaluation.results if status.evaluation else ():
+        lines.append(f"{result.metric}: {_figure(result.baseline)} before, {_figure(result.value)} after")
+    lines += [f"{artifact.kind}: {artifact.uri} ({artifact.bytes} bytes)" for artifact in status.artifacts]
+    if status.failure:
+        lines.append(f"failure: {status.failure.reason}: {status.failure.message}")
+        lines += [f"what to do: {status.failure.hint}"] if status.failure.hint else []
+    return lines
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.6g}"
+
+
+def _run(call: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a call to the cluster, or an error in one line and exit code 1."""
+    try:
+        return asyncio.run(call)
+    except (ApiError, ConfigException) as error:
+        typer.echo(f"finetune: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry of the console script `finetune`."""
+    app()

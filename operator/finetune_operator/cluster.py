@@ -1,0 +1,361 @@
+"""The Kubernetes API: the only client code of the operator. Reads a job and what belongs to it, writes its status and its objects.
+
+Every call has a time limit, and what the client may repeat without harm (GET, PUT, DELETE) it repeats with backoff;
+a POST or PATCH that fails is left to the next reconcile. RULES is all that is asked of the API server, so also what RBAC must grant.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+import aiohttp_retry
+from kubernetes.aio.client import ApiClient, Configuration
+from kubernetes.aio.config import load_incluster_config, load_kube_config
+
+from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL, VERSION
+from finetune_api.report import REPORT_PORT, Report, parse_report
+from finetune_api.status import Status
+from finetune_operator.observed import Pod
+from finetune_operator.port import Conflict, Event, JobKey, RawJob, Refused
+
+FIELD_MANAGER = "finetune-operator"
+"""Owner of the fields that the operator writes, as `kubectl get --show-managed-fields` tells."""
+REQUEST_SECONDS = 15.0
+"""Longest wait for one answer of the API server."""
+REPORT_SECONDS = 3.0
+"""Longest wait for a head, beyond the time that it is asked to hold the answer back."""
+REPORT_BYTES = 64 * 1024
+"""Largest report that is read: the head is a tenant's pod, so nothing it sends is taken on trust."""
+EVENT_PODS = 3
+"""Pending pods whose Events are read; the others wait for the same things."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where the API server keeps the objects of a kind, and what the operator does with them."""
+
+    api: str
+    plural: str
+    verbs: tuple[str, ...]
+
+    def path(self, namespace: str, name: str = "") -> str:
+        """Path of an object, or of the kind's list in a namespace."""
+        return f"{self.api}/namespaces/{namespace}/{self.plural}" + (f"/{name}" if name else "")
+
+
+# A server-side apply that makes an object needs create beside patch.
+KINDS: Mapping[str, Kind] = {
+    KIND: Kind(f"/apis/{GROUP}/{VERSION}", PLURAL, ("get", "list", "watch", "delete")),
+    "Pod": Kind("/api/v1", "pods", ("list", "watch", "create", "patch", "delete")),
+    "ConfigMap": Kind("/api/v1", "configmaps", ("list", "create", "patch", "delete")),
+    "Service": Kind("/api/v1", "services", ("create", "patch", "delete")),
+    "Secret": Kind("/api/v1", "secrets", ("create", "delete")),
+    "Event": Kind("/api/v1", "events", ("list", "create")),
+    "NetworkPolicy": Kind("/apis/networking.k8s.io/v1", "networkpolicies", ("create", "patch", "delete")),
+}
+
+Rule = dict[str, list[str]]
+
+
+def required_rules() -> list[Rule]:
+    """The RBAC rules that the operator needs in each namespace whose jobs it runs, as a Role writes them."""
+    rules = [_rule(kind.api, kind.plural, kind.verbs) for kind in KINDS.values()]
+    # The finalizers subresource is asked for by clusters that check blockOwnerDeletion (OwnerReferencesPermissionEnforcement).
+    own = [_rule(f"/apis/{GROUP}/{VERSION}", f"{PLURAL}/{part}", ("update",)) for part in ("status", "finalizers")]
+    return rules + own
+
+
+def required_lease_rules() -> list[Rule]:
+    """The RBAC rules that leader election needs in the operator's own namespace."""
+    return [_rule("/apis/coordination.k8s.io/v1", "leases", ("get", "create", "update"))]
+
+
+def _rule(api: str, resource: str, verbs: Sequence[str]) -> Rule:
+    group = api.split("/")[2] if api.startswith("/apis/") else ""
+    return {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
+
+
+class ApiError(Exception):
+    """The API server refused a request or did not answer. The message names verb, kind, object and the server's words."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status; 0 where there was no answer."""
+        self.reason = reason
+        """The server's word for it (NotFound, Forbidden, ...)."""
+
+
+OnCall = Callable[[str, int], None]
+"""Told of each call's verb and HTTP status (0: no answer)."""
+
+
+@contextlib.asynccontextmanager
+async def connect(report_port: int = REPORT_PORT, on_call: OnCall = lambda verb, code: None) -> AsyncIterator["KubernetesCluster"]:
+    """The cluster that KUBECONFIG names, or the one around this pod, or that of the user's kubeconfig.
+
+    Raises kubernetes.config.ConfigException where none of them can be used.
+    """
+    configuration = Configuration()
+    if "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
+        load_incluster_config(client_configuration=configuration)
+    else:
+        await load_kube_config(client_configuration=configuration)
+    configuration.retries = aiohttp_retry.ExponentialRetry(attempts=4, start_timeout=0.2, max_timeout=5.0, statuses={429})
+    async with ApiClient(configuration) as client, _report_session() as session:
+        yield KubernetesCluster(client, session, report_port, on_call)
+
+
+def _report_session() -> aiohttp.ClientSession:
+    # Bodies are not unpacked: a small one could grow beyond any limit.
+    return aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), headers={"Accept-Encoding": "identity"})
+
+
+class KubernetesCluster:
+    """The port of `reconcile`, on a real API server."""
+
+    def __init__(self, client: ApiClient, session: aiohttp.ClientSession, report_port: int, on_call: OnCall) -> None:
+        self.client = client
+        self._session = session
+        self._report_port = report_port
+        self._on_call = on_call
+
+    async def read(self, key: JobKey) -> RawJob | None:
+        """The job and what belongs to it, as it is now: three requests, and one for each of the first few pending pods."""
+        namespace, name = key
+        job = await self._get_or_none(KINDS[KIND].path(namespace, name), f"{KIND} {namespace}/{name}")
+        if job is None:
+            return None
+        selector = f"{LABEL_JOB_UID}={job['metadata']['uid']}"
+        pods, config_maps = await asyncio.gather(
+            self._list("Pod", namespace, labelSelector=selector),
+            self._list("ConfigMap", namespace, metadata_only=True, labelSelector=selector),
+        )
+        pending = [pod["metadata"]["uid"] for pod in pods if pod.get("status", {}).get("phase") in (None, "Pending")][:EVENT_PODS]
+        lists = await asyncio.gather(*(self._list("Event", namespace, fieldSelector=f"involvedObject.uid={uid}") for uid in pending))
+        return RawJob(job=job, pods=pods, config_maps=config_maps, events=[event for events in lists for event in events])
+
+    async def fetch_report(self, pod: Pod, token: str, after: int, wait: float) -> Report | None:
+        """What the head says of its work, or None where it says nothing that can be understood. Never raises for that.
+
+        The head holds its answer back for up to `wait` seconds, until its revision is beyond `after`.
+        """
+        if not pod.ip:
+            return None
+        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
+        try:
+            async with self._session.get(
+                f"http://{host}:{self._report_port}/report",
+                params={"after": str(after), "wait": str(wait)},
+                headers={"Authorization": f"Bearer {token}"},
+                timeout=aiohttp.ClientTimeout(total=wait + REPORT_SECONDS, sock_connect=REPORT_SECONDS),
+                allow_redirects=False,
+            ) as response:
+                body = await _read_at_most(response, REPORT_BYTES)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.debug("no report from %s: %r", pod.name, error)
+            return None
+        if response.status != 200 or body is None:
+            log.warning("no report from %s: HTTP status %s%s", pod.name, response.status, "" if body else ", too large")
+            return None
+        return parse_report(body)
+
+    async def patch_status(self, job: Mapping[str, Any], status: Status) -> dict[str, Any]:
+        """Write the status as a whole, so that what it no longer says goes; the job as it is then.
+
+        Raises Conflict where the job has changed since it was read, or is gone.
+        """
+        meta = job["metadata"]
+        kept = {name: meta[name] for name in ("name", "namespace", "uid", "resourceVersion")}
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": kept, "status": status.to_json()}
+        path = KINDS[KIND].path(meta["namespace"], meta["name"]) + "/status"
+        try:
+            return await self._call("update", path, f"{KIND} {meta['namespace']}/{meta['name']} status", body=body, query=_MANAGED)
+        except ApiError as error:
+            if error.status in (404, 409):
+                raise Conflict(str(error)) from error
+            raise
+
+    async def apply(self, manifest: Mapping[str, Any]) -> None:
+        """Make the object or bring it in line, by server-side apply. A Secret is only ever created, since Secrets must not be read.
+
+        Raises Refused where the cluster does not want the object: a quota, a policy, a missing permission.
+        """
+        kind, namespace, name = manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        what = f"{kind} {namespace}/{name}"
+        try:
+            if kind == "Secret":
+                await self._call("create", KINDS[kind].path(namespace), what, body=manifest, query=_MANAGED)
+            else:
+                query = [*_MANAGED, ("force", "true")]
+                await self._call("patch", KINDS[kind].path(namespace, name), what, body=manifest, query=query, media=_APPLY)
+        except ApiError as error:
+            if error.status == 409 and error.reason == "AlreadyExists":
+                return
+            if error.status in (400, 403, 404, 409, 422):
+                raise Refused(error.reason, str(error)) from error
+            raise
+
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
+        """Delete an object, or only the one with this UID. Its absence is no error. A pod gets its own grace period, or `grace` seconds."""
+        options: dict[str, Any] = {"propagationPolicy": "Background"}
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
+        if grace is not None:
+            options["gracePeriodSeconds"] = grace
+        try:
+            await self._call("delete", KINDS[kind].path(namespace, name), f"{kind} {namespace}/{name}", body=options)
+        except ApiError as error:
+            if error.status not in (404, 409):  # 409: an object of another UID, so this one is gone
+                raise
+
+    async def delete_job(self, job: Mapping[str, Any]) -> None:
+        """Delete this very job, not another of the same name. What it owns goes with it."""
+        meta = job["metadata"]
+        await self.delete(KIND, meta["namespace"], meta["name"], uid=meta["uid"])
+
+    async def emit(self, job: Mapping[str, Any], event: Event) -> None:
+        """Tell the job's users of a transition. An Event that could not be written is logged, not tried again."""
+        body = event_manifest(job, event, datetime.now(UTC))
+        namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
+        try:
+            await self._call("create", KINDS["Event"].path(namespace), f"Event {namespace}/{name}", body=body)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                log.warning("event not written: %s", error)
+
+    async def jobs(self, namespace: str | None = None) -> list[dict[str, Any]]:
+        """All jobs, of a namespace or of every one, as the API server has them."""
+        if namespace is not None:
+            return await self._list(KIND, namespace)
+        answer = await self._call("list", f"{KINDS[KIND].api}/{PLURAL}", KIND)
+        return list(answer["items"])
+
+    async def check(self, namespaces: Sequence[str]) -> None:
+        """Ask for one job in each namespace (in all of them at once where none is named). Raises ApiError where that does not work."""
+        paths = [KINDS[KIND].path(namespace) for namespace in namespaces] or [f"{KINDS[KIND].api}/{PLURAL}"]
+        for path in paths:
+            await self._call("list", path, KIND, query=[("limit", "1")])
+
+    async def login(self) -> dict[str, Any]:
+        """How another client of this API server logs in, with a token as fresh as this client's own: kopf.ConnectionInfo's arguments."""
+        configuration = self.client.configuration
+        scheme, _, token = (await configuration.get_api_key_with_prefix("BearerToken") or "").strip().rpartition(" ")
+        return {
+            "server": configuration.host,
+            "ca_path": configuration.ssl_ca_cert,
+            "insecure": not configuration.verify_ssl,
+            "scheme": scheme.capitalize() or None,
+            "token": token or None,
+            "username": configuration.username or None,
+            "password": configuration.password or None,
+            "certificate_path": configuration.cert_file,
+            "private_key_path": configuration.key_file,
+            "proxy_url": configuration.proxy,
+        }
+
+    async def _list(self, kind: str, namespace: str, *, metadata_only: bool = False, **selectors: str) -> list[dict[str, Any]]:
+        accept = _METADATA_LIST if metadata_only else _JSON
+        what = f"{KINDS[kind].plural} in {namespace}"
+        answer = await self._call("list", KINDS[kind].path(namespace), what, query=list(selectors.items()), accept=accept)
+        return list(answer.get("items") or [])
+
+    async def _get_or_none(self, path: str, what: str) -> dict[str, Any] | None:
+        try:
+            return await self._call("get", path, what)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def _call(
+        self,
+        verb: str,
+        path: str,
+        what: str,
+        *,
+        query: Sequence[tuple[str, str]] = (),
+        body: Mapping[str, Any] | None = None,
+        media: str = "application/json",
+        accept: str = "application/json",
+    ) -> dict[str, Any]:
+        """One request; its answer as JSON. Raises ApiError."""
+        headers = {"Accept": accept, "Content-Type": media}
+        request = await self.client.param_serialize(
+            _METHODS[verb], path, query_params=list(query), header_params=headers, body=body, auth_settings=["BearerToken"]
+        )
+        code = 0
+        try:
+            response = await self.client.call_api(*request, _request_timeout=_TIMEOUT)
+            data = await response.read()
+            code = response.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ApiError(0, "Unreachable", f"cannot {verb} {what}: no answer from the API server ({error!r})") from error
+        finally:
+            self._on_call(verb, code)
+        if code >= 300:
+            raise _api_error(code, data, f"cannot {verb} {what}")
+        return dict(json.loads(data))
+
+
+_METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "update": "PUT", "delete": "DELETE"}
+_TIMEOUT = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=5)
+_MANAGED = (("fieldManager", FIELD_MANAGER),)
+_APPLY = "application/apply-patch+yaml"
+_JSON = "application/json"
+_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+
+def _api_error(code: int, data: bytes, what: str) -> ApiError:
+    """The error in an answer: normally a Status object, but a proxy on the way may answer in its own words."""
+    try:
+        status = json.loads(data)
+        reason, message = str(status.get("reason") or code), str(status.get("message") or "")
+    except (ValueError, AttributeError):
+        reason, message = str(code), data[:200].decode(errors="replace")
+    return ApiError(code, reason, f"{what}: {message or reason}")
+
+
+async def _read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
+    """The body, or None where it is longer than the limit."""
+    body = b""
+    async for chunk in response.content.iter_chunked(8192):
+        body += chunk
+        if len(body) > limit:
+            return None
+    return body
+
+
+def event_manifest(job: Mapping[str, Any], event: Event, now: datetime) -> dict[str, Any]:
+    """The Event object for a transition. Its name follows from the transition, so that a repeat is found to exist."""
+    meta, time = job["metadata"], now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": event.name, "namespace": meta["namespace"], "labels": {LABEL_JOB_NAME: meta["name"]}},
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "namespace": meta["namespace"],
+            "name": meta["name"],
+            "uid": meta["uid"],
+            "resourceVersion": meta.get("resourceVersion"),
+        },
+        "type": event.type,
+        "reason": event.reason,
+        "message": event.message[:1024],
+        "source": {"component": FIELD_MANAGER},
+        "reportingComponent": f"{GROUP}/{FIELD_MANAGER}",
+        "firstTimestamp": time,
+        "lastTimestamp": time,
+        "count": 1,
+    }

@@ -1,0 +1,112 @@
+"""Leader election by a Lease: of several replicas at most one works; the others stand by.
+
+The official client's election does the work. What is added here: time limits (its calls may hang longer than the Lease lasts),
+a network that fails counts as a call that failed, the moment of the last renewal for /healthz, and a Lease that is given back at the end.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+from kubernetes.aio.client import ApiClient
+from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.leaderelection.electionconfig import Config
+from kubernetes.aio.leaderelection.leaderelection import LeaderElection
+from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+LEASE_NAME = "finetune-operator"
+LEASE_SECONDS = 15
+"""A leader that has not renewed for so long may be succeeded."""
+RENEW_SECONDS = 10
+"""A leader that could not renew for so long stops. Its last attempt may take two calls more, and still ends before LEASE_SECONDS."""
+RETRY_SECONDS = 2
+CALL_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class Election:
+    """One replica's part in the election."""
+
+    def __init__(self, client: ApiClient, namespace: str, identity: str) -> None:
+        self._lock = _Lock(LEASE_NAME, namespace, identity, client)
+        self.leading = asyncio.Event()
+        """Set while this replica leads."""
+
+    @property
+    def seconds_since_contact(self) -> float:
+        """Time since the Lease could last be read or written."""
+        return time.monotonic() - self._lock.last_contact
+
+    async def run(self, lost: Callable[[], None]) -> None:
+        """Take part until cancelled. `lost` is called when this replica led and must not go on: it must end the process."""
+
+        async def lead() -> None:
+            log.info("this replica leads")
+            self.leading.set()
+
+        async def stop() -> None:
+            self.leading.clear()
+            lost()
+
+        config = Config(self._lock, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, onstarted_leading=lead, onstopped_leading=stop)
+        await LeaderElection(config).run()
+
+    async def release(self) -> None:
+        """Give the Lease back, so that another replica need not wait until it runs out. A failure only makes it wait."""
+        if self.leading.is_set():
+            self.leading.clear()
+            with contextlib.suppress(ApiException, aiohttp.ClientError, TimeoutError, OSError):
+                await self._lock.release()
+
+
+class _Lock(LeaseLock):  # type: ignore[misc] # the client is not typed
+    """The client's Lease lock, with time limits, and with every failure as the value that the election expects."""
+
+    def __init__(self, name: str, namespace: str, identity: str, client: ApiClient) -> None:
+        super().__init__(name, namespace, identity, client)
+        self.last_contact = time.monotonic()
+
+    async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                found, record = await super().get(name, namespace)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return False, ApiException(status=0, reason=repr(error))
+        if found or record.status == 404:
+            self.last_contact = time.monotonic()
+        return found, record
+
+    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
+        return await self._within_time(super().create(name, namespace, election_record))
+
+    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
+        return await self._within_time(super().update(name, namespace, updated_record))
+
+    async def release(self) -> None:
+        """Write a Lease that nobody holds, unless another replica holds it by now. Raises what the client raises."""
+        async with asyncio.timeout(CALL_SECONDS):
+            lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
+            if lease.spec.holder_identity == self.identity:
+                lease.spec.holder_identity = ""
+                lease.spec.lease_duration_seconds = 1
+                lease.spec.renew_time = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+                lease.spec.acquire_time = lease.spec.renew_time
+                await self.api_instance.replace_namespaced_lease(self.name, self.namespace, lease)
+
+    async def _within_time(self, call: Awaitable[bool]) -> bool:
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                done = bool(await call)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.warning("the Lease could not be written: %r", error)
+            return False
+        if done:
+            self.last_contact = time.monotonic()
+        return done

@@ -1,0 +1,100 @@
+"""The informer: kopf watches jobs and their pods and says whose turn it is. The only kopf code.
+
+Handlers of plain events leave nothing on the objects: no finalizer, no annotation, no status of their own.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import kopf
+
+from finetune_api import GROUP, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL, VERSION
+from finetune_operator.port import JobKey
+
+Wake = Callable[[JobKey], None]
+"""Puts a job on the queue."""
+Seen = Callable[[Mapping[str, Any], bool], None]
+"""Told of each job as it is now, and whether it is gone."""
+Login = Callable[[], Awaitable[Mapping[str, Any]]]
+"""Where and how to log in, as the arguments of kopf.ConnectionInfo."""
+
+_RETRY_DELAYS = (1, 1, 2, 3, 5, 8, 13, *[20] * 90)
+"""Delays between tries when the API server answers with errors: half an hour. kopf's own give up, and end the process, in one minute."""
+
+
+def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegistry:
+    """The handlers, in a registry of their own, so that several can live in one process."""
+    registry = kopf.OperatorRegistry()
+    fingerprints: dict[str, Any] = {}
+
+    async def on_login(**_: object) -> kopf.ConnectionInfo:
+        return kopf.ConnectionInfo(**await login())
+
+    async def on_job(event: Mapping[str, Any], **_: object) -> None:
+        job, gone = event["object"], event["type"] == "DELETED"
+        seen(job, gone)
+        # Most events are the echo of the status that the loop has just written: it need not look again for those.
+        uid, fingerprint = job["metadata"]["uid"], _without_status(job)
+        if gone:
+            fingerprints.pop(uid, None)
+        elif fingerprints.get(uid) == fingerprint:
+            return
+        else:
+            fingerprints[uid] = fingerprint
+        wake(JobKey(job["metadata"]["namespace"], job["metadata"]["name"]))
+
+    async def on_pod(event: Mapping[str, Any], **_: object) -> None:
+        meta = event["object"]["metadata"]
+        wake(JobKey(meta["namespace"], meta["labels"][LABEL_JOB_NAME]))
+
+    kopf.on.login(registry=registry, errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(on_login)
+    kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(on_job)
+    kopf.on.event("", "v1", "pods", labels=_OUR_PODS, registry=registry)(on_pod)
+    return registry
+
+
+_OUR_PODS = {LABEL_JOB_UID: kopf.PRESENT, LABEL_JOB_NAME: kopf.PRESENT}
+
+
+def _without_status(job: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a reconcile depends on beside the status: the spec's generation, labels, annotations, and whether the job is to go."""
+    meta = job["metadata"]
+    return meta.get("generation"), meta.get("deletionTimestamp"), meta.get("labels"), meta.get("annotations")
+
+
+def informer_settings() -> kopf.OperatorSettings:
+    """Make kopf a watcher only: it posts nothing, scans nothing, and outlives half an hour of errors."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.peering.standalone = True
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = 500
+    settings.watching.label_selectors["", "v1", "pods"] = LABEL_JOB_UID
+    settings.networking.request_timeout = 60
+    settings.networking.connect_timeout = 10
+    settings.networking.error_backoffs = _RETRY_DELAYS
+    settings.networking.enforce_retry_after = True
+    settings.queueing.idle_timeout = 1.0
+    settings.process.ultimate_exiting_timeout = 30
+    return settings
+
+
+async def start_informer(registry: kopf.OperatorRegistry, namespaces: Sequence[str]) -> Callable[[], Awaitable[None]]:
+    """Begin to watch in these namespaces, or in all where none is named. What it returns runs until cancelled, or raises.
+
+    kopf takes SIGTERM and SIGINT for itself while it starts: a caller that wants them asks for them after this.
+    """
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    where: dict[str, Any] = {"namespaces": tuple(namespaces)} if namespaces else {"clusterwide": True}
+    others = asyncio.all_tasks()  # at its end kopf stops every other task of the loop: these are not its own
+    tasks = await kopf.spawn_tasks(registry=registry, settings=informer_settings(), standalone=True, **where)
+
+    async def watch() -> None:
+        await kopf.run_tasks(tasks, ignored=others)
+
+    return watch

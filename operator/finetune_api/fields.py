@@ -108,14 +108,14 @@ Quantity = Annotated[
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]
 
-# A folder or file name that is not `.` or `..`; a path of them.
+# A folder or file name that is not `.` or `..`; any number of them after a root.
 _SEGMENT = r"\.?[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]*"
-_PATH = rf"{_SEGMENT}(/{_SEGMENT})*/?"
+_PATH = rf"(/{_SEGMENT})*/?"
 _HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
-_S3 = rf"s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/{_PATH})?"
-_PVC = rf"pvc://{_LABEL}(\.{_LABEL})*(/{_PATH})?"
+_S3 = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]{_PATH}"
+_PVC = rf"pvc://{_LABEL}(\.{_LABEL})*{_PATH}"
 MODEL_URI = rf"^(hf://{_HUB_NAME}|{_S3}|{_PVC})$"
-DATA_URI = rf"^(hf://datasets/{_HUB_NAME}(/{_PATH})?|{_S3}|{_PVC})$"
+DATA_URI = rf"^(hf://datasets/{_HUB_NAME}{_PATH}|{_S3}|{_PVC})$"
 STORAGE_URI = rf"^({_S3}|{_PVC})$"
 FILE_URI = r"^file://[^\x00-\x1f:]+$"
 URI_MAX = 1024

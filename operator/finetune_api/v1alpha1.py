@@ -293,7 +293,8 @@ def parse_job(manifest: Mapping[str, Any], *, local: bool = False) -> FineTuneJo
 
     `local` also allows `file://` sources. Raises pydantic.ValidationError naming each field at fault.
     """
-    return FineTuneJob.model_validate_json(json.dumps(_as_stored(manifest)), context=LOCAL_RUN if local else None)
+    text = json.dumps(_as_stored(manifest))
+    return FineTuneJob.model_validate_json(text, by_alias=True, by_name=False, context=LOCAL_RUN if local else None)
 
 
 def _as_stored(value: Any) -> Any:  # noqa: ANN401 - JSON

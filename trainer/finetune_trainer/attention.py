@@ -1,26 +1,172 @@
 """Attention over a flat row: several examples one after the other, each of which sees only itself.
 
 Registered with transformers under one name, so that every architecture which takes its attention from there runs on flat rows unchanged.
-The boundaries travel as keyword arguments through the model's forward (see `flat_arguments`). On a GPU in half precision one
+The boundaries travel as keyword arguments through the model's forward (see `forward_arguments`). On a GPU in half precision one
 variable-length kernel does the whole row; elsewhere one causal call per example, which computes no pair twice and builds no mask.
+
+A model that cannot be told about boundaries (its own attention, a state that runs along the row, soft caps, sinks) gets padded rows.
+`choose_layout` finds out by trying.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from finetune_trainer.data.tensors import Layout, MicroBatch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NAME = "finetune_flat"
+_KERNEL_HEAD_DIM = 256
+"""Largest head that the fast kernels take, for grouped queries too."""
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict", "is_causal"}
+"""Further arguments that models hand to their attention and that change nothing here."""
 
 
 class UnsupportedAttentionError(Exception):
     """The model asks its attention for something that flat rows do not have."""
 
 
-def flat_arguments(batch: MicroBatch) -> dict[str, Any]:
-    """The keyword arguments of the model's forward that carry a flat micro-batch's boundaries; none for a padded one."""
-    if batch.layout == "padded":
-        return {}
-    return {"document_lengths": batch.document_lengths}
+def forward_arguments(batch: MicroBatch) -> dict[str, Any]:
+    """The keyword arguments of the model's forward for a micro-batch."""
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.layout == "flat":
+        bounds = torch.tensor([0, *batch.document_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        arguments |= {
+            "position_ids": batch.position_ids,
+            "document_lengths": batch.document_lengths,
+            "document_bounds": bounds.to(batch.input_ids.device, non_blocking=True),
+        }
+    return arguments
+
+
+def flat_attention(  # noqa: PLR0913, PLR0917 - the signature that transformers calls
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    document_lengths: tuple[int, ...] | None = None,
+    document_bounds: torch.Tensor | None = None,
+    **others: Any,  # noqa: ANN401 - whatever else a model hands on
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document of one row.
+
+    query: [1, heads, T, d]; key, value: [1, key heads, T, d]. Returns [1, T, heads, d of the value]. Raises UnsupportedAttentionError.
+    """
+    _check_supported(module, query, attention_mask, document_lengths, others)
+    assert document_lengths is not None  # noqa: S101 - checked above
+    if _has_kernel(query, key, value) and document_bounds is not None and not dropout:
+        return _by_kernel(query, key, value, scaling, sliding_window, max(document_lengths), document_bounds), None
+    parts = zip(*(torch.split(tensor, document_lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [_one_document(*part, dropout=dropout, scaling=scaling, window=sliding_window) for part in parts]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _check_supported(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: tuple[int, ...] | None,
+    others: dict[str, Any],
+) -> None:
+    wanted = sorted(name for name, value in others.items() if name not in _HARMLESS and value is not None)
+    if wanted:
+        raise UnsupportedAttentionError(f"the model's attention takes {', '.join(wanted)}")
+    if mask is not None or lengths is None or query.shape[0] != 1 or sum(lengths) != query.shape[2]:
+        raise UnsupportedAttentionError("the model does not hand the row to its attention as it is")
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        raise UnsupportedAttentionError("the model's attention is not causal")
+
+
+def _one_document(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """One document's attention: [1, heads, t, d]."""
+    length = query.shape[2]
+    mask = None
+    if window is not None and length > window:
+        place = torch.arange(length, device=query.device)
+        distance = place[:, None] - place[None, :]
+        mask = (distance >= 0) & (distance < window)
+    grouped = key.shape[1] != query.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == value.shape[-1] <= _KERNEL_HEAD_DIM
+    )
+
+
+def _by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    longest: int,
+    bounds: torch.Tensor,
+) -> torch.Tensor:
+    """The whole row in one FlashAttention call of torch's own: [1, T, heads, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys, values = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+    reach = (-1 if window is None else window - 1, 0)
+    grouped = keys.shape[1] != queries.shape[1]
+    output = varlen_attn(queries, keys, values, bounds, bounds, longest, longest, scale=scaling, window_size=reach, enable_gqa=grouped)
+    assert isinstance(output, torch.Tensor)  # noqa: S101 - a pair only where the log-sum-exp is asked for
+    return output.unsqueeze(0)
+
+
+def choose_layout(model: "PreTrainedModel") -> Layout:
+    """Set the model up for flat rows and try one: flat where an example comes out as it does alone.
+
+    Else padded, and the model is left as it was.
+    """
+    from transformers import AttentionInterface
+
+    before = model.config._attn_implementation
+    if not model._supports_attention_backend or model._is_stateful:
+        return "padded"
+    AttentionInterface.register(NAME, flat_attention)
+    alone = _last_hidden(model, probe([[3, 4, 5]], "padded"))
+    model.set_attn_implementation(NAME)
+    try:
+        together = _last_hidden(model, probe([[1, 2, 6, 7], [3, 4, 5]], "flat"))[:, 4:]
+    except (UnsupportedAttentionError, TypeError):
+        isolated = False
+    else:
+        tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+        isolated = bool((together - alone).abs().max() <= tolerance * alone.abs().max())
+    if not isolated:
+        model.set_attn_implementation(before)
+    return "flat" if isolated else "padded"
+
+
+@torch.no_grad()
+def _last_hidden(model: "PreTrainedModel", batch: MicroBatch) -> torch.Tensor:
+    decoder = model.get_decoder()
+    was_training = decoder.training
+    decoder.eval()
+    hidden: torch.Tensor = decoder(**forward_arguments(batch.to(model.device))).last_hidden_state
+    decoder.train(was_training)
+    return hidden
+
+
+def probe(documents: list[list[int]], layout: Layout) -> MicroBatch:
+    """A few tokens that every vocabulary has."""
+    ids = torch.tensor([[token for document in documents for token in document]])
+    positions = torch.tensor([[place for document in documents for place in range(len(document))]])
+    nothing = torch.empty(0, dtype=torch.int64)
+    return MicroBatch(ids, nothing, positions, nothing, tuple(map(len, documents)), layout)

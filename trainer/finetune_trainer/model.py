@@ -1,34 +1,186 @@
-"""The base model: checked cheaply on the head, loaded on the workers, in the number format of the computation."""
+"""The base model: checked cheaply on the head, loaded on the workers, in the number format of the computation.
 
+Only transformers' own architectures and only safetensors are loaded: no code and no pickle of a model's author ever runs.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.attention import choose_layout, forward_arguments, probe
 from finetune_trainer.data.tensors import Layout
+from finetune_trainer.errors import JobError
+from finetune_trainer.methods import method_for
+from finetune_trainer.methods.method import load_trained_state
+from finetune_trainer.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class CausalModel:
-    """A causal language model, and what is known of how to compute with it."""
+    """A causal language model with its method applied, and what is known of how to compute with it.
+
+    Gradients are made by calling parts of the module, so it is not to be wrapped (DistributedDataParallel): the loop sums the gradients of
+    `trained_parameters` over the workers itself, once for each step.
+    """
 
     module: torch.nn.Module
-    """The transformers model, or the PEFT model around it."""
+    """The transformers model, or the PEFT model around it: what the method exports and checkpoints."""
+    transformer: "PreTrainedModel"
+    """The transformers model itself."""
     layout: Layout
     """The layout of micro-batches that it takes."""
     plain_head: bool
     """Whether its logits are a linear layer over its last hidden states and nothing else."""
     precision: torch.dtype
     """Number format of the computation: float32 or bfloat16."""
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that computes in `precision` whatever the parameters are kept in."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that an optimiser steps, in a fixed order."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
 
-def check_model(files: "ModelFiles", job: "FineTuneJob") -> "PreTrainedTokenizerBase":
-    """Check on the head, from configuration, tokenizer and file list alone, that model, method and data format fit together.
+def precision_for(asked: str, device: torch.device) -> torch.dtype:
+    """The number format of the computation: `asked` is training.precision."""
+    if asked == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
-    Builds the architecture on the `meta` device. Returns the tokenizer. Raises JobError (ModelInvalid, UnsafeModelFormat, InvalidSpec).
+
+def check_model(files: ModelFiles, job: FineTuneJob) -> "PreTrainedTokenizerBase":
+    """Check on the head, from configuration, tokenizer and file list alone, that the model can be loaded and the method fits it.
+
+    Builds the architecture on the `meta` device. Returns the tokenizer. Raises JobError (ModelInvalid, InvalidSpec).
     """
-    raise NotImplementedError
+    config = _read_config(files)
+    tokenizer = load_tokenizer(files)
+    model = _empty_model(config, files)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise JobError(Reason.MODEL_INVALID, f"the tokenizer of {files.base.name} has {len(tokenizer)} tokens, its model only {rows}")
+    method_for(job.spec.method).apply(model, seed=job.spec.training.seed)
+    return tokenizer
 
 
-def load_model(files: "ModelFiles", job: "FineTuneJob", device: torch.device) -> CausalModel:
-    """The model with the job's method applied, on its device, ready to train. Deterministic by training.seed. Raises JobError."""
-    raise NotImplementedError
+def longest_example(files: ModelFiles) -> int | None:
+    """Positions that the model was made for, or None where it does not say."""
+    limit = getattr(_read_config(files).get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def load_tokenizer(files: ModelFiles) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer. Raises JobError (ModelInvalid)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise _invalid(files, "has no tokenizer that can be loaded", error) from error
+    if not tokenizer.is_fast:
+        raise JobError(Reason.MODEL_INVALID, f"{files.base.name} has no tokenizer.json, which is needed to tell the labels from the rest")
+    return tokenizer
+
+
+def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> CausalModel:
+    """The model with the job's method applied, on its device, in training mode. New parameters follow from training.seed alone.
+
+    Raises JobError (ModelInvalid) where weights are missing or damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    method = method_for(job.spec.method)
+    precision = precision_for(job.spec.training.precision, device)
+    try:
+        transformer, loading = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            config=_read_config(files),
+            dtype=precision if method.freezes_base else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _invalid(files, "cannot be loaded", error) from error
+    if loading["missing_keys"]:
+        raise JobError(Reason.MODEL_INVALID, f"{files.base.name} lacks the weight {sorted(loading['missing_keys'])[0]}")
+    transformer.to(device)
+    layout = choose_layout(transformer)
+    plain_head = has_plain_head(transformer, layout)
+    module = method.apply(transformer, seed=job.spec.training.seed).to(device).train()
+    return CausalModel(module, transformer, layout, plain_head, precision, device)
+
+
+def restored(files: ModelFiles, job: FineTuneJob, state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """The module with a checkpoint's parameters, for export alone: what does not train stays on the `meta` device, so no weights are read.
+
+    Raises JobError (CheckpointIncompatible).
+    """
+    model = _empty_model(_read_config(files), files)
+    module = method_for(job.spec.method).apply(model, seed=job.spec.training.seed)
+    load_trained_state(module, {name: tensor.to("meta") for name, tensor in state.items()})  # says what does not fit
+    module.load_state_dict(dict(state), strict=False, assign=True)
+    model.tie_weights()
+    return module
+
+
+@torch.no_grad()
+def has_plain_head(model: "PreTrainedModel", layout: Layout) -> bool:
+    """Whether the logits are the output layer's of the last hidden states: found out by comparing, since some models scale or cap them."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        return False
+    batch = probe([[3, 4, 5, 6]], layout).to(model.device)
+    model.eval()
+    logits = model(**forward_arguments(batch)).logits
+    expected = head(model.get_decoder()(**forward_arguments(batch)).last_hidden_state)
+    return logits.shape == expected.shape and bool(torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-5))
+
+
+def _read_config(files: ModelFiles) -> "PreTrainedConfig":
+    """The model's configuration. Raises JobError (ModelInvalid) where it is not one of a causal language model that is supported."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        raw = json.loads((files.folder / "config.json").read_bytes())
+        config: PreTrainedConfig = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise _invalid(files, "has no configuration that transformers knows", error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise JobError(Reason.MODEL_INVALID, f"{files.base.name} ({config.model_type}) is not a causal language model")
+    if raw.get("quantization_config"):
+        raise JobError(Reason.MODEL_INVALID, f"{files.base.name} holds quantised weights; name the model that it was made from")
+    return config
+
+
+def _empty_model(config: "PreTrainedConfig", files: ModelFiles) -> "PreTrainedModel":
+    """The architecture without weights, on the `meta` device."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise _invalid(files, "has a configuration that makes no model", error) from error
+    return model
+
+
+def _invalid(files: ModelFiles, what: str, error: Exception) -> JobError:
+    detail = str(error).strip().splitlines()
+    return JobError(Reason.MODEL_INVALID, f"{files.base.name} {what}: {detail[0] if detail else type(error).__name__}")

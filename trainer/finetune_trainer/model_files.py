@@ -1,11 +1,26 @@
-"""The base model's files: from where the job says to a folder on this machine."""
+"""The base model's files: from where the job says to a folder on this machine.
 
+Only safetensors, configuration and tokenizer are ever fetched; pickled weights and code stay where they are.
+"""
+
+import hashlib
+import json
+import os
+import struct
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ModelSource
+from finetune_trainer.errors import JobError
 from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.sources import Mounts
+from finetune_trainer.sources import Location, Mounts, explained, files_under, hub_token, patiently, resolve
+
+WEIGHTS = ("*.safetensors",)
+OTHERS = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -14,7 +29,7 @@ class ModelFiles:
 
     folder: Path
     base: BaseModel
-    """Name and revision, as a published adapter says them."""
+    """What a published adapter says of the model."""
     revision: str
     """For status.resolved: the commit of a hub model, else a fingerprint of the files (`sha256:...`)."""
     weights: tuple[str, ...]
@@ -22,8 +37,133 @@ class ModelFiles:
 
 
 def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bool, revision: str | None = None) -> ModelFiles:
-    """Bring the model's files to this machine: all (workers), or all but the weights (head). `revision` is the commit that the head resolved.
+    """Bring the model's files to this machine: all (workers), or all but the weights (head).
 
-    Raises JobError (ModelNotFound, UnsafeModelFormat, AuthenticationFailed, SecretNotFound, ...).
+    `revision` is what the head resolved, so that every worker gets the same. A folder on a volume is used where it is.
+    Raises JobError (ModelNotFound, UnsafeModelFormat, ModelInvalid, AuthenticationFailed, SecretNotFound, StorageUnavailable).
     """
-    raise NotImplementedError
+    secret = source.secret_ref.name if source.secret_ref else None
+    if source.source.startswith("hf://"):
+        return _from_hub(source, revision or source.revision, hub_token(mounts, secret), cache, weights=weights)
+    place = resolve(source.source, mounts, secret)
+    try:
+        files = patiently(lambda: files_under(place))
+    except Exception as error:
+        raise explained(error, source.source, Reason.MODEL_NOT_FOUND) from error
+    # Only the folder itself: what lies below it (checkpoints, the original's pickles) is not the model.
+    names = tuple(name for file in files if "/" not in (name := file.path[len(place.path) :].lstrip("/")) and name)
+    _check_names(names, source.source)
+    if (local := place.local_path()) is None:
+        local = _copied(place, names, cache, weights=weights)
+    else:
+        for name in _matching(names, WEIGHTS):
+            _check_safetensors(local / name, f"{source.source}/{name}")
+    base = BaseModel(name=source.source.removeprefix("file://"), dtype=_dtype(local))
+    return ModelFiles(local, base, _fingerprint(place, names, local), _matching(names, WEIGHTS))
+
+
+def _from_hub(source: ModelSource, revision: str | None, token: str | None, cache: Path, *, weights: bool) -> ModelFiles:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import HfApi, snapshot_download
+
+    name = source.source.removeprefix("hf://")
+    # False, not None: never a token that happens to lie in the pod's home.
+    access: str | bool = token or False
+    try:
+        info = patiently(lambda: HfApi(token=access).model_info(name, revision=revision, timeout=30))
+        names = tuple(file.rfilename for file in info.siblings or () if "/" not in file.rfilename)
+        _check_names(names, source.source)
+        wanted = [*OTHERS, *(WEIGHTS if weights else ())]
+        folder = patiently(
+            lambda: snapshot_download(
+                name, revision=info.sha, token=access, cache_dir=cache / "hub", allow_patterns=wanted, ignore_patterns=["*/*"]
+            )
+        )
+    except Exception as error:
+        raise explained(error, _with_revision(source.source, revision), Reason.MODEL_NOT_FOUND) from error
+    commit = str(info.sha)
+    return ModelFiles(Path(folder), BaseModel(name, commit, _dtype(Path(folder))), commit, _matching(names, WEIGHTS))
+
+
+def _with_revision(uri: str, revision: str | None) -> str:
+    return f"{uri} at {revision}" if revision else uri
+
+
+def _check_names(names: tuple[str, ...], uri: str) -> None:
+    """Raises JobError where the files cannot be a model that may be loaded."""
+    if not names:
+        raise JobError(Reason.MODEL_NOT_FOUND, f"{uri} holds no files")
+    if "config.json" not in names:
+        raise JobError(Reason.MODEL_INVALID, f"{uri} has no config.json")
+    if _matching(names, WEIGHTS):
+        return
+    pickled = _matching(names, _PICKLES)
+    if pickled:
+        raise JobError(Reason.UNSAFE_MODEL_FORMAT, f"{uri} has no safetensors, only {pickled[0]}, which is never loaded")
+    raise JobError(Reason.MODEL_INVALID, f"{uri} has no weights (*.safetensors)")
+
+
+def _matching(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)))
+
+
+def _copied(place: Location, names: tuple[str, ...], cache: Path, *, weights: bool) -> Path:
+    """The wanted files in a local folder that is named by the place; one that is already whole is not fetched again."""
+    folder = cache / "models" / hashlib.sha256(place.uri.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _matching(names, (*OTHERS, *WEIGHTS) if weights else OTHERS):
+        target, aside = folder / name, folder / f".{name}.part"
+        if target.exists():
+            continue
+        try:
+            patiently(lambda name=name, aside=aside: place.filesystem.get_file(f"{place.path}/{name}", str(aside)))  # type: ignore[misc]
+        except Exception as error:
+            raise explained(error, f"{place.uri}/{name}", Reason.MODEL_NOT_FOUND) from error
+        aside.rename(target)
+    return folder
+
+
+def _check_safetensors(path: Path, uri: str) -> None:
+    """A file that was cut off or is something else is found by its header, without its weights being read."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            header = json.loads(file.read(length)) if length < min(size, 1 << 30) else None
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)  # type: ignore[union-attr]
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise JobError(Reason.MODEL_INVALID, f"{uri} is not a safetensors file") from error
+    if size != 8 + length + end:
+        raise JobError(Reason.MODEL_INVALID, f"{uri} is damaged: {size} bytes instead of {8 + length + end}")
+
+
+def _dtype(folder: Path) -> str | None:
+    """The number format of the weights, as the configuration has it."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return dtype if dtype in ("float32", "float16", "bfloat16") else None
+
+
+_SAMPLE = 1 << 20
+
+
+def _fingerprint(place: Location, names: tuple[str, ...], local: Path) -> str:
+    """`sha256:...` over the names, the sizes, the whole of each small file and the first and last MiB of each large one.
+
+    Tells one model from another and from a retrained one at the cost of a few reads, whatever its size.
+    """
+    digest = hashlib.sha256()
+    for name in _matching(names, (*OTHERS, *WEIGHTS)):
+        remote = f"{place.path}/{name}"
+        size = int(place.filesystem.size(remote))
+        digest.update(f"{name}/{size}\n".encode())
+        path = local / name
+        with path.open("rb") if path.exists() else place.filesystem.open(remote, "rb") as file:
+            digest.update(file.read(_SAMPLE))
+            if size > _SAMPLE:
+                file.seek(max(size - _SAMPLE, _SAMPLE))
+                digest.update(file.read(_SAMPLE))
+    return f"sha256:{digest.hexdigest()}"

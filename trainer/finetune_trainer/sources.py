@@ -1,8 +1,10 @@
 """From a URI of a job to a file system and a path on it, one of:
 
-    pvc://claim/path        the claim's mount            hf://datasets/owner/name/path    the hub, with the token of the Secret
-    configMap name, key     the ConfigMap's mount        s3://bucket/path                 S3, with the keys of the Secret or the pod's identity
-                                                         file://path                      this machine, in local runs only
+    pvc://claim/path                 the claim's mount
+    configMap name, key              the ConfigMap's mount
+    s3://bucket/path                 S3, with the keys of the Secret, or without one the pod's own identity
+    hf://datasets/owner/name/path    the hub, with the token of the Secret
+    file://path                      this machine, in local runs only
 
 A path never leaves the claim or ConfigMap that it names, neither by `..` nor by a symbolic link. Credentials are read from mounted files
 when they are needed, so that one that was renewed is used; they appear in no message. Models of the hub are in `model_files`.
@@ -24,6 +26,9 @@ from finetune_api.v1alpha1 import DataSource, Output
 from finetune_trainer.errors import JobError
 
 T = TypeVar("T")
+
+_S3_TRANSIENT = ("NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "REQUEST_TIMEOUT", "INTERNAL_FAILURE", "THROTTLING")
+_S3_REFUSED = ("INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID", "UNRECOGNIZED_CLIENT", "EXPIRED_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -195,9 +200,9 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, ConnectionError | TimeoutError):
         return type(error).__name__ != "OfflineModeIsEnabled"
-    if any(kind.__name__ in ("TransportError", "ConnectionError") for kind in type(error).__mro__):  # httpx, requests: not imported for this
+    if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):  # httpx's, which is not imported for this
         return True
-    return any(sign in str(error) for sign in ("AWS Error NETWORK_CONNECTION", "AWS Error SLOW_DOWN", "AWS Error SERVICE_UNAVAILABLE", "AWS Error REQUEST_TIMEOUT"))
+    return any(f"AWS Error {sign}" in str(error) for sign in _S3_TRANSIENT)
 
 
 def explained(error: Exception, uri: str, missing: Reason) -> JobError:
@@ -209,7 +214,7 @@ def explained(error: Exception, uri: str, missing: Reason) -> JobError:
         return JobError(Reason.AUTHENTICATION_FAILED, f"{uri}: access is denied")
     if status == 401 and name == "RepositoryNotFoundError":
         return JobError(missing, f"{uri} does not exist, or secretRef names no token that may read it")
-    if status == 401 or any(sign in text for sign in ("INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "InvalidAccessKeyId", "EXPIRED_TOKEN")):
+    if status == 401 or any(sign in text for sign in _S3_REFUSED):
         return JobError(Reason.AUTHENTICATION_FAILED, f"{uri}: the credentials are not accepted")
     if status == 404 or isinstance(error, FileNotFoundError) or "NO_SUCH_BUCKET" in text or "NO_SUCH_KEY" in text:
         return JobError(missing, f"{uri} does not exist")

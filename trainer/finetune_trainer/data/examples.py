@@ -30,8 +30,9 @@ _ARRAYS = ("tokens", "labelled", "offsets")
 class Examples:
     """Token sequences, one after the other.
 
-    tokens: int32 [T], all examples' tokens. labelled: bool [T], whether the token counts in the loss (it is predicted from those before
-    it, so an example's first token never counts, whatever stands here). offsets: int64 [N + 1], example i is tokens[offsets[i]:offsets[i + 1]].
+    - tokens: int32 [T], all examples' tokens
+    - labelled: bool [T], whether the token counts in the loss; it is predicted from those before it, so an example's first never counts
+    - offsets: int64 [N + 1]; example i is tokens[offsets[i]:offsets[i + 1]]
     """
 
     tokens: npt.NDArray[np.int32]

@@ -6,7 +6,7 @@ attention no real token sees the padding, so neither layout needs a mask.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,32 +22,34 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a worker computes at once. All tensors are int64 and of one shape, [1, T] or [B, T]."""
+    """What a worker computes at once. All tensors are int64."""
 
     input_ids: torch.Tensor
+    """[1, T] or [B, T]."""
     targets: torch.Tensor
-    """The token that each position is to predict (already shifted: the next one of the same example), or IGNORED."""
+    """[1, T] or [B, T]: the token that each position is to predict (already shifted: the next one of the same example), or IGNORED."""
     position_ids: torch.Tensor
-    """Place of each token in its own example."""
+    """[1, T] or [B, T]: place of each token in its own example."""
+    label_positions: torch.Tensor
+    """[L]: where in the flattened targets the labels stand. Made here, so that no device has to be waited for."""
     document_lengths: tuple[int, ...]
     """Tokens of each example, in order."""
     layout: Layout
-    labels: int
-    """Targets that are not IGNORED."""
 
     @property
     def tokens(self) -> int:
         """Tokens of examples, padding not counted."""
         return sum(self.document_lengths)
 
+    @property
+    def labels(self) -> int:
+        """Number of labels."""
+        return len(self.label_positions)
+
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on another device, copied without waiting."""
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        inputs, targets, positions = moved(self.input_ids), moved(self.targets), moved(self.position_ids)
-        return MicroBatch(inputs, targets, positions, self.document_lengths, self.layout, self.labels)
+        names = ("input_ids", "targets", "position_ids", "label_positions")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def collate(examples: Examples, rows: Sequence[Row], layout: Layout) -> MicroBatch:
@@ -55,16 +57,21 @@ def collate(examples: Examples, rows: Sequence[Row], layout: Layout) -> MicroBat
     documents = [examples.example(index) for row in rows for index in row]
     lengths = tuple(len(tokens) for tokens, _ in documents)
     inputs = [tokens.astype(np.int64) for tokens, _ in documents]
-    targets = [_targets(tokens, labelled) for tokens, labelled in zip(inputs, (labelled for _, labelled in documents), strict=True)]
-    positions = [np.arange(length, dtype=np.int64) for length in lengths]
-    shape = _flat if layout == "flat" else _padded
+    targets = [_targets(tokens, labelled) for tokens, (_, labelled) in zip(inputs, documents, strict=True)]
+    if layout == "flat":
+        input_ids, all_targets = np.concatenate(inputs)[None], np.concatenate(targets)[None]
+        positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    else:
+        input_ids, all_targets = _padded(inputs, 0), _padded(targets, IGNORED)
+        # Also over the padding: positions that restart would be taken for packed examples.
+        positions = np.tile(np.arange(input_ids.shape[1]), (len(lengths), 1))
     return MicroBatch(
-        input_ids=shape(inputs, 0),
-        targets=shape(targets, IGNORED),
-        position_ids=shape(positions, 0),
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(all_targets),
+        position_ids=torch.from_numpy(positions),
+        label_positions=torch.from_numpy(np.flatnonzero(all_targets != IGNORED)),
         document_lengths=lengths,
         layout=layout,
-        labels=sum(int((target != IGNORED).sum()) for target in targets),
     )
 
 
@@ -78,12 +85,8 @@ def _targets(tokens: Ids, labelled: np.ndarray[tuple[int, ...], np.dtype[np.bool
     return targets
 
 
-def _flat(parts: Sequence[Ids], _: int) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)
-
-
-def _padded(parts: Sequence[Ids], fill: int) -> torch.Tensor:
+def _padded(parts: Sequence[Ids], fill: int) -> Ids:
     padded = np.full((len(parts), max(len(part) for part in parts)), fill, dtype=np.int64)
     for line, part in zip(padded, parts, strict=True):
         line[: len(part)] = part
-    return torch.from_numpy(padded)
+    return padded

@@ -17,8 +17,10 @@ class BaseModel:
 
     name: str
     """`owner/name` of a hub model, else the place that the job named."""
-    revision: str | None
+    revision: str | None = None
     """Commit of a hub model."""
+    dtype: str | None = None
+    """Number format of its weights, which a published whole model keeps: bfloat16, float16, float32."""
 
 
 class Method(Protocol):
@@ -30,7 +32,7 @@ class Method(Protocol):
         ...
 
     def apply(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
-        """Add the method's parameters and set what trains. New parameters follow from the seed. On a model on the `meta` device it only checks.
+        """Add the method's parameters and set what trains. New parameters follow from the seed. A model on the `meta` device will do.
 
         Raises JobError (ModelInvalid) where the method does not fit the model.
         """

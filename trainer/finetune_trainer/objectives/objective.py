@@ -23,5 +23,9 @@ class Objective(Protocol):
     """One thing to minimise."""
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> LossSum:
-        """The loss of a micro-batch that is on the model's device. `(loss.total / labels of the global batch).backward()` is the loop's part."""
+        """The loss of a micro-batch that is on the model's device.
+
+        The loop divides by the labels of the global batch, which `Batch.labels` knows on every worker, and goes backward:
+        `(loss.total / batch.labels).backward()`; gradients are then summed, not averaged, over the workers.
+        """
         ...

@@ -1,0 +1,206 @@
+"""Rows out of files: jsonl, json, csv, parquet, one file or a folder of one form. Every fault is told by file, line and what is wrong.
+
+A row that cannot be read becomes a Fault among the rows, so that one look at a file finds all of them; a file that cannot be read at all
+raises.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from finetune_api.reasons import Reason
+from finetune_trainer.errors import JobError
+from finetune_trainer.sources import Location, explained, files_under, patiently
+
+FORMS = (".jsonl", ".json", ".csv", ".parquet")
+ROW_BYTES = 16 << 20
+"""Largest row; a longer one is a file of another form, or a mistake."""
+JSON_BYTES = 1 << 30
+"""Largest .json file: it is read whole, unlike the other forms."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands: the file as the job names it, and its line (jsonl, csv) or number (json, parquet), from 1."""
+
+    file: str
+    number: int
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: the columns by name."""
+
+    place: Place
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row that cannot be used, and why."""
+
+    place: Place
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+def read_rows(location: Location) -> Iterator[Row | Fault]:
+    """The rows of a file, or of the files of a folder in the order of their names.
+
+    Raises JobError (DatasetNotFound, DatasetInvalid, AuthenticationFailed, StorageUnavailable) where there is nothing that can be read.
+    """
+    found = False
+    for file, form in _data_files(location):
+        for row in _read_file(file, form):
+            found = True
+            yield row
+    if not found:
+        raise JobError(Reason.DATASET_INVALID, f"{location.uri} has no rows")
+
+
+def _data_files(location: Location) -> list[tuple[Location, str]]:
+    """The files with their forms. Raises JobError."""
+    try:
+        files = patiently(lambda: files_under(location))
+    except Exception as error:
+        raise explained(error, location.uri, Reason.DATASET_NOT_FOUND) from error
+    formed = [(file, form) for file in files if (form := _form(file.uri)) is not None]
+    if not formed:
+        what = "holds no file" if len(files) != 1 or files[0].uri != location.uri else "is no file"
+        raise JobError(Reason.DATASET_INVALID, f"{location.uri} {what} that ends in {', '.join(FORMS)}")
+    forms = sorted({form for _, form in formed})
+    if len(forms) > 1:
+        several = ", ".join(forms)
+        raise JobError(Reason.DATASET_INVALID, f"{location.uri} holds files of several forms ({several}); name one file or one form")
+    return formed
+
+
+def _form(uri: str) -> str | None:
+    return next((form for form in FORMS if uri.lower().endswith(form)), None)
+
+
+def _read_file(file: Location, form: str) -> Iterator[Row | Fault]:
+    reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[form]
+    try:
+        with patiently(lambda: file.filesystem.open(file.path, "rb")) as stream:
+            yield from reader(stream, file.uri)
+    except OSError as error:
+        raise explained(error, file.uri, Reason.DATASET_NOT_FOUND) from error
+
+
+def _jsonl(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
+    number = 0
+    while line := stream.readline(ROW_BYTES + 1):
+        number += 1
+        place = Place(file, number)
+        if len(line) > ROW_BYTES:
+            yield Fault(place, f"the row is longer than {ROW_BYTES >> 20} MiB")
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(ROW_BYTES)
+        elif line.strip():
+            yield _json_row(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place)
+
+
+def _json_row(line: bytes, place: Place) -> Row | Fault:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        return Fault(place, f"the row is not UTF-8 (byte {error.start + 1})")
+    except json.JSONDecodeError as error:
+        return Fault(place, f"the row is not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Fault(place, "the row is nested too deeply")
+    return _object_row(value, place)
+
+
+def _object_row(value: object, place: Place) -> Row | Fault:
+    if isinstance(value, dict):
+        return Row(place, value)
+    return Fault(place, f"the row is {kind_of(value)}, not an object")
+
+
+def _json(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
+    """One array of objects. A file that holds an object a line, as many are, is read as jsonl."""
+    content = stream.read(JSON_BYTES + 1)
+    if len(content) > JSON_BYTES:
+        raise JobError(Reason.DATASET_INVALID, f"{file} is larger than {JSON_BYTES >> 30} GiB; write it as .jsonl")
+    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+        try:
+            json.loads(content)
+        except ValueError:
+            yield from _jsonl(io.BytesIO(content), file)
+            return
+    if not content.strip():
+        return
+    try:
+        value = json.loads(content)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise JobError(Reason.DATASET_INVALID, f"{file}, line {line}: the file is not UTF-8 (byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        problem = f"{file}, line {error.lineno}: the file is not JSON: {error.msg} at column {error.colno}"
+        raise JobError(Reason.DATASET_INVALID, problem) from error
+    except RecursionError as error:
+        raise JobError(Reason.DATASET_INVALID, f"{file} is nested too deeply") from error
+    if not isinstance(value, list):
+        raise JobError(Reason.DATASET_INVALID, f"{file} holds {kind_of(value)}, not an array of objects")
+    for number, item in enumerate(value, 1):
+        yield _object_row(item, Place(file, number, "row"))
+
+
+def _csv(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
+    """A header line, then rows. Quoted values may hold line breaks; a row's line is its first."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(ROW_BYTES)
+    reader = csv.reader(text, strict=True)
+    line = 1
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        if len(set(header)) < len(header) or not all(name.strip() for name in header):
+            raise JobError(Reason.DATASET_INVALID, f"{file}, line 1: a column's name is empty or stands twice: {', '.join(header)}")
+        line = reader.line_num + 1
+        for values in reader:
+            place, line = Place(file, line), reader.line_num + 1
+            if values:
+                yield _csv_row(header, values, place)
+    except csv.Error as error:
+        raise JobError(Reason.DATASET_INVALID, f"{file}, line {line}: the row is not CSV: {error}") from error
+
+
+def _csv_row(header: list[str], values: list[str], place: Place) -> Row | Fault:
+    if len(values) != len(header):
+        return Fault(place, f"the row has {len(values)} values, the header {len(header)} columns")
+    if any("\udc80" <= character <= "\udcff" for value in values for character in value):
+        return Fault(place, "the row is not UTF-8")
+    return Row(place, dict(zip(header, values, strict=True)))
+
+
+def _parquet(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1024):
+            for columns in batch.to_pylist():
+                number += 1
+                yield Row(Place(file, number, "row"), columns)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise JobError(Reason.DATASET_INVALID, f"{file} is not a parquet file that can be read: {str(error).splitlines()[0]}") from error
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's kind, for a message."""
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null" if value is None else type(value).__name__)

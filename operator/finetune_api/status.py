@@ -6,7 +6,9 @@ from pydantic import Field
 
 from finetune_api.fields import StatusModel
 
-Text = Annotated[str, Field(max_length=1024)]
+TEXT_MAX = 1024
+"""Longest text for people, in characters."""
+Text = Annotated[str, Field(max_length=TEXT_MAX)]
 Name = Annotated[str, Field(max_length=253)]
 Uri = Annotated[str, Field(max_length=2048)]
 Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
@@ -65,6 +67,10 @@ class Attempt(StatusModel):
     """When the current attempt began."""
     end_time: Time | None = None
     """When the current attempt ended or was told to stop. The next one begins when its pods have gone."""
+    end_reason: Annotated[str, Field(max_length=64)] | None = None
+    """Why the last attempt that ended did, as one word of the documented set."""
+    end_message: Text | None = None
+    """Why the last attempt that ended did, for people."""
     waiting_time: Time | None = None
     """Since when the current attempt has waited for pods to run; absent while they run, or a queue holds them."""
     earlier_lost_steps: Count = 0
@@ -73,6 +79,11 @@ class Attempt(StatusModel):
     """Whether the head pod of this attempt was seen, so that its absence means that it is lost."""
     retry_time: Time | None = None
     """When the next attempt may begin, after a failure."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the current attempt has begun and not ended: its objects should exist."""
+        return self.number > 0 and self.end_time is None
 
 
 class Stage(StatusModel):
@@ -271,3 +282,12 @@ class Status(StatusModel):
     """The part of usage that attempts before the current one count."""
     failure: Failure | None = None
     """Why the last attempt that failed did."""
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """The condition of that type, where it is set."""
+        return next((condition for condition in self.conditions if condition.type == kind), None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has ended, well or not."""
+        return any(condition.type in ("Complete", "Failed") and condition.status == "True" for condition in self.conditions)

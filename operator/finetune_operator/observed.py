@@ -61,8 +61,9 @@ class Pod:
     """A queue (Kueue) holds it back."""
     disruption: str | None = None
     """The cluster's words, where the cluster took it away."""
+    reason: str = ""
     message: str = ""
-    """The kubelet's words about the pod as a whole."""
+    """The kubelet's word, and words, about the pod as a whole."""
 
     @property
     def finished(self) -> bool:
@@ -81,7 +82,7 @@ class Observed:
 
     pods: tuple[Pod, ...] = ()
     anchors: frozenset[int] = frozenset()
-    """Attempts whose ConfigMap exists, and so their Secret, Service and NetworkPolicy."""
+    """Attempts whose ConfigMap exists. It is made first and removed last: without it there is no Secret, Service, NetworkPolicy either."""
     report: Report | None = None
     """What the head of the current attempt says, if it could be asked."""
     refusal: Waiting | None = None
@@ -181,6 +182,7 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         waiting=_waiting(raw, tuple(events)) if phase == "Pending" else None,
         gated=scheduled.get("reason") == "SchedulingGated",
         disruption=_disruption(status),
+        reason=status.get("reason", ""),
         message=status.get("message", ""),
     )
 
@@ -198,13 +200,13 @@ def _exit(status: Raw) -> Exit | None:
 
 
 _TAKEN_AWAY = re.compile(r"Evicted|Preempting|NodeLost|NodeShutdown|Shutdown|Terminated|UnexpectedAdmissionError|NodeAffinity|Out[Oo]f.+")
-_OWN_FAULT = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
+STORAGE_LIMIT = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
 
 
 def _disruption(status: Raw) -> str | None:
-    """The cluster's words where it took the pod away. Filling one's own volume is one's own fault, though the kubelet evicts for that too."""
+    """The cluster's words where it took the pod away. Filling one's own volume is one's own fault, though the kubelet evicts for it."""
     target, words = _condition(status, "DisruptionTarget"), status.get("message", "")
-    if _OWN_FAULT.search(words):
+    if STORAGE_LIMIT.search(words):
         return None
     if target.get("status") == "True":
         return f"{target.get('reason', 'disrupted')}: {target.get('message', '')}".rstrip(": ")

@@ -1,5 +1,81 @@
-"""The loop: read what is there, decide, write the status, bring the objects in line."""
+"""The loop: read what is there, decide, write the status, bring the objects in line.
 
-from finetune_operator.port import Cluster, Conflict, Event, JobKey, RawJob, Refused
+Level-triggered: nothing is remembered between two calls, so a call may be cut short anywhere, and the next one goes on.
+"""
 
-__all__ = ["Cluster", "Conflict", "Event", "JobKey", "RawJob", "Refused"]
+import logging
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from finetune_api.reasons import Reason
+from finetune_api.report import Report
+from finetune_api.status import Status
+from finetune_operator.lifecycle import advance
+from finetune_operator.observed import Job, Observed, Waiting, job_from, observe
+from finetune_operator.pace import SOON_SECONDS, expiry, next_look
+from finetune_operator.plan import desired_objects, missing, surplus
+from finetune_operator.port import Cluster, Conflict, JobKey, Refused
+from finetune_operator.settings import Settings
+from finetune_operator.transitions import events_between
+
+log = logging.getLogger(__name__)
+
+
+async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: datetime) -> float | None:
+    """Bring one job a step further; the seconds until its next turn, or None where only an event can bring anything new."""
+    raw = await cluster.read(key)
+    if raw is None:
+        return None
+    job = job_from(raw.job, local=settings.local)
+    observed = observe(raw.pods, raw.config_maps, raw.events)
+    observed = replace(observed, report=await _report(cluster, job, observed, settings))
+    try:
+        stored, status = await _decide(cluster, raw.job, job, observed, settings, now)
+        refusal = await _act(cluster, job, status, observed, settings, now)
+        if refusal:
+            job, observed = replace(job, status=status), replace(observed, refusal=refusal)
+            _, status = await _decide(cluster, stored, job, observed, settings, now)
+    except Conflict:
+        return min(SOON_SECONDS, settings.poll_seconds)
+    if (end := expiry(job.spec, status)) and now >= end and not job.deleting:
+        await cluster.delete_job(raw.job)
+    return next_look(job, status, observed, settings, now)
+
+
+async def _report(cluster: Cluster, job: Job, observed: Observed, settings: Settings) -> Report | None:
+    """What the current head says now."""
+    number = job.status.attempt.number
+    head = observed.head(number)
+    if head is None or head.ip is None or head.phase != "Running":
+        return None
+    return await cluster.fetch_report(head, settings.token(job.uid, number), after=0, wait=0.0)
+
+
+async def _decide(
+    cluster: Cluster, raw: dict[str, Any], job: Job, observed: Observed, settings: Settings, now: datetime
+) -> tuple[dict[str, Any], Status]:
+    """Write the status that follows, before anything is done: who comes after a crash knows what was begun. Raises Conflict."""
+    status = advance(job, observed, settings, now)
+    if status != job.status:
+        raw = await cluster.patch_status(raw, status)
+        for event in events_between(job, job.status, status):
+            log.info("%s: %s", event.reason, event.message)
+            await cluster.emit(raw, event)
+    return raw, status
+
+
+async def _act(cluster: Cluster, job: Job, status: Status, observed: Observed, settings: Settings, now: datetime) -> Waiting | None:
+    """Make what is missing and delete what is surplus; the API server's words where it refuses an object."""
+    if job.deleting:
+        return None
+    desired = desired_objects(job, status, settings)
+    refusal = None
+    try:
+        for manifest in missing(desired, status, observed):
+            await cluster.apply(manifest)
+    except Refused as error:
+        refusal = Waiting(Reason.FORBIDDEN, error.message)
+    for removal in surplus(desired, job, status, observed, settings, now):
+        await cluster.delete(removal.kind, job.namespace, removal.name, uid=removal.uid, grace=removal.grace)
+    return refusal

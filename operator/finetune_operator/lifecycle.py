@@ -1,0 +1,333 @@
+"""What a job's status becomes, given its spec, what is observed and the time. Pure; everything that is remembered stands in the status.
+
+An attempt begins, runs, and ends: by success, failure, preemption or suspension. Its objects exist while it runs (`plan`). The next
+attempt begins when it may and the pods of the one before have gone, so no two attempts write to one storage.
+CHECKS, in their order, say when which of this happens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_api.reasons import Reason
+from finetune_api.status import TEXT_MAX, Attempt, Resolved, Stage, Status
+from finetune_api.v1alpha1 import Spec
+from finetune_operator.conditions import PHASES, Summary, conditions_of
+from finetune_operator.failures import Ending, ending_of, failure, head_lost
+from finetune_operator.observed import Job, Observed, Waiting
+from finetune_operator.pace import deadline, paced
+from finetune_operator.reported import current_stage, with_report
+from finetune_operator.settings import Settings
+from finetune_operator.times import later, rfc3339
+
+RETRY_MAX_SECONDS = 360.0
+"""Longest wait between two attempts, as for a Kubernetes Job."""
+_STEPS = 8
+"""More changes of state than one look at a job can bring about."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a job: all that a check may consider."""
+
+    job: Job
+    spec: Spec
+    status: Status
+    """The stored status, with what the trainer has reported since."""
+    observed: Observed
+    settings: Settings
+    now: datetime
+
+    @property
+    def attempt(self) -> Attempt:
+        """The current attempt."""
+        return self.status.attempt
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found: the job's state in brief, and the fields of the status that change."""
+
+    summary: Summary
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    live: str | None = None
+    """What the trainer says it is doing, in place of the summary's message."""
+
+
+Check = Callable[[Look], Verdict | None]
+
+
+def advance(job: Job, observed: Observed, settings: Settings, now: datetime) -> Status:
+    """The status that follows. Given the same observation and time, the status that follows on that is the same one."""
+    if job.deleting:
+        return job.status
+    status = job.status
+    for _ in range(_STEPS):
+        step = _step(replace(job, status=status), observed, settings, now)
+        if step == status:
+            return paced(job.status, status, settings, now)
+        status = step
+    raise RuntimeError(f"the state of {job.namespace}/{job.name} does not settle")
+
+
+def _step(job: Job, observed: Observed, settings: Settings, now: datetime) -> Status:
+    if job.status.finished:
+        return _seen(job.status, job.generation)
+    if job.spec is None:
+        return _conclude(job, job.status, _invalid(job, now), now)
+    report = observed.report_of(job.uid, job.status.attempt.number)
+    status = with_report(job.status, report, job.spec) if report else job.status
+    look = Look(job, job.spec, status, observed, settings, now)
+    verdict = next(verdict for check in CHECKS if (verdict := check(look)) is not None)
+    return _conclude(job, status, verdict, now)
+
+
+# The checks. The first that finds something decides.
+
+
+def succeeded(look: Look) -> Verdict | None:
+    """The trainer has published the result: nothing that happens afterwards takes that back."""
+    report = look.observed.report_of(look.job.uid, look.attempt.number)
+    if report is None or report.outcome != "Succeeded":
+        return None
+    summary = Summary("Complete", Reason.SUCCEEDED, report.message or "the result is published")
+    return Verdict(summary, _finish(look.status, look.now))
+
+
+def suspending(look: Look) -> Verdict | None:
+    """The user wants the pods away: the attempt ends, and its pods get the time to save a checkpoint."""
+    if not look.spec.suspend or not (look.attempt.running or look.observed.alive):
+        return None
+    summary = Summary(look.status.phase or "Pending", Reason.SUSPENDED, "suspending: the pods save a checkpoint, then go")
+    return Verdict(summary, _end(look, Reason.SUSPENDED, summary.message) if look.attempt.running else {})
+
+
+def suspended(look: Look) -> Verdict | None:
+    """The pods have gone, and stay away until the user wants them back."""
+    if not look.spec.suspend:
+        return None
+    since = look.status.suspended_time or rfc3339(look.now)
+    changes = {"suspended_time": since, "workers_wanted": 0, "workers_ready": 0}
+    return Verdict(Summary("Suspended", Reason.SUSPENDED, "set spec.suspend to false to go on from the last checkpoint"), changes)
+
+
+def resumed(look: Look) -> Verdict | None:
+    """The user wants the pods back. The time of the suspension is added up, since activeDeadlineSeconds does not count it."""
+    if look.status.suspended_time is None:
+        return None
+    slept = int((look.now - later(look.status.suspended_time, 0)).total_seconds())
+    changes = {"suspended_time": None, "suspended_seconds": look.status.suspended_seconds + max(slept, 0)}
+    return Verdict(Summary("Pending", Reason.RESUMED, "going on from the last checkpoint"), changes)
+
+
+def deadline_exceeded(look: Look) -> Verdict | None:
+    """The job as a whole has taken longer than its user allows."""
+    if (end := deadline(look.spec, look.status)) is None or look.now < end:
+        return None
+    seconds = look.spec.active_deadline_seconds
+    return _failed(look, Reason.DEADLINE_EXCEEDED, f"the job has not ended within activeDeadlineSeconds ({seconds})")
+
+
+def never_ran(look: Look) -> Verdict | None:
+    """The pods that the attempt needs have not come to run: fail, so that those that do run let go of their GPUs."""
+    since = look.attempt.waiting_time
+    if not look.attempt.running or since is None or look.now < later(since, look.spec.pre_running_deadline_seconds):
+        return None
+    waiting = _waiting(look)
+    if waiting and waiting.reason is not Reason.UNSCHEDULABLE:
+        return _failed(look, waiting.reason, waiting.message)
+    why = waiting.message if waiting else "the pods did not start"
+    message = f"within preRunningDeadlineSeconds ({look.spec.pre_running_deadline_seconds}): {why}"
+    return _failed(look, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, message)
+
+
+def head_ended(look: Look) -> Verdict | None:
+    """The head is the attempt: with it, the attempt ends. Lost workers alone do not end it, since Ray Train goes on with new ones."""
+    attempt = look.attempt
+    head = look.observed.head(attempt.number)
+    if not attempt.running or (head is None and not attempt.head_seen) or (head is not None and not head.finished):
+        return None
+    stage = current_stage(look.status.stages)
+    report = look.observed.report_of(look.job.uid, attempt.number)
+    ending = ending_of(head, report, stage) if head else head_lost(f"{look.job.name}-{attempt.number}-head")
+    return _count(look, ending)
+
+
+def between_attempts(look: Look) -> Verdict | None:
+    """The next attempt waits for the pods of the one before, and after a failure for some time."""
+    if look.attempt.running or look.attempt.number == 0:
+        return None
+    after = f"attempt {look.attempt.number} ended ({look.attempt.end_reason}: {look.attempt.end_message})"
+    if look.observed.alive:
+        return Verdict(Summary("Pending", Reason.RETRYING, f"{after}; its pods are going"))
+    if look.attempt.retry_time and look.now < later(look.attempt.retry_time, 0):
+        return Verdict(Summary("Pending", Reason.RETRYING, f"{after}; the next begins at {look.attempt.retry_time}"))
+    return None
+
+
+def beginning(look: Look) -> Verdict | None:
+    """Nothing stands in the way of the next attempt. It goes on from the newest checkpoint of the job."""
+    if look.attempt.running:
+        return None
+    attempt = look.attempt.model_copy(
+        update={
+            "number": look.attempt.number + 1,
+            "start_time": rfc3339(look.now),
+            "waiting_time": rfc3339(look.now),
+            "end_time": None,
+            "retry_time": None,
+            "head_seen": False,
+            "earlier_lost_steps": look.attempt.lost_steps,
+        }
+    )
+    resolved = look.status.resolved or Resolved()
+    changes = {
+        "attempt": attempt,
+        "stages": (),
+        "workers_wanted": 0,
+        "workers_ready": 0,
+        "earlier_usage": look.status.usage,
+        # A job keeps the trainer that it began with, whatever the operator is upgraded to meanwhile.
+        "resolved": resolved.model_copy(update={"trainer_image": resolved.trainer_image or look.settings.trainer_image}),
+    }
+    return Verdict(Summary("Pending", Reason.PENDING, "the head pod is to start"), changes)
+
+
+def running(look: Look) -> Verdict:
+    """The attempt goes on."""
+    attempt, status = look.attempt, look.status
+    head = look.observed.head(attempt.number)
+    ready = sum(pod.running for pod in look.observed.workers(attempt.number)) if status.workers_wanted else 0
+    needed = look.spec.compute.workers.min if status.workers_wanted else 0
+    complete = head is not None and head.phase == "Running" and ready >= needed
+    gated = any(pod.gated for pod in (head, *look.observed.workers(attempt.number)) if pod)
+    changes = {
+        "workers_ready": ready,
+        "attempt": attempt.model_copy(
+            update={
+                "head_seen": attempt.head_seen or head is not None,
+                "waiting_time": None if complete or gated else attempt.waiting_time or rfc3339(look.now),
+            }
+        ),
+    }
+    waiting = _waiting(look)
+    stage = current_stage(status.stages)
+    phase, reason = PHASES[stage] if stage else ("Pending", Reason.PENDING)
+    if gated:
+        return Verdict(Summary("Queued", Reason.PENDING, "a queue holds the pods", waiting, needed), changes)
+    if complete:
+        report = look.observed.report_of(look.job.uid, attempt.number)
+        live = report.message if report else status.message
+        return Verdict(Summary(phase, reason, phase.lower(), waiting, needed), changes, live=live or phase.lower())
+    if waiting:
+        return Verdict(Summary(phase, waiting.reason, waiting.message, waiting, needed), changes)
+    words = f"{ready} of {status.workers_wanted} workers run" if head and head.phase == "Running" else "the head pod is starting"
+    return Verdict(Summary(phase, reason, words, None, needed), changes)
+
+
+CHECKS: tuple[Check, ...] = (
+    succeeded,
+    suspending,
+    suspended,
+    resumed,
+    deadline_exceeded,
+    never_ran,
+    head_ended,
+    between_attempts,
+    beginning,
+    running,
+)
+"""A job that is being deleted, has ended, or has a spec that cannot be understood does not come this far."""
+
+
+# What the checks are made of.
+
+
+def _seen(status: Status, generation: int) -> Status:
+    """An ended job keeps everything, whatever its user changes; that the change was seen is said."""
+    conditions = tuple(condition.model_copy(update={"observed_generation": generation}) for condition in status.conditions)
+    return status.model_copy(update={"observed_generation": generation, "conditions": conditions})
+
+
+def _invalid(job: Job, now: datetime) -> Verdict:
+    """The API server took what this operator does not understand: an older CRD, or a rule that CEL cannot state."""
+    why = failure(Reason.INVALID_SPEC, job.problem)
+    return Verdict(Summary("Failed", Reason.INVALID_SPEC, why.message), {"failure": why, **_finish(job.status, now)})
+
+
+def _conclude(job: Job, status: Status, verdict: Verdict, now: datetime) -> Status:
+    summary = verdict.summary
+    told = status.model_copy(
+        update={
+            "observed_generation": job.generation,
+            "phase": summary.phase,
+            "message": (verdict.live or summary.message)[:TEXT_MAX],
+            "start_time": status.start_time or rfc3339(now),
+            **verdict.changes,
+        }
+    )
+    return told.model_copy(update={"conditions": conditions_of(told, summary, now)})
+
+
+def _finish(status: Status, now: datetime) -> dict[str, Any]:
+    """The job ends: the attempt with it, and nothing more is wanted."""
+    end = rfc3339(now)
+    attempt = status.attempt.model_copy(update={"end_time": status.attempt.end_time or end, "waiting_time": None, "retry_time": None})
+    return {"completion_time": end, "attempt": attempt, "workers_wanted": 0, "workers_ready": 0}
+
+
+def _end(look: Look, reason: Reason, message: str, **counted: int | str) -> dict[str, Any]:
+    """The attempt ends, the job does not."""
+    ended = {"end_time": rfc3339(look.now), "end_reason": reason, "end_message": message[:TEXT_MAX], "waiting_time": None}
+    return {"attempt": look.attempt.model_copy(update={**ended, **counted}), "workers_wanted": 0, "workers_ready": 0}
+
+
+def _count(look: Look, ending: Ending) -> Verdict:
+    """A preemption is made good at once; a failure is tried again after a while, if that may help and the user allows it."""
+    attempt, base = look.attempt, look.settings.retry_base_seconds
+    summary = Summary("Pending", Reason.RETRYING, ending.message)
+    if ending.failure is None:
+        # Not sooner than the last one began plus the base: a node that takes pods away as soon as they come must not be asked without end.
+        retry = rfc3339(later(attempt.start_time or rfc3339(look.now), base))
+        return Verdict(summary, _end(look, ending.reason, ending.message, preemptions=attempt.preemptions + 1, retry_time=retry))
+    failures = attempt.failures + 1
+    wait = min(base * 2 ** min(failures - 1, 16), RETRY_MAX_SECONDS)
+    ended = _end(look, ending.reason, ending.message, failures=failures, retry_time=rfc3339(look.now + timedelta(seconds=wait)))
+    changes = {**ended, "failure": ending.failure}
+    if ending.failure.retryable and failures <= look.spec.backoff_limit:
+        return Verdict(summary, changes)
+    reason, message = ending.reason, ending.message
+    if ending.failure.retryable:
+        reason, message = Reason.BACKOFF_LIMIT_EXCEEDED, f"attempt {attempt.number} was the last of {failures} that failed: {message}"
+    finish = _finish(look.status.model_copy(update=changes), look.now)
+    return Verdict(Summary("Failed", reason, message), {**changes, **finish, "stages": _stopped(look.status, look.now)})
+
+
+def _failed(look: Look, reason: Reason, message: str) -> Verdict:
+    """The job fails, and another attempt would not help."""
+    why = failure(reason, message, retryable=False, stage=current_stage(look.status.stages))
+    changes = {"failure": why, "stages": _stopped(look.status, look.now), **_finish(look.status, look.now)}
+    return Verdict(Summary("Failed", reason, why.message), changes)
+
+
+def _stopped(status: Status, now: datetime) -> tuple[Stage, ...]:
+    """The stages of a job that failed: the one that was running did not end well."""
+    ended = {"state": "Failed", "end_time": rfc3339(now)}
+    return tuple(stage.model_copy(update=ended) if stage.state == "Running" else stage for stage in status.stages)
+
+
+def _waiting(look: Look) -> Waiting | None:
+    """Why wanted pods do not run. A refusal holds until the refused pods are there, so that it does not come and go with each try."""
+    number, observed = look.attempt.number, look.observed
+    head, workers = observed.head(number), observed.workers(number)
+    for pod in (head, *workers):
+        if pod and pod.waiting:
+            return pod.waiting
+    if observed.refusal:
+        return observed.refusal
+    before = look.status.condition("Reconciling")
+    absent = head is None or len(workers) < look.status.workers_wanted
+    if absent and before and before.reason == Reason.FORBIDDEN and look.attempt.running:
+        return Waiting(Reason.FORBIDDEN, before.message)
+    return None

@@ -1,0 +1,84 @@
+"""How often: when progress is written, and when a job is looked at again. Pure."""
+
+from datetime import datetime
+
+from finetune_api.reasons import ADVICE
+from finetune_api.status import Status
+from finetune_api.v1alpha1 import Spec
+from finetune_operator.observed import Job, Observed
+from finetune_operator.reported import current_stage
+from finetune_operator.settings import Settings
+from finetune_operator.times import later, rfc3339
+
+SOON_SECONDS = 2.0
+"""Until the next look at a job that is about to change."""
+
+_QUIET = ("message", "progress", "metrics", "usage", "checkpoints")
+
+
+def paced(before: Status, after: Status, settings: Settings, now: datetime) -> Status:
+    """Progress alone is written at most every `poll_seconds`, so that a job costs the API server the same whatever wakes the operator."""
+    if after == before or after.progress is None:
+        return after
+    quiet = {name: getattr(before, name) for name in _QUIET}
+    attempt = after.attempt.model_copy(update={"lost_steps": before.attempt.lost_steps})
+    last = before.progress.last_update_time if before.progress else None
+    if last and now < later(last, settings.poll_seconds) and after.model_copy(update={**quiet, "attempt": attempt}) == before:
+        return before
+    if all(getattr(after, name) == value for name, value in quiet.items()):
+        return after
+    return after.model_copy(update={"progress": after.progress.model_copy(update={"last_update_time": rfc3339(now)})})
+
+
+def deadline(spec: Spec, status: Status) -> datetime | None:
+    """When activeDeadlineSeconds is over, time in suspension not counted."""
+    if spec.active_deadline_seconds is None or status.start_time is None:
+        return None
+    return later(status.start_time, spec.active_deadline_seconds + status.suspended_seconds)
+
+
+def expiry(spec: Spec | None, status: Status) -> datetime | None:
+    """When ttlSecondsAfterFinished is over."""
+    if spec is None or spec.ttl_seconds_after_finished is None or status.completion_time is None or not status.finished:
+        return None
+    return later(status.completion_time, spec.ttl_seconds_after_finished)
+
+
+def next_look(job: Job, status: Status, observed: Observed, settings: Settings, now: datetime) -> float | None:
+    """Seconds until the job should be looked at again, should nothing happen before. None where only an event can bring anything new."""
+    if job.deleting:
+        return None
+    waits = [(time - now).total_seconds() for time in _appointments(job.spec, status) if time]
+    interval = _interval(status, observed, settings)
+    if interval is not None:
+        waits.append(interval)
+    return max(min(waits), 0.1) if waits else None
+
+
+def _appointments(spec: Spec | None, status: Status) -> list[datetime | None]:
+    """The times at which the job's state changes by itself."""
+    if spec is None or status.suspended_time is not None:
+        return []
+    attempt = status.attempt
+    waiting = later(attempt.waiting_time, spec.pre_running_deadline_seconds) if attempt.waiting_time else None
+    retry = later(attempt.retry_time, 0) if attempt.retry_time else None
+    return [expiry(spec, status)] if status.finished else [deadline(spec, status), waiting, retry]
+
+
+def _interval(status: Status, observed: Observed, settings: Settings) -> float | None:
+    """Short while pods come and go and in the short stages, so that no GPU waits; long while the training runs, or nothing can be done."""
+    attempt, soon = status.attempt, min(SOON_SECONDS, settings.poll_seconds)
+    if status.finished or status.suspended_time is not None:
+        return soon if _leaving(status, observed) else None
+    if not attempt.running:
+        return None if attempt.retry_time and not observed.alive else soon
+    ready = status.condition("Ready")
+    stuck = ready is not None and ready.reason in ADVICE
+    moving = attempt.waiting_time is not None or current_stage(status.stages) != "Train"
+    return soon if moving and not stuck else settings.poll_seconds
+
+
+def _leaving(status: Status, observed: Observed) -> bool:
+    """Whether something exists that should not, now that the job is at rest: all but the finished head of a job that ended."""
+    stays = observed.head(status.attempt.number) if status.finished else None
+    return bool(observed.anchors) or any(pod != stays or not pod.finished for pod in observed.pods)

@@ -1,0 +1,213 @@
+"""The objects that should exist, given a job and its status; and so what is missing, and what is surplus. Pure.
+
+Everything of attempt N of job J is named J-N or J-N-..., and belongs to the job, so that deleting the job deletes it all.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_api import API_VERSION, KIND, LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL_JOB_UID, LABEL_ROLE
+from finetune_api.reasons import Reason
+from finetune_api.report import REPORT_PORT
+from finetune_api.status import Status
+from finetune_operator.observed import Job, Observed, Pod
+from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
+from finetune_operator.settings import Settings
+from finetune_operator.times import later
+
+Manifest = dict[str, Any]
+
+ATTEMPT_KINDS = ("Secret", "Service", "NetworkPolicy", "ConfigMap")
+"""Objects of an attempt beside its pods, in the order in which they are removed. The ConfigMap is made first and removed last:
+while it exists the others may, and it is the one that is looked for (Secrets may not be listed)."""
+
+REPLACE_SECONDS = 10
+"""A worker pod that failed is made anew this long after it was made: one that fails at once must not be made without end."""
+OVERDUE_SECONDS = 60
+"""A pod still there this long after its grace is on a node that is gone: its object is removed without waiting for the node."""
+ORPHAN_GRACE_SECONDS = 10
+"""Grace of workers whose head has gone: there is nothing left for them to save."""
+METRICS_NAMESPACE_LABEL = {"finetune.dev/metrics": "true"}
+"""Namespaces that may read /metrics of the trainers, such as Prometheus's."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """An object that is to go."""
+
+    kind: str
+    name: str
+    uid: str | None = None
+    grace: int | None = None
+    """Seconds; None is the pod's own."""
+
+
+def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manifest, ...]:
+    """The manifests of the running attempt, in the order in which they are made; none between attempts and after the end."""
+    if job.spec is None or not status.attempt.running:
+        return ()
+    name = f"{job.name}-{status.attempt.number}"
+    labels = _labels(job, status.attempt.number)
+    image = status.resolved.trainer_image if status.resolved and status.resolved.trainer_image else settings.trainer_image
+    queue = {key: value for key, value in job.labels.items() if key.startswith("kueue.x-k8s.io/")}
+    head = ("head", head_pod(name, job.namespace, job.spec, image, settings))
+    workers = [("worker", worker_pod(name, job.namespace, index, job.spec, image, settings)) for index in range(status.workers_wanted)]
+    for role, pod in (head, *workers):
+        pod["metadata"]["labels"] = {**queue, **labels, LABEL_ROLE: role, "app.kubernetes.io/component": role}
+    objects: list[Manifest] = [
+        _config_map(job),
+        {"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "stringData": {TOKEN_KEY: settings.token(job.uid, status.attempt.number)}},
+        _service(labels),
+        _network_policy(job, settings),
+    ]
+    for manifest in objects:
+        manifest["metadata"] = {"name": name, "labels": dict(labels)}
+    manifests = (*objects, *(pod for _, pod in (head, *workers)))
+    for manifest in manifests:
+        manifest["metadata"] |= {"namespace": job.namespace, "ownerReferences": [_owner(job)]}
+    return manifests
+
+
+def missing(desired: Iterable[Manifest], status: Status, observed: Observed) -> tuple[Manifest, ...]:
+    """What of the desired objects is to be applied. The head pod is made after the attempt's other objects, so it tells that they exist.
+
+    Unless a pod cannot find the attempt's Secret or ConfigMap: then one of a deleted job of the same name was taken for it.
+    """
+    names = {pod.name for pod in observed.pods}
+    number = status.attempt.number
+    own = tuple(f'"{manifest["metadata"]["name"]}"' for manifest in desired if manifest["kind"] == "Secret")
+    head = observed.head(number)
+    lost = (
+        head is not None and head.waiting is not None and head.waiting.reason in _LOST and any(name in head.waiting.message for name in own)
+    )
+    complete = head is not None and number in observed.anchors and not lost
+    return tuple(m for m in desired if (m["metadata"]["name"] not in names if m["kind"] == "Pod" else not complete))
+
+
+_LOST = (Reason.SECRET_NOT_FOUND, Reason.CONFIG_MAP_NOT_FOUND)
+
+
+def surplus(
+    desired: Iterable[Manifest], job: Job, status: Status, observed: Observed, settings: Settings, now: datetime
+) -> tuple[Removal, ...]:
+    """What exists and should not, in the order in which it goes: pods, then what they need, the head before its workers."""
+    wanted = {manifest["metadata"]["name"] for manifest in desired if manifest["kind"] == "Pod"}
+    look = _Look(wanted, status, observed, settings, now)
+    pods = tuple(removal for pod in observed.pods if (removal := look.removal(pod)) is not None)
+    needed = {pod.attempt for pod in observed.alive} | ({status.attempt.number} if status.attempt.running else set())
+    idle = sorted(observed.anchors - needed)
+    return (*pods, *(Removal(kind, f"{job.name}-{number}") for number in idle for kind in ATTEMPT_KINDS))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What decides whether a pod goes."""
+
+    wanted: set[str]
+    status: Status
+    observed: Observed
+    settings: Settings
+    now: datetime
+
+    def removal(self, pod: Pod) -> Removal | None:
+        """How the pod goes; None where it stays, or is going."""
+        if pod.deletion is not None:
+            overdue = self.now > pod.deletion + timedelta(seconds=OVERDUE_SECONDS)
+            return Removal("Pod", pod.name, pod.uid, grace=0) if overdue else None
+        if pod.name in self.wanted:
+            worn_out = pod.role == "worker" and pod.finished and self.now >= pod.created + timedelta(seconds=REPLACE_SECONDS)
+            return Removal("Pod", pod.name, pod.uid) if worn_out else None
+        if self._stays(pod):
+            return None
+        return Removal("Pod", pod.name, pod.uid, grace=ORPHAN_GRACE_SECONDS if self._orphan(pod) else None)
+
+    def _stays(self, pod: Pod) -> bool:
+        """Pods that nothing wants, and that stay a while nevertheless."""
+        status = self.status
+        if pod.role == "worker":
+            # The head has them save a checkpoint before it goes; so it goes first.
+            return self._head_alive(pod.attempt) and not status.attempt.running and not self._succeeded
+        if pod.attempt != status.attempt.number or status.suspended_time is not None:
+            return False
+        if pod.finished:
+            return True  # Its log can be read, and it holds nothing.
+        return self._succeeded and self.now < later(status.completion_time or "", self.settings.grace_seconds)
+
+    def _orphan(self, pod: Pod) -> bool:
+        return pod.role == "worker" and not self._head_alive(pod.attempt)
+
+    def _head_alive(self, attempt: int) -> bool:
+        head = self.observed.head(attempt)
+        return head is not None and not head.finished
+
+    @property
+    def _succeeded(self) -> bool:
+        complete = self.status.condition("Complete")
+        return complete is not None and complete.status == "True"
+
+
+def _owner(job: Job) -> Manifest:
+    return {"apiVersion": API_VERSION, "kind": KIND, "name": job.name, "uid": job.uid, "controller": True, "blockOwnerDeletion": True}
+
+
+def _labels(job: Job, attempt: int) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/name": "finetune-trainer",
+        "app.kubernetes.io/instance": job.name,
+        "app.kubernetes.io/part-of": "finetune-operator",
+        "app.kubernetes.io/managed-by": "finetune-operator",
+        LABEL_JOB_NAME: job.name,
+        LABEL_JOB_UID: job.uid,
+        LABEL_ATTEMPT: str(attempt),
+    }
+
+
+def _config_map(job: Job) -> Manifest:
+    """The job as it runs, with every default in place."""
+    spec = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True) if job.spec else {}
+    meta = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
+    text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": spec}, indent=2)
+    return {"apiVersion": "v1", "kind": "ConfigMap", "data": {JOB_KEY: text}}
+
+
+def _service(labels: dict[str, str]) -> Manifest:
+    """Gives the pods names; a head must be found before it is ready."""
+    selector = {key: labels[key] for key in (LABEL_JOB_UID, LABEL_ATTEMPT)}
+    ports = [{"name": "ray", "port": RAY_PORT}, {"name": "report", "port": REPORT_PORT}]
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": selector, "ports": ports},
+    }
+
+
+def _network_policy(job: Job, settings: Settings) -> Manifest:
+    """In: the job's own pods; to the report and metrics port also the operator, and whoever reads metrics. Out: storage and hubs.
+
+    Ray's own ports are many and only in part behind its token, so nobody else may reach them. Cloud metadata services give
+    out the node's credentials, so no pod may reach those.
+    """
+    own = {"podSelector": {"matchLabels": {LABEL_JOB_UID: job.uid}}}
+    operator = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "finetune-operator"}},
+    }
+    metrics = {"namespaceSelector": {"matchLabels": METRICS_NAMESPACE_LABEL}}
+    dns = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+    outside = [
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16", "100.100.100.200/32"]}},
+        {"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128", "fe80::/10"]}},
+    ]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "spec": {
+            "podSelector": own["podSelector"],
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [own]}, {"from": [operator, metrics], "ports": [{"port": REPORT_PORT, "protocol": "TCP"}]}],
+            "egress": [{"to": [own]}, {"ports": dns}, {"to": outside}],
+        },
+    }

@@ -1,0 +1,206 @@
+"""The pods of an attempt: what they mount, may do and are told. Pure.
+
+They keep to the restricted Pod Security Standard, hold no API token, and see only the claims, ConfigMaps and Secrets that the job names.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from finetune_api.report import REPORT_PORT
+from finetune_api.v1alpha1 import ConfigMapSource, DataSource, Spec
+from finetune_operator.settings import Settings
+
+Manifest = dict[str, Any]
+
+RAY_PORT = 6379
+JOB_KEY = "job.json"
+TOKEN_KEY = "token"  # noqa: S105 - a key's name
+VOLUMES = "/mnt/finetune"
+JOB_FOLDER = "/etc/finetune/job"
+TOKEN_FOLDER = "/etc/finetune/token"  # noqa: S105 - a folder
+HOME = "/home/finetune"
+TERMINATION_LOG = "/dev/termination-log"
+USER = 10001
+SHM_LIMIT = "2Gi"
+"""Most that Ray and NCCL may put into /dev/shm; it counts as the container's memory once it is used."""
+TMP_LIMIT = "20Gi"
+HOSTNAME_MAX = 63
+UNREACHABLE_SECONDS = 60
+"""How long a pod is waited for whose node does not answer; Kubernetes' own 300 s would hold up the whole training."""
+DRAIN_MARGIN_SECONDS = 30
+"""Ray gets this much less than the pod's grace to drain a node."""
+WORKER_REQUESTS: Mapping[str, str] = {"cpu": "500m", "memory": "2Gi"}
+"""Requests of a worker whose job does not name them."""
+
+
+def head_pod(name: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
+    """The head of an attempt: runs the stages, needs no GPU."""
+    sizes = {"cpu": settings.head_cpu, "memory": settings.head_memory}
+    container = _container("head", name, namespace, spec, image, settings)
+    container |= {
+        "resources": {"requests": sizes, "limits": sizes},
+        "ports": [{"name": "report", "containerPort": REPORT_PORT}],
+        "readinessProbe": {
+            "httpGet": {"path": "/healthz", "port": "report"},
+            "periodSeconds": 2,
+            "timeoutSeconds": 2,
+            "failureThreshold": 3,
+        },
+    }
+    return _pod(f"{name}-head", name, container, spec, settings)
+
+
+def worker_pod(name: str, namespace: str, index: int, spec: Spec, image: str, settings: Settings) -> Manifest:
+    """One worker of an attempt: holds the GPUs."""
+    limits = dict(spec.compute.resources_per_worker)
+    container = _container("worker", name, namespace, spec, image, settings)
+    container["resources"] = {"requests": {**WORKER_REQUESTS, **limits}, "limits": limits}
+    pod = _pod(f"{name}-worker-{index}", name, container, spec, settings)
+    if spec.compute.node_selector:
+        pod["spec"]["nodeSelector"] = dict(spec.compute.node_selector)
+    asked = [toleration.model_dump(mode="json", by_alias=True, exclude_none=True) for toleration in spec.compute.tolerations]
+    pod["spec"]["tolerations"] = asked + [each for each in pod["spec"]["tolerations"] if each["key"] not in [a.get("key") for a in asked]]
+    return pod
+
+
+def _pod(pod_name: str, attempt_name: str, container: Manifest, spec: Spec, settings: Settings) -> Manifest:
+    secrets = [{"name": name} for name in settings.image_pull_secrets]
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": pod_name},
+        "spec": {
+            # Only the head is looked up by name; a worker of a long-named job's hundredth attempt would not fit.
+            "hostname": pod_name[:HOSTNAME_MAX].rstrip("-"),
+            "subdomain": attempt_name,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": settings.grace_seconds,
+            "serviceAccountName": settings.service_account,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            **({"imagePullSecrets": secrets} if secrets else {}),
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER,
+                "runAsGroup": USER,
+                "fsGroup": USER,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "tolerations": [
+                {
+                    "key": f"node.kubernetes.io/{state}",
+                    "operator": "Exists",
+                    "effect": "NoExecute",
+                    "tolerationSeconds": UNREACHABLE_SECONDS,
+                }
+                for state in ("not-ready", "unreachable")
+            ],
+            "containers": [container],
+            "volumes": [volume for volume, _ in _volumes(attempt_name, spec)],
+        },
+    }
+
+
+def _toleration(state: str) -> Manifest:
+    return {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": UNREACHABLE_SECONDS}
+
+
+def _container(role: str, name: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
+    return {
+        "name": role,
+        "image": image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["python", "-m", "finetune_trainer", role],
+        "env": [{"name": key, "value": value} for key, value in _env(name, namespace, settings).items()],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [mount for _, mount in _volumes(name, spec)],
+    }
+
+
+def _env(name: str, namespace: str, settings: Settings) -> dict[str, str]:
+    token_file = f"{TOKEN_FOLDER}/{TOKEN_KEY}"
+    return {
+        "FINETUNE_JOB_FILE": f"{JOB_FOLDER}/{JOB_KEY}",
+        "FINETUNE_ATTEMPT": name.rsplit("-", 1)[1],
+        "FINETUNE_TOKEN_FILE": token_file,
+        "FINETUNE_HEAD_HOST": f"{name}-head.{name}.{namespace}.svc",
+        "FINETUNE_RAY_PORT": str(RAY_PORT),
+        "FINETUNE_REPORT_PORT": str(REPORT_PORT),
+        "FINETUNE_VOLUMES": VOLUMES,
+        "FINETUNE_TERMINATION_LOG": TERMINATION_LOG,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": token_file,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(max(settings.grace_seconds - DRAIN_MARGIN_SECONDS, 1)),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HOME": HOME,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _volumes(name: str, spec: Spec) -> list[tuple[Manifest, Manifest]]:
+    """Each volume with its mount: what every pod has, then what the job names."""
+    return [
+        _mounted("job", {"configMap": {"name": name}}, JOB_FOLDER, read_only=True),
+        _mounted("token", {"secret": {"secretName": name, "defaultMode": 0o440}}, TOKEN_FOLDER, read_only=True),
+        _mounted("home", {"emptyDir": {}}, HOME),
+        _mounted("tmp", {"emptyDir": {"sizeLimit": TMP_LIMIT}}, "/tmp"),  # noqa: S108 - the pod's own
+        _mounted("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": SHM_LIMIT}}, "/dev/shm"),  # noqa: S108 - the pod's own
+        *_named_volumes(spec),
+    ]
+
+
+def _named_volumes(spec: Spec) -> Iterable[tuple[Manifest, Manifest]]:
+    """The claims, ConfigMaps (only the keys) and Secrets that the job names; a claim is writable only where the output is."""
+    storage = _claim(spec.output.storage)
+    for number, claim in enumerate(claims_of(spec)):
+        source = {"persistentVolumeClaim": {"claimName": claim}}
+        yield _mounted(f"claim-{number}", source, f"{VOLUMES}/claims/{claim}", read_only=claim != storage)
+    for number, (config_map, keys) in enumerate(sorted(_config_maps(spec).items())):
+        items = [{"key": key, "path": key} for key in sorted(keys)]
+        yield _mounted(
+            f"configmap-{number}", {"configMap": {"name": config_map, "items": items}}, f"{VOLUMES}/configmaps/{config_map}", read_only=True
+        )
+    for number, secret in enumerate(secrets_of(spec)):
+        source = {"secret": {"secretName": secret, "defaultMode": 0o440}}
+        yield _mounted(f"secret-{number}", source, f"{VOLUMES}/secrets/{secret}", read_only=True)
+
+
+def claims_of(spec: Spec) -> tuple[str, ...]:
+    """The PersistentVolumeClaims that a job names, sorted."""
+    uris = [spec.model.source, spec.output.storage, *(source.source for source in _data(spec))]
+    return tuple(sorted({claim for uri in uris if (claim := _claim(uri))}))
+
+
+def secrets_of(spec: Spec) -> tuple[str, ...]:
+    """The Secrets that a job names, sorted."""
+    references = [spec.model.secret_ref, spec.output.secret_ref, *(source.secret_ref for source in _data(spec))]
+    return tuple(sorted({reference.name for reference in references if reference}))
+
+
+def _config_maps(spec: Spec) -> dict[str, set[str]]:
+    named: list[ConfigMapSource] = [source.config_map for source in _data(spec) if source.config_map]
+    return {name: {source.key for source in named if source.name == name} for name in {source.name for source in named}}
+
+
+def _data(spec: Spec) -> tuple[DataSource, ...]:
+    sources = (spec.data.train, spec.data.validation.data_source(), spec.data.test)
+    return tuple(source for source in sources if source is not None)
+
+
+def _claim(uri: str | None) -> str | None:
+    """The claim in pvc://claim/path."""
+    return uri.removeprefix("pvc://").split("/", 1)[0] if uri and uri.startswith("pvc://") else None
+
+
+def _mounted(name: str, source: Manifest, path: str, *, read_only: bool = False) -> tuple[Manifest, Manifest]:
+    mount = {"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})}
+    return {"name": name, **source}, mount

@@ -1,0 +1,99 @@
+"""Whose turn it is: a queue of keys, each worked on by one worker at a time, so that a job's reconciles never overlap.
+
+A key that is added while it is worked on has another turn afterwards; one that waits already is not queued twice. Work that raises
+has another turn after a wait that doubles each time.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from finetune_operator.port import JobKey
+
+BACKOFF_SECONDS = 1.0
+"""Wait after the first error of a key."""
+BACKOFF_MAX_SECONDS = 120.0
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[JobKey], Awaitable[float | None]]
+"""One turn of a key; returns the seconds until its next turn, or None where only `add` brings one."""
+
+
+class Queue:
+    """The keys that wait, now or for a later time. All methods belong to the thread of the event loop."""
+
+    def __init__(self, work: Work, max_concurrent: int) -> None:
+        self._work = work
+        self._max_concurrent = max_concurrent
+        self._ready: asyncio.Queue[JobKey] = asyncio.Queue()
+        self._waiting: set[JobKey] = set()
+        self._running: set[JobKey] = set()
+        self._again: set[JobKey] = set()
+        self._timers: dict[JobKey, asyncio.TimerHandle] = {}
+        self._errors: dict[JobKey, int] = {}
+
+    def __len__(self) -> int:
+        """Keys that wait for a free worker."""
+        return len(self._waiting)
+
+    def add(self, key: JobKey, delay: float = 0.0) -> None:
+        """Give the key a turn, `delay` seconds from now. Of several delays the shortest counts."""
+        if delay > 0:
+            self._add_later(key, delay)
+            return
+        if timer := self._timers.pop(key, None):
+            timer.cancel()
+        if key in self._running:
+            self._again.add(key)
+        elif key not in self._waiting:
+            self._waiting.add(key)
+            self._ready.put_nowait(key)
+
+    async def run(self) -> None:
+        """Give turns until cancelled. Turns that are being taken then are cancelled too: work must be safe to cut short."""
+        try:
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(self._max_concurrent):
+                    workers.create_task(self._give_turns())
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
+            self._timers.clear()
+
+    async def _give_turns(self) -> None:
+        while True:
+            key = await self._ready.get()
+            self._waiting.discard(key)
+            self._running.add(key)
+            try:
+                delay = await self._turn(key)
+            finally:
+                self._running.discard(key)
+            again = key in self._again
+            self._again.discard(key)
+            # After an error even an event waits: it would find the same error.
+            if again and key not in self._errors:
+                self.add(key)
+            elif delay is not None:
+                self.add(key, delay)
+
+    async def _turn(self, key: JobKey) -> float | None:
+        try:
+            delay = await self._work(key)
+        except Exception as error:  # whatever it was, it must not end the other jobs' turns
+            errors = self._errors[key] = self._errors.get(key, 0) + 1
+            delay = min(BACKOFF_SECONDS * 2.0 ** min(errors - 1, 16), BACKOFF_MAX_SECONDS)
+            log.warning("%s/%s failed and is tried again in %g s: %s", key.namespace, key.name, delay, error, exc_info=True)
+            return delay
+        self._errors.pop(key, None)
+        return delay
+
+    def _add_later(self, key: JobKey, delay: float) -> None:
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        if timer is not None and timer.when() <= loop.time() + delay:
+            return
+        if timer is not None:
+            timer.cancel()
+        self._timers[key] = loop.call_later(delay, self.add, key)

@@ -1,0 +1,49 @@
+"""What the trainer says, as part of the status. Pure."""
+
+from finetune_api.report import Report
+from finetune_api.status import Progress, Resolved, Stage, StageName, Status, Usage
+from finetune_api.v1alpha1 import Spec
+
+
+def with_report(status: Status, report: Report, spec: Spec) -> Status:
+    """The status with what the current attempt says of itself. A termination message may be cut down: what it leaves out stays."""
+    shown = status.progress or Progress()
+    lost_steps = max(status.attempt.lost_steps, status.attempt.earlier_lost_steps + report.lost_steps)
+    return status.model_copy(
+        update={
+            "stages": report.stages or status.stages,
+            # The head is a tenant's pod: it gets no more workers than the job's spec says.
+            "workers_wanted": 0 if report.outcome else min(report.workers_wanted, spec.compute.workers.max),
+            "resolved": _resolved(status.resolved, report.resolved),
+            "data": report.data or status.data,
+            "progress": (report.progress or shown).model_copy(update={"last_update_time": shown.last_update_time}),
+            "metrics": report.metrics or status.metrics,
+            "checkpoints": report.checkpoints or status.checkpoints,
+            "evaluation": report.evaluation or status.evaluation,
+            "artifacts": report.artifacts or status.artifacts,
+            "usage": _usage(status, report.usage),
+            "attempt": status.attempt.model_copy(update={"lost_steps": lost_steps}),
+        }
+    )
+
+
+def _resolved(known: Resolved | None, said: Resolved | None) -> Resolved | None:
+    """What is said replaces what was known, but for the image: the operator chose that."""
+    if said is None:
+        return known
+    merged = {**(known.to_json() if known else {}), **said.to_json(), "trainerImage": known.trainer_image if known else None}
+    return Resolved.model_validate(merged)
+
+
+def _usage(status: Status, said: Usage | None) -> Usage | None:
+    """A report counts its whole attempt each time: what earlier attempts used is added to it, not to the sum."""
+    if said is None:
+        return status.usage
+    earlier = status.earlier_usage or Usage()
+    return Usage(gpu_seconds=earlier.gpu_seconds + said.gpu_seconds, trained_tokens=earlier.trained_tokens + said.trained_tokens)
+
+
+def current_stage(stages: tuple[Stage, ...]) -> StageName | None:
+    """The stage that a job is in: the one that runs, else the last that it came to."""
+    begun = [stage for stage in stages if stage.state != "Pending"]
+    return next((stage.name for stage in begun if stage.state == "Running"), begun[-1].name if begun else None)

@@ -1,0 +1,58 @@
+"""The Events between two statuses of a job: what `kubectl describe` tells of its way. Pure."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Literal
+
+from finetune_api.reasons import ADVICE, Reason
+from finetune_api.status import Status
+from finetune_operator.observed import Job
+from finetune_operator.port import Event
+
+Told = tuple[Literal["Normal", "Warning"], str, str]
+"""Type, reason and message."""
+
+
+def events_between(job: Job, before: Status, after: Status) -> tuple[Event, ...]:
+    """One Event for each transition. Its name follows from job, attempt and what it tells, so that two operators tell it once."""
+    return tuple(_event(job, after, told) for told in dict.fromkeys(_told(before, after)))
+
+
+def _event(job: Job, status: Status, told: Told) -> Event:
+    digest = hashlib.sha256("|".join((job.uid, str(status.attempt.number), *told)).encode()).hexdigest()[:16]
+    return Event(f"{job.name}.{digest}", *told)
+
+
+def _told(before: Status, after: Status) -> Iterable[Told]:
+    old, new = before.attempt, after.attempt
+    if new.failures > old.failures and after.failure and not after.finished:
+        yield "Warning", after.failure.reason, f"attempt {old.number} failed: {after.failure.message}"
+    if new.preemptions > old.preemptions:
+        yield "Warning", new.end_reason or Reason.PREEMPTED, f"attempt {old.number} was taken away: {new.end_message}"
+    if new.number > old.number:
+        resumed = before.suspended_time is not None
+        reason = Reason.ACCEPTED if new.number == 1 else Reason.RESUMED if resumed else Reason.RETRYING
+        yield "Normal", reason, f"attempt {new.number} begins"
+    elif _workers_lost(before, after):
+        yield "Warning", Reason.WORKERS_LOST, _words(after, "WorkersReady")
+    now = _reason(after)
+    if now and now != _reason(before) and now not in _TOLD_OTHERWISE:
+        yield "Warning" if now in ADVICE else "Normal", now, _words(after, "Ready")
+
+
+_TOLD_OTHERWISE = (Reason.RETRYING, Reason.RESUMED, Reason.PENDING)
+
+
+def _reason(status: Status) -> str:
+    ready = status.condition("Ready")
+    return ready.reason if ready else ""
+
+
+def _words(status: Status, kind: Literal["Ready", "WorkersReady"]) -> str:
+    condition = status.condition(kind)
+    return condition.message if condition else ""
+
+
+def _workers_lost(before: Status, after: Status) -> bool:
+    old, new = before.condition("WorkersReady"), after.condition("WorkersReady")
+    return old is not None and new is not None and old.status == "True" and new.status == "False"

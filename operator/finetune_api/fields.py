@@ -1,9 +1,20 @@
 """Base models and bounded field types. Every string, list and map is bounded, so that CEL's cost stays within the API server's limit."""
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+)
 from pydantic.alias_generators import to_camel
 
 LOCAL_RUN = {"local": True}
@@ -80,31 +91,44 @@ def is_local(info: ValidationInfo) -> bool:
     return bool(info.context and info.context.get("local"))
 
 
+def described(what: str) -> WrapValidator:
+    """Says what a value must be in words, where its bounds and patterns would say it in signs."""
+
+    def validate(value: object, check_value: Callable[[object], object]) -> object:
+        try:
+            return check_value(value)
+        except ValidationError:
+            raise ValueError(f"must be {what}") from None
+
+    return WrapValidator(validate)
+
+
+def _text(pattern: str, most: int, what: str, least: int = 1) -> Any:  # noqa: ANN401 - an annotation
+    """A string of a pattern and a length."""
+    return Annotated[
+        str, StringConstraints(min_length=least, max_length=most, pattern=pattern), described(f"{what}, at most {most} characters")
+    ]
+
+
 _LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-NAME_PATTERN = rf"^{_LABEL}(\.{_LABEL})*$"
-"""A Kubernetes object name (DNS subdomain, RFC 1123)."""
-
-ObjectName = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=NAME_PATTERN)]
-ConfigMapKey = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[-_a-zA-Z0-9][-._a-zA-Z0-9]*$")]
-Revision = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$")]
-ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
-ModulePattern = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.*-]+$")]
-
+_SUBDOMAIN = rf"{_LABEL}(\.{_LABEL})*"
 _WORD = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=317, pattern=rf"^({_LABEL}(\.{_LABEL})*/)?{_WORD}$")]
-LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=rf"^({_WORD})?$")]
-ResourceName = Annotated[
-    str,
-    StringConstraints(
-        min_length=1,
-        max_length=317,
-        pattern=rf"^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMGT]i|{_LABEL}(\.{_LABEL})*/{_WORD})$",
-    ),
-]
-"""A resource as a container asks for it: one of Kubernetes' own, or domain/name."""
+LABEL_PATTERN = f"^{_LABEL}$"
+"""A DNS label (RFC 1123)."""
+RESOURCE_PATTERN = rf"^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMGT]i|{_SUBDOMAIN}/{_WORD})$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
+
+ObjectName = _text(rf"^{_SUBDOMAIN}$", 253, "the name of a Kubernetes object (lower-case letters, digits, inner hyphens and dots)")
+ConfigMapKey = _text(r"^[-_a-zA-Z0-9][-._a-zA-Z0-9]*$", 253, "a ConfigMap's key (letters, digits, -, _ and .)")
+Revision = _text(r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$", 128, "a branch, tag or commit (quote one that reads as a number)")
+ColumnName = _text(r"^[^\x00-\x1f]+$", 128, "a column's name, without control characters")
+ModulePattern = _text(r"^[A-Za-z0-9_.*-]+$", 128, "a module's name (letters, digits, _, ., - and *)")
+LabelKey = _text(rf"^({_SUBDOMAIN}/)?{_WORD}$", 317, "a label's key: name, or domain/name with a name of at most 63 characters")
+LabelValue = _text(rf"^({_WORD})?$", 63, "a label's value (a string of letters, digits, inner -, _ and .)", least=0)
+ResourceName = _text(RESOURCE_PATTERN, 317, "cpu, memory, ephemeral-storage, hugepages-SIZE or a device such as nvidia.com/gpu")
 Quantity = Annotated[
     Annotated[int, Field(ge=0, le=2**53)] | Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=QUANTITY_PATTERN)],
+    described("a quantity: a whole number, or a string such as 500m, '1.5' or 64Gi"),
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]
 
@@ -113,7 +137,7 @@ _SEGMENT = r"\.?[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]*"
 _PATH = rf"(/{_SEGMENT})*/?"
 _HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _S3 = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]{_PATH}"
-_PVC = rf"pvc://{_LABEL}(\.{_LABEL})*{_PATH}"
+_PVC = rf"pvc://{_SUBDOMAIN}{_PATH}"
 MODEL_URI = rf"^(hf://{_HUB_NAME}|{_S3}|{_PVC})$"
 DATA_URI = rf"^(hf://datasets/{_HUB_NAME}{_PATH}|{_S3}|{_PVC})$"
 STORAGE_URI = rf"^({_S3}|{_PVC})$"
@@ -132,7 +156,7 @@ def _uri(pattern: str, forms: str) -> Any:  # noqa: ANN401 - an annotation
         if is_local(info) and re.fullmatch(FILE_URI, value):
             return value
         if not re.fullmatch(pattern, value):
-            raise ValueError(f"must be {forms}{' or file://path' if is_local(info) else ''}, not {value!r}")
+            raise ValueError(f"must be {forms}{' or file://path' if is_local(info) else ''}")
         return value
 
     validations: list[JsonValue] = [dict(NO_PARENT_PATH)]

@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_camel
 from finetune_api import JOB_NAME_MAX
 from finetune_api.compute import Compute, Toleration, Workers
 from finetune_api.fields import (
+    LABEL_PATTERN,
     LOCAL_RUN,
     ColumnName,
     LabelKey,
@@ -22,6 +23,7 @@ from finetune_api.fields import (
     SpecModel,
     check,
     check_exactly_one,
+    described,
     exactly_one,
     rule,
     rules,
@@ -57,7 +59,7 @@ __all__ = [
 _COLUMNS_FIT_FORMAT = rule(
     "self.format == 'auto' || self.columns.all(key, "
     "self.format == 'promptCompletion' ? key in ['prompt', 'completion'] : key == self.format)",
-    "columns names fields of another format",
+    "columns may only rename fields of data.format",
 )
 
 
@@ -165,6 +167,7 @@ class Training(SpecModel):
     With packing a sequence is a filled row of maxSequenceLength tokens."""
     micro_batch_size: Annotated[
         Annotated[int, Field(ge=1, le=4096)] | Literal["auto"],
+        described("an integer from 1 to 4096, or auto"),
         Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
     ] = "auto"
     """Sequences that a worker holds in memory at once, or auto."""
@@ -256,8 +259,7 @@ class Spec(SpecModel):
         return self
 
 
-JOB_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-"""A DNS label: the names of the job's Services follow from its own."""
+_JOB_NAME = f"a DNS label (lower-case letters, digits and inner hyphens), at most {JOB_NAME_MAX} characters"
 
 
 class ObjectMeta(BaseModel):
@@ -265,7 +267,7 @@ class ObjectMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=to_camel, populate_by_name=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=JOB_NAME_MAX, pattern=JOB_NAME_PATTERN)]
+    name: Annotated[str, Field(min_length=1, max_length=JOB_NAME_MAX, pattern=LABEL_PATTERN), described(_JOB_NAME)]
     namespace: str = "default"
     uid: str = ""
     generation: int = 1

@@ -60,14 +60,18 @@ def read_manifests(text: str) -> list[Manifest]:
 
 
 def explain(error: ValidationError, manifest: Manifest | None = None) -> list[str]:
-    """What is wrong, a line of text for each field: "line 9: spec.training.learningRate: must be larger than 0, not -1"."""
+    """What is wrong, a line of text for each field: "line 9: spec.training.epochs: must be at least 1, not 0"."""
     found: dict[Path, list[str]] = {}
     for detail in error.errors(include_url=False):
         path = _path(detail["loc"])
+        # A list whose items are at fault is also counted as too short.
+        inner_fault = detail["type"] == "too_short" and any(other[: len(path)] == path for other in found)
         message = _message(detail, path)
-        if message not in found.setdefault(path, []):
+        if message.endswith("must be set"):
+            message += _null_hint(manifest, path)
+        if not inner_fault and message not in found.setdefault(path, []):
             found[path].append(message)
-    return [_at(path, manifest) + " or ".join(messages) for path, messages in found.items()]
+    return [_at(path, manifest) + ", or ".join(messages) for path, messages in found.items()]
 
 
 # Reading. kubectl's YAML is 1.1 with JSON's exponents: these are the rules of sigs.k8s.io/yaml.
@@ -220,6 +224,16 @@ _WANTED = {
     "tuple_type": "a list",
     "list_type": "a list",
 }
+_BOUNDS = {
+    "greater_than": ("gt", "be larger than"),
+    "greater_than_equal": ("ge", "be at least"),
+    "less_than": ("lt", "be smaller than"),
+    "less_than_equal": ("le", "be at most"),
+    "too_long": ("max_length", "have no more entries than"),
+    "too_short": ("min_length", "have entries, at least"),
+    "string_too_long": ("max_length", "have no more characters than"),
+    "string_too_short": ("min_length", "have characters, at least"),
+}
 
 
 def _path(loc: tuple[str | int, ...]) -> Path:
@@ -228,20 +242,21 @@ def _path(loc: tuple[str | int, ...]) -> Path:
 
 
 def _message(detail: ErrorDetails, path: Path) -> str:
-    kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
+    kind, given, bounds = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
         return "unknown field" + _suggestion(path)
     if kind in _WANTED:
-        quoted = isinstance(given, str) and kind in ("int_type", "float_type", "bool_type")
-        return f"must be {_WANTED[kind]}, not {_shown(given)}" + ("; remove the quotes" if quoted and _plain(given) else "")
+        quoted = isinstance(given, str) and kind in ("int_type", "float_type", "bool_type") and _plain(given)
+        return f"must be {_WANTED[kind]}, not {_shown(given)}" + ("; remove the quotes" if quoted else "")
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return f"must {words} {bounds[name]}{'' if isinstance(given, (dict, list)) else f', not {_shown(given)}'}"
     if kind == "literal_error":
-        return f"must be one of {context['expected']}, not {_shown(given)}"
-    if kind == "value_error":
-        return str(context["error"])
-    message = detail["msg"].removeprefix("Input ").removeprefix("String ").replace("should ", "must ", 1)
-    return f"{message}, not {_shown(given)}" if isinstance(given, (str, int, float)) else message
+        return f"must be {'one of ' if ' or ' in bounds['expected'] else ''}{bounds['expected']}, not {_shown(given)}"
+    message = str(bounds["error"]) if kind == "value_error" else detail["msg"]
+    return f"{message}, not {_shown(given)}" if message.startswith("must be ") else message
 
 
 def _plain(text: str) -> bool:
@@ -258,10 +273,22 @@ def _shown(value: object) -> str:
 
 def _suggestion(path: Path) -> str:
     known = fields_at(path[:-1])
-    close = get_close_matches(str(path[-1]), known, n=1)
+    close = get_close_matches(str(path[-1]), known, n=1, cutoff=0.7)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _null_hint(manifest: Manifest | None, path: Path) -> str:
+    """A key without a value is null, which is as if it were absent; people mean the defaults."""
+    value: object = manifest
+    for part in path:
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+    names = [name for name, item in value.items() if item is None] if isinstance(value, dict) else []
+    return f"; {names[0]} has no value here: write `{names[0]}: {{}}` for its defaults" if names else ""
 
 
 def fields_at(path: Path) -> tuple[str, ...]:

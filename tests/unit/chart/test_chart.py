@@ -7,7 +7,10 @@ import helm_python
 import pytest
 import yaml
 
+from finetune_api.status import Attempt, Status
 from finetune_operator.cluster import required_lease_rules, required_rules
+from finetune_operator.observed import job_from
+from finetune_operator.plan import desired_objects
 from finetune_operator.settings import Settings, settings_from
 
 ROOT = Path(__file__).parents[3]
@@ -310,6 +313,32 @@ def test_service_and_monitors_select_the_pods_they_mean(chart: helm_python.Chart
     assert monitor["spec"]["endpoints"][0]["port"] in [port["name"] for port in one(objects, "Service")["spec"]["ports"]]
     assert one(objects, "PodMonitor")["spec"]["namespaceSelector"] == {"matchNames": ["team-a", "team-b"]}
     assert one(render(chart, {"metrics": {"podMonitor": {"enabled": True}}}), "PodMonitor")["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_pod_monitor_finds_the_heads_of_jobs(chart: helm_python.Chart) -> None:
+    status = Status(attempt=Attempt(number=1))
+    manifest = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "j", "namespace": "n", "uid": "u"},
+        "spec": {
+            "model": {"source": "pvc://claim/model"},
+            "data": {"train": {"source": "pvc://claim/train.jsonl"}},
+            "method": {"lora": {}},
+            "output": {"storage": "pvc://claim/out"},
+        },
+    }
+    (head,) = of_kind(list(desired_objects(job_from(manifest), status, Settings())), "Pod")
+    monitor = one(render(chart, EVERYTHING), "PodMonitor")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= head["metadata"]["labels"].items()
+    assert monitor["podMetricsEndpoints"][0]["port"] in [port["name"] for port in head["spec"]["containers"][0]["ports"]]
+
+
+def test_network_policies_of_jobs_let_the_operator_in(chart: helm_python.Chart) -> None:
+    # The policy names the operator by this label, whatever the release is called (finetune_operator.plan).
+    for values in {}, EVERYTHING:
+        labels = one(render(chart, values), "Deployment")["spec"]["template"]["metadata"]["labels"]
+        assert labels["app.kubernetes.io/name"] == "finetune-operator"
 
 
 @pytest.mark.parametrize(

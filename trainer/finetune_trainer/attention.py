@@ -63,7 +63,7 @@ def flat_attention(  # noqa: PLR0913, PLR0917 - the signature that transformers 
     assert document_lengths is not None  # noqa: S101 - checked above
     if _has_kernel(query, key, value) and document_bounds is not None and not dropout:
         return _by_kernel(query, key, value, scaling, sliding_window, max(document_lengths), document_bounds), None
-    parts = zip(*(torch.split(tensor, document_lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [_one_document(*part, dropout=dropout, scaling=scaling, window=sliding_window) for part in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 

@@ -100,7 +100,9 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
     Raises JobError (ModelInvalid) where weights are missing or damaged.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one line for each percent in a pod's log
     method = method_for(job.spec.method)
     precision = precision_for(job.spec.training.precision, device)
     try:

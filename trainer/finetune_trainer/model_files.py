@@ -64,6 +64,7 @@ def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bo
 
 def _from_hub(source: ModelSource, revision: str | None, token: str | None, cache: Path, *, weights: bool) -> ModelFiles:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one line for each percent in a pod's log
     from huggingface_hub import HfApi, snapshot_download
 
     name = source.source.removeprefix("hf://")

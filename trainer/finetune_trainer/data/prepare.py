@@ -93,7 +93,8 @@ def _read_split(
         raise JobError(Reason.DATASET_INVALID, _faults_message(field, faults, number_of_faults))
     _check_lengths(field, kept, longest)
     if rejected:
-        log.warning("%s: %d examples hold no label within maxSequenceLength and are left out, first %s", field, len(rejected), rejected[0].place)
+        message = "%s: %d examples hold no label within maxSequenceLength and are left out, like %s"
+        log.warning(message, field, len(rejected), rejected[0].place)
     if not kept:
         raise JobError(
             Reason.DATASET_INVALID,

@@ -32,7 +32,7 @@ class Lora:
             r=self.spec.rank,
             lora_alpha=self.spec.alpha,
             lora_dropout=self.spec.dropout,
-            target_modules=_targets(model, self.spec.target_modules),
+            target_modules=target_modules(model, self.spec.target_modules),
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -59,29 +59,32 @@ class Lora:
         return "adapter"
 
 
-def _targets(model: torch.nn.Module, patterns: tuple[str, ...]) -> str | list[str]:
-    """What PEFT is to look for: its shorthand, or the full names of the modules that the patterns name.
+def target_modules(model: torch.nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the modules that get an update, as short as they can be: the last part where it means no other module.
 
-    A pattern is the end of a module's name (q_proj, self_attn.q_proj) and may hold `*`. Raises JobError naming a pattern without a module.
+    A pattern is the end of a module's name (q_proj, self_attn.q_proj) and may hold `*`; all-linear stands for every linear layer but the
+    output layer. Raises JobError naming a pattern that means no module.
     """
-    if patterns == (ALL_LINEAR,):
-        return ALL_LINEAR
-    if ALL_LINEAR in patterns:
-        raise JobError(Reason.INVALID_SPEC, f"method.lora.targetModules: {ALL_LINEAR} stands alone or not at all")
     names = [name for name, _ in model.named_modules() if name]
-    found: list[str] = []
+    found: set[str] = set()
     for pattern in patterns:
         expression = re.compile(r"(.*\.)?" + re.escape(pattern).replace(r"\*", ".*"))
-        matches = [name for name in names if expression.fullmatch(name)]
+        linear = _linear_layers(model)
+        matches = linear if pattern == ALL_LINEAR else [name for name in names if expression.fullmatch(name)]
         if not matches:
-            problem = f"method.lora.targetModules: no module is called {pattern}; there are {_linear_names(model)}"
-            raise JobError(Reason.MODEL_INVALID, problem)
-        found += matches
-    return sorted(set(found))
+            there_are = ", ".join(sorted({_last_part(name) for name in linear})[:20]) or "no linear layers"
+            raise JobError(Reason.MODEL_INVALID, f"method.lora.targetModules: no module is called {pattern}; there are {there_are}")
+        found.update(matches)
+    ambiguous = {_last_part(name) for name in names if name not in found}
+    return sorted({name if _last_part(name) in ambiguous else _last_part(name) for name in found})
 
 
-def _linear_names(model: torch.nn.Module) -> str:
-    """The last parts of the linear layers' names, for a message."""
-    modules = [(name, type(module).__name__) for name, module in model.named_modules()]
-    names = {name.rpartition(".")[2] for name, kind in modules if kind in ("Linear", "Conv1D")}
-    return ", ".join(sorted(names)[:20]) or "no linear layers"
+def _linear_layers(model: torch.nn.Module) -> list[str]:
+    """Names of the linear layers but the output layer's. Conv1D is GPT-2's name for a linear layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    modules = model.named_modules()
+    return [name for name, module in modules if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head]
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -92,7 +92,7 @@ def _section(path: str, schema: dict[str, Any]) -> list[str]:
         required = schema.get("required", [])
         lines += [_row(name, field, required=name in required) for name, field in fields.items()]
         lines.append("")
-    rules = [rule["message"] for rule in schema.get("x-kubernetes-validations", [])]
+    rules = [rule["message"] for rule in schema.get("x-kubernetes-validations", []) if not rule["message"].endswith("is immutable")]
     if rules:
         lines += ["Rules:", "", *(f"- {message}" for message in rules), ""]
     for name, field in fields.items():
@@ -118,6 +118,9 @@ def _row(name: str, schema: dict[str, Any], *, required: bool) -> str:
 def _default(schema: dict[str, Any]) -> str:
     if "default" not in schema:
         return ""
+    fields = _fields(schema)
+    if fields and all(fields[name].get("default") == value for name, value in schema["default"].items()):
+        return "*below*"
     flow = yaml.safe_dump(schema["default"], default_flow_style=True, width=10_000, sort_keys=False)
     return f"`{_cell(flow.removesuffix('...' + chr(10)).strip())}`"
 
@@ -139,13 +142,12 @@ def _bounds(schema: dict[str, Any]) -> Iterator[str]:
         yield f"{'>' if schema.get('exclusiveMinimum') else '≥'} {schema['minimum']}"
     if "maximum" in schema:
         yield f"{'<' if schema.get('exclusiveMaximum') else '≤'} {schema['maximum']}"
-    if "pattern" in schema:
+    # A URI's pattern is long, and its description says the same in words.
+    if len(schema.get("pattern", "")) in range(1, 80):
         yield f"matches `{schema['pattern']}`"
     for key, unit in (("Length", "characters"), ("Items", "items"), ("Properties", "entries")):
-        if f"min{key}" in schema:
-            yield f"at least {schema[f'min{key}']} {unit}"
         if f"max{key}" in schema:
-            yield f"at most {schema[f'max{key}']} {unit}"
+            yield f"{schema.get(f'min{key}', 0)} to {schema[f'max{key}']} {unit}"
     inner = schema.get("items") or schema.get("additionalProperties")
     if inner and "properties" not in inner:
         yield from (f"each {bound}" for bound in _bounds(inner))

@@ -77,7 +77,8 @@ def explain(error: ValidationError, manifest: Manifest | None = None) -> list[st
 # Reading. kubectl's YAML is 1.1 with JSON's exponents: these are the rules of sigs.k8s.io/yaml.
 
 _PREFIX = "tag:yaml.org,2002:"
-_NULL, _BOOL, _INT, _FLOAT, _STR, _MERGE = (_PREFIX + name for name in ("null", "bool", "int", "float", "str", "merge"))
+_NULL, _BOOL, _INT, _FLOAT, _STR = (_PREFIX + name for name in ("null", "bool", "int", "float", "str"))
+_MERGE, _MAP, _SEQ = (_PREFIX + name for name in ("merge", "map", "seq"))
 _INTEGER = re.compile(r"^[-+]?(0[bB][01_]+|0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|[1-9][0-9_]*|0)$")
 _NUMBER = re.compile(r"^([-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 _TRUE = {"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"}
@@ -113,6 +114,8 @@ class _Reader:
             raise ManifestError(f"line {_line(node)}: the document holds more than {MAX_VALUES} values")
         if any(node is outer for outer in self._open):
             raise ManifestError(f"line {_line(node)}: an alias must not contain itself")
+        if isinstance(node, yaml.CollectionNode) and node.tag not in (_MAP, _SEQ):
+            raise ManifestError(f"line {_line(node)}: the tag {node.tag!r} has no meaning in a manifest; remove it")
         self.lines.setdefault(path, _line(node))
         self._open.append(node)
         try:

@@ -109,9 +109,7 @@ class LocalCluster:
         """Make the object. Services and NetworkPolicies have no meaning here."""
         kind, meta = manifest["kind"], manifest["metadata"]
         if kind == "Secret":
-            folder = self._state.secret(meta["name"])
-            if not folder.exists():
-                self._state.write_keys(folder, data_of(manifest))
+            self._state.write_keys(self._state.secret(meta["name"]), data_of(manifest))
         elif kind == "ConfigMap":
             kept = {name: meta[name] for name in ("name", "namespace", "labels")}
             self._state.write_keys(self._state.config_map(meta["name"]), data_of(manifest), kept)
@@ -138,8 +136,8 @@ class LocalCluster:
         """Log the Event, once."""
         if event.name not in self._told:
             self._told.add(event.name)
-            level = logging.WARNING if event.type == "Warning" else logging.INFO
-            log.log(level, "%s: %s: %s", job["metadata"]["name"], event.reason, event.message)
+            # The view tells the same from the status, so this is for those who turn the logging on.
+            log.info("%s: %s: %s", job["metadata"]["name"], event.reason, event.message)
 
     # What only a run on this machine needs.
 

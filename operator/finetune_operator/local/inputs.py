@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from finetune_api import KIND
-from finetune_api.fields import NAME_PATTERN
+from finetune_api.fields import ObjectName
 from finetune_api.v1alpha1 import DataSource, FineTuneJob, parse_job
 from finetune_operator.local.cluster import data_of
 from finetune_operator.local.state import State
@@ -145,7 +145,7 @@ def _others(path: Path, documents: Sequence[Manifest]) -> tuple[Keys, Keys, list
         kind, where = document.get("kind"), f"{path}: line {document.line(('kind',)) or 1}"
         if kind in found:
             name = (document.get("metadata") or {}).get("name")
-            if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+            if not _is_name(name):
                 raise InputError(f"{where}: {kind}: metadata.name must be a name as Kubernetes has them, not {name!r}")
             try:
                 keys = data_of(document)
@@ -159,9 +159,18 @@ def _others(path: Path, documents: Sequence[Manifest]) -> tuple[Keys, Keys, list
     return found["ConfigMap"], found["Secret"], notes
 
 
+def _is_name(name: object) -> bool:
+    """Whether Kubernetes takes it for the name of an object."""
+    try:
+        TypeAdapter(ObjectName).validate_python(name, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
 def _keys_at(name: str, source: Path) -> dict[str, bytes]:
     """The keys that `kubectl create configmap --from-file` would make of a file or folder. Raises InputError."""
-    if not re.fullmatch(NAME_PATTERN, name):
+    if not _is_name(name):
         raise InputError(f"--config-map {name}={source}: {name!r} cannot be the name of a ConfigMap")
     files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
     try:
@@ -177,7 +186,7 @@ def _place_claim(target: str, source: Path, state: State) -> None:
     """
     claim, _, inside = target.partition("/")
     option = f"--claim {target}={source}"
-    if not re.fullmatch(NAME_PATTERN, claim) or ".." in Path(inside).parts or Path(inside).is_absolute():
+    if not _is_name(claim) or ".." in Path(inside).parts or Path(inside).is_absolute():
         raise InputError(f"{option}: {target!r} is not NAME or NAME/PATH")
     if not source.exists() or (not inside and not source.is_dir()):
         raise InputError(f"{option}: there is no such {'file or ' if inside else ''}folder")

@@ -22,6 +22,7 @@ MARK = "FINETUNE_POD"
 
 EXIT_NOT_STARTED = 127
 _SAME_START_SECONDS = 0.5
+_SWEEPS, _SWEEP_SECONDS = 100, 0.05
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _sweep(mark: Mark) -> int:
     killed: set[int] = set()
     # A process may start another between the look and the kill, so look again until nothing is found. The limit is for one that
     # cannot be killed because it waits for a device.
-    for _ in range(10):
+    for _ in range(_SWEEPS):
         left = members(mark)
         if not left:
             break
@@ -134,7 +135,7 @@ def _sweep(mark: Mark) -> int:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         killed |= {process.pid for process in left}
-        psutil.wait_procs(left, timeout=2)
+        time.sleep(_SWEEP_SECONDS)
     return len(killed)
 
 

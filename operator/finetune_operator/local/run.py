@@ -34,7 +34,7 @@ from finetune_operator.settings import Settings
 EXIT_COMPLETE, EXIT_FAILED, EXIT_NOT_STARTED, EXIT_TIMEOUT = 0, 1, 2, 124
 GRACE_SECONDS = 40
 """Time that a pod gets to save a checkpoint; 10 s of it are Ray's."""
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.25
 _STEERING = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
 """Fields of a spec that may change while the job exists."""
 _GPU = "nvidia.com/gpu"

@@ -94,7 +94,8 @@ class Screen:
 def columns(status: Status) -> tuple[str, str, str, str]:
     """Phase, progress, loss and message, as kubectl prints them."""
     loss = next((f"{metric.value:.4g}" for metric in status.metrics if metric.name == "train/loss"), "")
-    return status.phase or "Pending", f"{status.progress.percent}%" if status.progress else "", loss, status.message or ""
+    message = next(iter((status.message or "").splitlines()), "")
+    return status.phase or "Pending", f"{status.progress.percent}%" if status.progress else "", loss, message
 
 
 def _line(row: tuple[str, ...]) -> str:
@@ -155,9 +156,8 @@ def failure(name: str, status: Status, log: Path | None, tail: str) -> Iterator[
     condition = next((condition for condition in status.conditions if condition.type == "Failed" and condition.status == "True"), None)
     reason = condition.reason if condition else what.reason if what else "unknown"
     yield Text(f"\n{name} failed{where}: {reason}", "bold red")
-    messages = [message for message in (condition.message if condition else "", what.message if what else "") if message]
-    for message in dict.fromkeys(messages):
-        yield Text(f"  {message}")
+    told, cause = condition.message if condition else "", what.message if what else ""
+    yield from (Text(f"  {message}") for message in (told, "" if cause in told else cause) if message)
     hint = (what.hint if what else None) or (ADVICE[Reason(reason)].hint if reason in set(Reason) else None)
     if hint:
         yield Text(f"  Hint: {hint}")

@@ -1,0 +1,95 @@
+"""What the operator tells a pod by its environment, read once at start."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer.errors import JobError
+
+Role = Literal["head", "worker"]
+ROLES: tuple[Role, ...] = ("head", "worker")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where one attempt of one job finds its things."""
+
+    job_file: Path
+    attempt: int
+    token_file: Path
+    head_host: str
+    ray_port: int
+    report_port: int
+    volumes: Path
+    """Folder under which claims, ConfigMaps and Secrets are mounted."""
+    termination_log: Path | None = None
+    local: bool = False
+    """Whether the pods are processes of one machine: they share its address, so ports must not be fixed."""
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The whole environment, for child processes."""
+
+    @property
+    def ray_address(self) -> str:
+        """Address of the Ray head, host:port."""
+        return f"{self.head_host}:{self.ray_port}"
+
+    @property
+    def report_url(self) -> str:
+        """Base URL of the head's HTTP server."""
+        return f"http://{self.head_host}:{self.report_port}"
+
+    def token(self) -> str:
+        """The attempt's secret. Raises OSError where the file cannot be read."""
+        return self.token_file.read_text(encoding="utf-8").strip()
+
+    def job(self) -> FineTuneJob:
+        """The job as the operator resolved it. Raises JobError(InvalidSpec) naming each field at fault."""
+        try:
+            return parse_job(json.loads(self.job_file.read_bytes()), local=self.local)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()[:5])
+            raise JobError(Reason.INVALID_SPEC, faults) from None
+        except (OSError, ValueError) as error:
+            raise JobError(Reason.INVALID_SPEC, f"the job file cannot be read: {error}") from None
+
+
+def environment_from(variables: Mapping[str, str]) -> Environment:
+    """The environment of a pod. Raises ValueError naming the variable that is absent or wrong."""
+    log = variables.get("FINETUNE_TERMINATION_LOG")
+    return Environment(
+        job_file=Path(_required(variables, "FINETUNE_JOB_FILE")),
+        attempt=_number(variables, "FINETUNE_ATTEMPT", 1),
+        token_file=Path(_required(variables, "FINETUNE_TOKEN_FILE")),
+        head_host=_required(variables, "FINETUNE_HEAD_HOST"),
+        ray_port=_number(variables, "FINETUNE_RAY_PORT", 6379),
+        report_port=_number(variables, "FINETUNE_REPORT_PORT", 8000),
+        volumes=Path(variables.get("FINETUNE_VOLUMES", "/mnt/finetune")),
+        termination_log=Path(log) if log else None,
+        local=variables.get("FINETUNE_LOCAL") == "1",
+        variables=dict(variables),
+    )
+
+
+def scratch_folder(job_uid: str, attempt: int) -> Path:
+    """Folder for Ray's sockets and logs; short, since the path of a socket may have 107 bytes."""
+    return Path("/tmp") / f"finetune-{job_uid[:8] or 'job'}-{attempt}"  # noqa: S108 - a pod's own /tmp; TMPDIR may be too long a path
+
+
+def _required(variables: Mapping[str, str], name: str) -> str:
+    value = variables.get(name)
+    if not value:
+        raise ValueError(f"{name} is not set")
+    return value
+
+
+def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+    text = variables.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"{name} must be a whole number, not {text!r}")
+    return int(text)

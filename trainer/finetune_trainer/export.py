@@ -1,0 +1,103 @@
+"""Publishing: from what the workers left to a folder that the ecosystem loads with no edits, with the evidence beside it."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.reasons import Reason
+from finetune_api.status import Artifact, Evaluation, Resolved
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.errors import JobError
+from finetune_trainer.manifest import describe_files, digest_of, read_manifest, write_manifest
+from finetune_trainer.methods.method import BaseModel
+from finetune_trainer.model_card import model_card
+from finetune_trainer.result import RESULT, Result
+from finetune_trainer.storage import MANIFEST, Storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CARD = "README.md"
+
+
+def check_free(storage: Storage, job: FineTuneJob) -> None:
+    """Raise JobError (InvalidSpec) where the place of the artifact holds something that is not this job's: nothing of others is overwritten."""
+    kind = "adapter" if job.spec.method.lora is not None else "model"
+    if not storage.exists(kind):
+        return
+    manifest = read_manifest(storage, kind)
+    owner = manifest and manifest.get("job")
+    if not owner:
+        raise JobError(Reason.INVALID_SPEC, f"{storage.locate(kind)} holds files that no job published: use another output.storage")
+    if (owner["namespace"], owner["name"]) != (job.metadata.namespace, job.metadata.name):
+        whose = f"{owner['namespace']}/{owner['name']}"
+        raise JobError(Reason.INVALID_SPEC, f"{storage.locate(kind)} holds the result of the job {whose}: use another output.storage")
+
+
+def publish(
+    storage: Storage,
+    own: Storage,
+    job: FineTuneJob,
+    base: BaseModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    result: Result,
+    resolved: Resolved,
+    evaluation: Evaluation,
+) -> Artifact:
+    """Put the result in its place. Doing it again changes nothing. Raises JobError (PublishFailed, StorageFull, StorageUnavailable).
+
+    `storage` is output.storage, `own` the job's folder in it, where the workers left the result.
+    """
+    published = read_manifest(storage, result.kind)
+    if published is not None and published["job"] == _job(job) and published["resolved"] == resolved.to_json():
+        return _artifact(storage, result, published)
+    try:
+        with own.folder(RESULT) as source, storage.new_folder(result.kind) as folder:
+            shutil.copytree(source, folder, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST, CARD), dirs_exist_ok=True)
+            tokenizer.save_pretrained(folder)
+            (folder / CARD).write_text(model_card(job, base, result, resolved, evaluation), encoding="utf-8")
+            write_manifest(
+                folder,
+                {
+                    "kind": result.kind,
+                    "job": _job(job),
+                    "base": {"name": base.name, "revision": base.revision},
+                    "resolved": resolved.to_json(),
+                    "evaluation": evaluation.to_json(),
+                    "steps": result.steps,
+                    "trainedTokens": result.trained_tokens,
+                    "files": describe_files(folder),
+                },
+            )
+    except JobError:
+        raise
+    except Exception as error:
+        raise JobError(Reason.PUBLISH_FAILED, f"{storage.locate(result.kind)}: {type(error).__name__}: {error}") from error
+    written = read_manifest(storage, result.kind)
+    if written is None:
+        raise JobError(Reason.PUBLISH_FAILED, f"{storage.locate(result.kind)} cannot be read again")
+    return _artifact(storage, result, written)
+
+
+def _artifact(storage: Storage, result: Result, manifest: Mapping[str, Any]) -> Artifact:
+    return Artifact(
+        kind=result.kind,
+        uri=storage.locate(result.kind),
+        digest=digest_of(manifest["files"]),
+        bytes=sum(file["bytes"] for file in manifest["files"].values()),
+    )
+
+
+def _job(job: FineTuneJob) -> dict[str, str]:
+    return {"namespace": job.metadata.namespace, "name": job.metadata.name, "uid": job.metadata.uid}
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name where the file system can do that, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        Path(target).unlink(missing_ok=True)
+        shutil.copyfile(source, target)

@@ -1,0 +1,113 @@
+"""From an exception to a Failure of the documented set, with a message that is fit to be shown."""
+
+import errno
+import re
+from collections.abc import Iterator
+
+from finetune_api.reasons import ADVICE, Reason
+from finetune_api.status import Failure, StageName
+from finetune_trainer.errors import JobError
+
+MESSAGE_LIMIT = 1000
+"""Characters of a failure's message; the API allows 1024."""
+
+_SECRETS = re.compile(
+    r"hf_[A-Za-z0-9]{8,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{12,}"
+    r"|(?i:(?<=bearer )\S+)"
+    r"|(?i:(?<=authorization: )\S.*)"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|(?i:(?<=secretaccesskey=)\S+|(?<=secret_key=)\S+|(?<=x-amz-signature=)[0-9a-f]+)"
+)
+
+
+def scrub(text: str) -> str:
+    """The text without what looks like a token, a key or a password: a second line of defence, never the first."""
+    return _SECRETS.sub("***", text)
+
+
+def failure_from(error: BaseException, stage: StageName | None) -> Failure:
+    """What to tell the user about an exception that ended the attempt."""
+    job_error = as_job_error(error)
+    advice = ADVICE[job_error.reason]
+    return Failure(
+        stage=stage,
+        reason=job_error.reason,
+        message=_shortened(scrub(job_error.message)),
+        hint=advice.hint,
+        retryable=advice.retryable,
+    )
+
+
+def as_job_error(error: BaseException) -> JobError:
+    """The error itself or the one that it wraps, where one says what is wrong; else what its type says."""
+    chain = tuple(_causes(error))
+    for cause in chain:
+        if isinstance(cause, JobError):
+            return cause
+    for cause in chain:
+        reason = _reason(cause)
+        if reason is not None:
+            return JobError(reason, _last_line(cause))
+    return JobError(Reason.INTERNAL_ERROR, _last_line(error))
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether starting the workers again cannot help: the job, its data or its memory must change first."""
+    reason = as_job_error(error).reason
+    return not ADVICE[reason].retryable or reason in (Reason.GPU_OUT_OF_MEMORY, Reason.STORAGE_FULL)
+
+
+def _reason(error: BaseException) -> Reason | None:
+    """The reason that another library's exception stands for. Known by its class's name, so that no library is imported for it."""
+    kind = f"{type(error).__module__}.{type(error).__name__}"
+    if kind.startswith("torch.") and kind.endswith("OutOfMemoryError"):
+        return Reason.GPU_OUT_OF_MEMORY
+    if kind == "ray.exceptions.OutOfMemoryError" or isinstance(error, MemoryError):
+        return Reason.OUT_OF_MEMORY
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or any(words in str(error) for words in _FULL):
+        return Reason.STORAGE_FULL
+    if kind.startswith("ray.") and type(error).__name__ in _WORKERS_LOST:
+        return Reason.WORKERS_LOST
+    return None
+
+
+_FULL = ("No space left on device", "Disk quota exceeded")
+_WORKERS_LOST = (
+    "RayActorError",
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "WorkerCrashedError",
+    "NodeDiedError",
+    "PreemptionError",
+    "WorkerGroupStartupFailedError",
+    "WorkerGroupStartupTimeoutError",
+    "WorkerHealthCheckFailedError",
+    "WorkerHealthCheckTimeoutError",
+)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, those it wraps (Ray's errors hold the workers' own), and those that it was raised from."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        current = waiting.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += list(getattr(current, "worker_failures", {}).values())
+        waiting += [
+            getattr(current, name, None)
+            for name in ("controller_failure", "health_check_failure", "_base_exc", "cause", "__cause__", "__context__")
+        ]
+        waiting = [item for item in waiting if isinstance(item, BaseException)]
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"

@@ -1,0 +1,85 @@
+"""What the head makes of the workers' progress: the report, the lines for people, the call to stop."""
+
+import threading
+import time
+
+from finetune_api.report import Report
+from finetune_api.status import Checkpoints, Progress, Usage
+from finetune_trainer.console import Console
+from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.report import Reporter, utc_now
+
+
+class Following:
+    """Follows the worker groups of one attempt. `take` is called by the HTTP server's thread, the rest by the head's main thread."""
+
+    def __init__(self, reporter: Reporter, console: Console, stop: threading.Event) -> None:
+        self._reporter, self._console, self._stop = reporter, console, stop
+        self._group: str | None = None
+        self._furthest = 0
+        self._lost_steps = 0
+        self._earlier_tokens = 0
+        self._latest_tokens = 0
+        self._gpus = 0
+        self._gpus_since: float | None = None
+
+    def begin(self, earlier: Report | None) -> None:
+        """Know how far the attempt before had come."""
+        self._furthest = earlier.progress.step if earlier and earlier.progress else 0
+
+    def workers_joined(self, gpus: int) -> None:
+        """The GPUs are held from now on."""
+        self._gpus, self._gpus_since = gpus, time.monotonic()
+
+    def workers_released(self) -> None:
+        """They are held no more."""
+        self._reporter.update(usage=self._usage())
+        self._gpus, self._gpus_since = 0, None
+
+    def take(self, progress: WorkerProgress) -> bool:
+        """Make the newest progress the report's. Returns whether the workers should stop."""
+        if progress.start_step is not None and progress.group != self._group:
+            self._begin_group(progress.group, progress.start_step)
+        state = Progress(
+            percent=100 * progress.step // max(1, progress.total_steps),
+            step=progress.step,
+            total_steps=progress.total_steps,
+            epoch=progress.epoch,
+            tokens_per_second=progress.tokens_per_second,
+            eta_seconds=progress.eta_seconds,
+            last_update_time=utc_now(),
+        )
+        self._furthest = max(self._furthest, progress.step)
+        self._latest_tokens = progress.trained_tokens
+        metrics = {metric.name: metric for metric in (*self._reporter.report.metrics, *progress.metrics)}
+        self._reporter.update(
+            progress=state,
+            metrics=tuple(metrics.values()),
+            checkpoints=Checkpoints(latest=progress.checkpoint) if progress.checkpoint else self._reporter.report.checkpoints,
+            message=progress.message or f"step {state.step} of {state.total_steps}",
+            usage=self._usage(),
+        )
+        if progress.stage == "Evaluate" and self._stage("Evaluate") == "Pending":
+            self._reporter.start_stage("Evaluate", progress.message, workers_wanted=self._reporter.report.workers_wanted)
+        if progress.stage == "Train":
+            self._console.progress(state, {name: metric.value for name, metric in metrics.items()})
+        return self._stop.is_set()
+
+    def _begin_group(self, group: str, start_step: int) -> None:
+        """Another worker group has loaded its state: what was done after the checkpoint that it goes on from is lost."""
+        lost = max(0, self._furthest - start_step)
+        self._lost_steps += lost
+        self._earlier_tokens += self._latest_tokens
+        if self._group is None:
+            self._reporter.update(resumed_step=start_step or None)
+        if start_step:
+            self._console.say(f"going on from step {start_step}{f', {lost} steps are lost' if lost else ''}")
+        self._group, self._furthest = group, start_step
+        self._reporter.update(lost_steps=self._lost_steps)
+
+    def _stage(self, name: str) -> str:
+        return next(stage.state for stage in self._reporter.report.stages if stage.name == name)
+
+    def _usage(self) -> Usage:
+        seconds = time.monotonic() - self._gpus_since if self._gpus_since is not None else 0.0
+        return Usage(gpu_seconds=round(self._gpus * seconds, 1), trained_tokens=self._earlier_tokens + self._latest_tokens)

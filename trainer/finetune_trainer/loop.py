@@ -1,0 +1,260 @@
+"""The training, from top to bottom, in plain torch: every worker runs this function.
+
+What it computes follows from the task alone: order of the data from (seed, epoch), randomness from (seed, step, rank), so a run that was
+interrupted gives what an undisturbed one gives. It can be called in one process, without Ray.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from finetune_api.reasons import Reason
+from finetune_api.status import CheckpointRef, Metric
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer import checkpoint
+from finetune_trainer.data.batches import AUTO_TOKENS, BatchPlan, micro_batches, plan_batches, rank_share
+from finetune_trainer.data.examples import Prepared
+from finetune_trainer.data.tensors import MicroBatch, collate
+from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation import Losses, mean_loss, measure
+from finetune_trainer.methods import method_for
+from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
+from finetune_trainer.model import CausalModel
+from finetune_trainer.objectives import objective_for
+from finetune_trainer.optimisation import Gradients, adamw, learning_rate, load_moments, moments_of, step_seed
+from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.result import Result, write_result
+from finetune_trainer.storage import Storage
+from finetune_trainer.worker import Worker
+
+BASELINE = "baseline.json"
+CHECKPOINTS = "checkpoints"
+PREEMPTION_SECONDS = 5.0
+"""How often the workers ask whether one of them is about to be taken away."""
+PROGRESS_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train, wherever it runs."""
+
+    job: FineTuneJob
+    base: BaseModel
+    config: dict[str, Any]
+    """Everything that the result follows from: a checkpoint made under another is refused."""
+    storage: Storage
+    """The job's own folder in output.storage."""
+
+
+class Listener(Protocol):
+    """Whoever follows the training: in a job the head, over HTTP."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the training should be interrupted after this step."""
+        ...
+
+    def post(self, progress: WorkerProgress) -> None:
+        """Take the newest state. Must not block."""
+        ...
+
+
+def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listener: Listener, group: str = "local") -> bool:
+    """Train, measure before and after, leave the result in the storage. Returns whether it came to the end, or was asked to stop.
+
+    Raises JobError (TrainingDiverged, StorageFull, CheckpointIncompatible, WorkersLost, ...).
+    """
+    spec = task.job.spec
+    training, method, objective = spec.training, method_for(spec.method), objective_for(spec.objective)
+    plan = plan_batches(data.train, training)
+    held_out = {name: examples for name, examples in data.splits().items() if name != "train"}
+    parameters = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+    optimizer = adamw(parameters, training)
+    gradients = Gradients((parameter for _, parameter in parameters), worker.device)
+    checkpoints = task.storage.at(CHECKPOINTS)
+
+    def save(steps_done: int, trained_tokens: int) -> CheckpointRef:
+        state = checkpoint.TrainingState(steps_done, trained_tokens, trained_state(model.module), moments_of(optimizer, parameters))
+        uri = checkpoint.save(checkpoints, state, task.config, keep=spec.checkpoint.keep) if worker.leads else ""
+        return CheckpointRef(step=steps_done, uri=uri)
+
+    # Go on from the newest complete checkpoint, or measure the untuned model and begin.
+    state = _resume(checkpoints, task.config, worker)
+    baseline = _baseline(task.storage, worker, lambda: measure(model, objective, held_out, training, worker), fresh=state is None)
+    if state is not None:
+        load_trained_state(model.module, state.parameters)
+        load_moments(optimizer, parameters, state.moments)
+    start, tokens = (state.step, state.trained_tokens) if state else (0, 0)
+    follow = _Follower(
+        listener, plan, WorkerProgress(group=group, start_step=start, step=start, total_steps=plan.total_steps), worker.leads
+    )
+    follow.checkpoint(CheckpointRef(step=start, uri=checkpoints.locate(checkpoint.name_of(start))) if state else None)
+
+    model.module.train()
+    preemptions = _Preemptions(worker)
+    for step, micro in _ahead(lambda step: _micro_batches(data, plan, step, task, model, worker), range(start, plan.total_steps)):
+        batch = plan.batch(step)
+        torch.manual_seed(step_seed(training.seed, step, worker.rank))
+        rate = learning_rate(step, plan.total_steps, training)
+        for group_of_parameters in optimizer.param_groups:
+            group_of_parameters["lr"] = rate
+
+        # Forward and backward over this worker's share; the sum is divided by the labels of the whole batch.
+        gradients.zero()
+        for part in micro:
+            loss = objective.loss(model, part.to(worker.device))
+            (loss.total / batch.labels).backward()  # type: ignore[no-untyped-call]
+            gradients.signals[0] += loss.total.detach() / batch.labels
+
+        # One all-reduce carries the gradients, the loss and what rank 0 wants all to know.
+        gradients.signals[1] = float(worker.leads and listener.stop_requested)
+        gradients.signals[2] = float(worker.leads and preemptions.due())
+        for buffer in gradients.buffers:
+            worker.all_reduce(buffer)
+        norm = gradients.clip(training.max_grad_norm)
+        mean, stop, ask, norm_before = torch.cat([gradients.signals, norm.view(1)]).tolist()
+        if not (math.isfinite(mean) and math.isfinite(norm_before)):
+            raise JobError(Reason.TRAINING_DIVERGED, f"step {step + 1}: the loss is {mean}, the norm of the gradients {norm_before}")
+        optimizer.step()
+        done, tokens = step + 1, tokens + batch.tokens
+        follow.step(done, batch.tokens, {"train/loss": mean, "train/learningRate": rate, "train/gradNorm": norm_before})
+
+        # Save every so often, at a call to stop, when a worker is about to go, and at the end.
+        due = done % spec.checkpoint.every_steps == 0 and done < plan.total_steps
+        if (ask and preemptions.begin()) or stop or due or done == plan.total_steps:
+            follow.checkpoint(save(done, tokens))
+        if stop and done < plan.total_steps:
+            return False
+        if due:
+            follow.metric("validation/loss", mean_loss(model, objective, data.validation, training, worker))
+
+    follow.stage("Evaluate", "measuring the tuned model")
+    losses = measure(model, objective, held_out, training, worker)
+    if worker.leads:
+        result = Result(steps=plan.total_steps, trained_tokens=tokens, before=dict(baseline), after=dict(losses), config=task.config)
+        write_result(task.storage, result, lambda folder: method.export(model.module, folder, task.base))
+    follow.stage("Evaluate", "measured the tuned model")
+    return True
+
+
+def _resume(checkpoints: Storage, config: dict[str, Any], worker: Worker) -> checkpoint.TrainingState | None:
+    """The state to go on from. Rank 0 proves and chooses; the others read what it chose."""
+    state = None
+    if worker.leads:
+        state, damaged = checkpoint.newest(checkpoints, config)
+        for name in damaged:
+            print(f"checkpoint {name} is damaged and was set aside", flush=True)  # noqa: T201
+    step = worker.agree(state.step + 1 if state else 0) - 1
+    if step < 0:
+        return None
+    return state or checkpoint.load(checkpoints, step, config)
+
+
+def _baseline(storage: Storage, worker: Worker, measure_now: Callable[[], Losses], *, fresh: bool) -> Losses:
+    """The untuned model's losses: kept from the first time, since a model that is gone on with is not the untuned one any more."""
+    known = storage.read_json(BASELINE) if worker.leads else None
+    if worker.agree(int(known is not None)):
+        return dict(known or {})
+    if not fresh:
+        return {}
+    losses = measure_now()
+    if worker.leads:
+        storage.write_json(BASELINE, dict(losses))
+    return losses
+
+
+def _micro_batches(data: Prepared, plan: BatchPlan, step: int, task: Task, model: CausalModel, worker: Worker) -> list[MicroBatch]:
+    """This worker's part of a step, in the pieces that it computes at once."""
+    lengths = data.train.lengths()
+    share = rank_share(plan.batch(step).rows, lengths, worker.rank, worker.world)
+    size, auto = task.job.spec.training.micro_batch_size, AUTO_TOKENS[worker.device.type]
+    pieces = [collate(data.train, rows, model.layout) for rows in micro_batches(share, lengths, size, auto)]
+    return [_pinned(piece) for piece in pieces] if worker.device.type == "cuda" else pieces
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    """The same in page-locked memory, from which a GPU copies without waiting."""
+    return replace(batch, **{name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)})
+
+
+def _ahead(make: Callable[[int], list[MicroBatch]], steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """Each step with its micro-batches, which are made in another thread while the step before is computed."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+        coming = pool.submit(make, steps[0]) if steps else None
+        for step in steps:
+            assert coming is not None  # noqa: S101 - there is one for each step
+            ready = coming.result()
+            coming = pool.submit(make, step + 1) if step + 1 in steps else None
+            yield step, ready
+
+
+class _Preemptions:
+    """When to ask whether a worker is about to be taken away. Asking is collective, so rank 0's clock decides for all."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker, self._asked, self._known = worker, time.monotonic(), False
+
+    def due(self) -> bool:
+        """Whether it is time to ask again."""
+        return not self._known and time.monotonic() - self._asked > PREEMPTION_SECONDS
+
+    def begin(self) -> bool:
+        """Ask. Whether one has begun since the last time: then there is a checkpoint to save, once."""
+        self._asked = time.monotonic()
+        began = not self._known and self._worker.preempted()
+        self._known |= began
+        return began
+
+
+class _Follower:
+    """Tells the listener how far it is: at most once a second for steps, at once for the rest. Silent on all workers but the first."""
+
+    def __init__(self, listener: Listener, plan: BatchPlan, progress: WorkerProgress, leads: bool) -> None:
+        self._listener, self._plan, self._progress, self._leads = listener, plan, progress, leads
+        self._metrics: dict[str, Metric] = {}
+        self._begun, self._posted = time.monotonic(), 0.0
+        self._tokens_left = int(plan.row_tokens.sum()) * plan.epochs - sum(plan.batch(step).tokens for step in range(progress.step))
+
+    def step(self, done: int, tokens: int, values: dict[str, float]) -> None:
+        """One more step."""
+        self._tokens_left -= tokens
+        trained = self._progress.trained_tokens + tokens
+        rate = trained / max(1e-9, time.monotonic() - self._begun)
+        self._metrics |= {name: Metric(name=name, value=value, step=done) for name, value in values.items()}
+        self._progress = self._progress.model_copy(
+            update={
+                "step": done,
+                "epoch": self._plan.epoch(done),
+                "trained_tokens": trained,
+                "tokens_per_second": rate,
+                "eta_seconds": round(self._tokens_left / rate),
+            }
+        )
+        if time.monotonic() - self._posted >= PROGRESS_SECONDS or done == self._plan.total_steps:
+            self._post()
+
+    def metric(self, name: str, value: float) -> None:
+        """Another measure."""
+        self._metrics[name] = Metric(name=name, value=value, step=self._progress.step)
+        self._post()
+
+    def checkpoint(self, reference: CheckpointRef | None) -> None:
+        """A checkpoint is complete."""
+        self._progress = self._progress.model_copy(update={"checkpoint": reference})
+        self._post()
+
+    def stage(self, name: str, message: str) -> None:
+        """Another stage has begun."""
+        self._progress = self._progress.model_copy(update={"stage": name, "message": message})
+        self._post()
+
+    def _post(self) -> None:
+        if self._leads:
+            self._posted = time.monotonic()
+            self._progress = self._progress.model_copy(update={"metrics": tuple(self._metrics.values())})
+            self._listener.post(self._progress)

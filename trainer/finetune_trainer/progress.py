@@ -1,0 +1,88 @@
+"""From the workers to the head: how far the training is. The head's answer says whether to stop."""
+
+import json
+import threading
+import time
+import urllib.request
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune_api.fields import StatusModel
+from finetune_api.status import CheckpointRef, Count, Metric, StageName, Text
+
+PROGRESS_SECONDS = 1.0
+"""Rank 0 tells the head this often, whether or not a step ended: the answer may be the call to stop."""
+_TIMEOUT_SECONDS = 5.0
+
+
+class WorkerProgress(StatusModel):
+    """The state of the worker group, as rank 0 sees it. Absent is unknown as yet."""
+
+    group: Annotated[str, Field(max_length=64)]
+    """One start of the worker group; another one means that workers were lost."""
+    stage: StageName = "Train"
+    message: Text = ""
+    start_step: Count | None = None
+    """Step that this group went on from; None while it loads."""
+    step: Count = 0
+    total_steps: Count = 0
+    epoch: float = 0.0
+    tokens_per_second: float | None = None
+    eta_seconds: Count | None = None
+    trained_tokens: Count = 0
+    """Tokens of examples that this group took steps on."""
+    metrics: tuple[Metric, ...] = ()
+    checkpoint: CheckpointRef | None = None
+    """The newest complete checkpoint."""
+
+
+class ProgressSender:
+    """Sends the newest WorkerProgress in a thread of its own, so that no step ever waits for the network.
+
+    `post` replaces what is to be sent; `stop_requested` is what the head answered last. A head that does not answer is asked again:
+    whether it is gone is for Ray and the operator to find out.
+    """
+
+    def __init__(self, url: str, token: str, *, interval: float = PROGRESS_SECONDS) -> None:
+        self.stop_requested = False
+        self._url, self._token, self._interval = url, token, interval
+        self._latest: WorkerProgress | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._thread.start()
+
+    def post(self, progress: WorkerProgress) -> None:
+        """Make this what is sent next."""
+        self._latest = progress
+
+    def close(self) -> None:
+        """Send the last word and end the thread."""
+        self._closing.set()
+        self._thread.join(timeout=4 * _TIMEOUT_SECONDS)
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval):
+            self._send()
+        for _ in range(3):
+            if self._send():
+                return
+            time.sleep(self._interval)
+
+    def _send(self) -> bool:
+        """Whether there was nothing to send or the head took it."""
+        progress = self._latest
+        if progress is None:
+            return True
+        request = urllib.request.Request(
+            f"{self._url}/progress",
+            data=json.dumps(progress.to_json()).encode(),
+            method="PUT",
+            headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:  # noqa: S310 - the URL is the head's, http always
+                self.stop_requested = bool(json.load(response).get("stop"))
+        except (OSError, ValueError):
+            return False
+        return True

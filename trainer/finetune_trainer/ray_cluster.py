@@ -1,0 +1,191 @@
+"""Ray's processes: the head as a child of this process, the workers as this process itself, and who has joined."""
+
+import ctypes
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import Compute, FineTuneJob
+from finetune_trainer.environment import Environment, scratch_folder
+from finetune_trainer.errors import JobError
+
+OBJECT_STORE_BYTES = 100 * 1024 * 1024
+"""Ray's shared memory on each node: nothing of size passes through it."""
+START_SECONDS = 120.0
+SETTLE_SECONDS = 30.0
+"""With enough workers for the start, the others are waited for this long."""
+_PR_SET_PDEATHSIG = 1
+_SUFFIXES = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def quantity(value: int | str) -> float:
+    """A Kubernetes quantity as a number: '500m' is 0.5."""
+    text = str(value)
+    suffix = text.lstrip("0123456789.")
+    return float(text.removesuffix(suffix)) * _SUFFIXES.get(suffix, 1.0)
+
+
+def cpus_of(compute: Compute) -> int:
+    """CPUs of a worker pod, at least one for each of its processes."""
+    return max(1, gpus_of(compute), math.ceil(quantity(compute.resources_per_worker.get("cpu", 1))))
+
+
+def gpus_of(compute: Compute) -> int:
+    """GPUs of a worker pod, whoever made them."""
+    return int(sum(quantity(value) for name, value in compute.resources_per_worker.items() if name.endswith("/gpu")))
+
+
+def head_command(environment: Environment, scratch: Path) -> list[str]:
+    """`ray start` for the head: it coordinates and takes no work."""
+    address = "127.0.0.1" if environment.local else socket.gethostbyname(socket.gethostname())
+    return [
+        *_ray_start(environment),
+        "--head",
+        f"--port={environment.ray_port}",
+        f"--node-ip-address={address}",
+        f"--temp-dir={scratch}",
+        "--num-cpus=0",
+        "--num-gpus=0",
+        "--include-dashboard=false",
+        "--include-log-monitor=false",
+        "--no-monitor",
+    ]
+
+
+def worker_command(environment: Environment, compute: Compute, scratch: Path) -> list[str]:
+    """`ray start` for a worker: it joins the head and stays until it is told to go."""
+    return [
+        *_ray_start(environment),
+        f"--address={environment.ray_address}",
+        f"--temp-dir={scratch}",
+        f"--num-cpus={cpus_of(compute)}",
+        f"--num-gpus={gpus_of(compute)}",
+        *(["--node-ip-address=127.0.0.1"] if environment.local else []),
+    ]
+
+
+def _ray_start(environment: Environment) -> list[str]:
+    """What head and workers share. Several local nodes share an address, so the system chooses their ports."""
+    ports = ["--min-worker-port=0", "--max-worker-port=0"] if environment.local else []
+    ray = Path(sys.executable).parent / "ray"
+    return [str(ray), "start", "--block", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_BYTES}", *ports]
+
+
+def ray_variables(environment: Environment) -> dict[str, str]:
+    """The environment of Ray's processes: token authentication always, quiet, and quick to see a lost worker."""
+    return {
+        **environment.variables,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(environment.token_file),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def become_worker(environment: Environment, job: FineTuneJob) -> None:
+    """Turn this process into a Ray worker node: Ray itself is then process 1 of the pod and hears SIGTERM. Does not return.
+
+    Workers that share a machine get a folder each: Ray would give two that start at once the same socket.
+    """
+    scratch = scratch_folder(job.metadata.uid, environment.attempt) / str(os.getpid())
+    command = worker_command(environment, job.spec.compute, scratch)
+    os.execve(command[0], command, ray_variables(environment))  # noqa: S606 - this is the point
+
+
+class RayHead:
+    """The Ray head: started at once, needed later. It ends with this process, however that ends."""
+
+    def __init__(self, environment: Environment, scratch: Path) -> None:
+        self._environment = environment
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._log = scratch / "head.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                head_command(environment, scratch),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=ray_variables(environment),
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - before any other thread is started
+            )
+
+    def wait_ready(self) -> None:
+        """Until the head takes connections. Raises JobError (InternalError) with Ray's last words where it does not."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if b"This command will now block" in self._log.read_bytes():
+                return
+            time.sleep(0.1)
+        words = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        raise JobError(Reason.INTERNAL_ERROR, f"the Ray head did not start: {' / '.join(words[-3:])}")
+
+    def stop(self) -> None:
+        """End Ray's processes."""
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: no orphans, not even after kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def connect(environment: Environment) -> None:
+    """Make this process the driver of the cluster."""
+    import ray
+
+    address = (
+        f"127.0.0.1:{environment.ray_port}" if environment.local else f"{socket.gethostbyname(socket.gethostname())}:{environment.ray_port}"
+    )
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+
+
+def wait_for_workers(compute: Compute, seconds: float, check: Callable[[], None], tell: Callable[[int], None]) -> int:
+    """The number of worker nodes that the training starts with: all that were asked for, or enough of them after a while.
+
+    `check` is called often and may raise; `tell` hears how many have joined. Raises JobError (WorkersLost) after `seconds` with too few.
+    """
+    started = time.monotonic()
+    enough_since: float | None = None
+    joined = -1
+    while True:
+        check()
+        now, before = time.monotonic(), joined
+        joined = sum(1 for node in _nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0)
+        if joined != before:
+            tell(joined)
+        if joined >= compute.workers.max:
+            return compute.workers.max
+        if joined < compute.workers.min:
+            enough_since = None
+        elif enough_since is None:
+            enough_since = now
+        elif now - enough_since > SETTLE_SECONDS:
+            return joined
+        if now - started > seconds and joined < compute.workers.min:
+            raise JobError(Reason.WORKERS_LOST, f"{joined} of at least {compute.workers.min} workers joined within {seconds:.0f} s")
+        time.sleep(0.2)
+
+
+def _nodes() -> list[Mapping[str, Any]]:
+    import ray
+
+    return list(ray.nodes())

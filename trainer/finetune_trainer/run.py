@@ -1,0 +1,241 @@
+"""The head's way through a job, from top to bottom: prepare -> train -> evaluate -> publish."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.report import Report, parse_report
+from finetune_api.status import DataSummary, Resolved
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.console import Console
+from finetune_trainer.environment import Environment, scratch_folder
+from finetune_trainer.evaluation.comparison import compare
+from finetune_trainer.export import check_free, publish
+from finetune_trainer.following import Following
+from finetune_trainer.manifest import digest_of
+from finetune_trainer.methods.method import BaseModel
+from finetune_trainer.ray_cluster import RayHead, connect, gpus_of, wait_for_workers
+from finetune_trainer.report import Reporter
+from finetune_trainer.result import RESULT, Result, read_result
+from finetune_trainer.sources import Mounts, resolve_storage
+from finetune_trainer.storage import Storage, storage_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREPARED = "prepared"
+PREPARED_FACTS = "prepared.json"
+REPORT = "report.json"
+KEEP_SECONDS = 10.0
+"""How often the report is left in the storage while workers train."""
+STOP_SECONDS = 55.0
+"""After a call to stop, the workers have so long to save a checkpoint; the operator's grace period is longer."""
+
+
+class InterruptedRun(Exception):
+    """The head was asked to stop, and has stopped."""
+
+
+@dataclass
+class Attempt:
+    """One attempt of one job, as the head sees it."""
+
+    environment: Environment
+    job: FineTuneJob
+    reporter: Reporter
+    console: Console
+    ray_head: RayHead
+    following: Following
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def mounts(self) -> Mounts:
+        """The pod's volumes."""
+        return Mounts(self.environment.volumes, self.environment.local)
+
+    @property
+    def storage(self) -> Storage:
+        """output.storage."""
+        return storage_at(resolve_storage(self.job.spec.output, self.mounts))
+
+    @property
+    def own(self) -> Storage:
+        """The job's own folder in output.storage."""
+        return self.storage.at(f".finetune/{self.job.metadata.uid}")
+
+    @property
+    def scratch(self) -> Path:
+        """A folder on this machine that goes with the attempt."""
+        return scratch_folder(self.job.metadata.uid, self.environment.attempt)
+
+    def keep_report(self) -> None:
+        """Leave the report in the storage, for people and for the next attempt. Raises JobError."""
+        self.own.write_json(REPORT, self.reporter.report.to_json())
+
+    def check_stop(self) -> None:
+        """Raise InterruptedRun where the head was asked to stop."""
+        if self.stop.is_set():
+            raise InterruptedRun
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is known before a worker is asked for."""
+
+    base: BaseModel
+    tokenizer: "PreTrainedTokenizerBase"
+    resolved: Resolved
+    config: dict[str, Any]
+    """Everything that the result follows from."""
+
+
+def run_stages(attempt: Attempt) -> None:
+    """All stages in order. Raises JobError, InterruptedRun, or what nobody expected."""
+    earlier = earlier_report(attempt)
+    if earlier is not None and earlier.outcome == "Succeeded":
+        repeat(attempt, earlier)
+        return
+    attempt.following.begin(earlier)
+    preparation = prepare(attempt)
+    result = read_result(attempt.own, preparation.config) or train(attempt, preparation)
+    publish_result(attempt, preparation, result)
+
+
+def earlier_report(attempt: Attempt) -> Report | None:
+    """What an earlier attempt of this job left in the storage."""
+    return parse_report(json.dumps(attempt.own.read_json(REPORT)))
+
+
+def repeat(attempt: Attempt, earlier: Report) -> None:
+    """Say again how the job ended: an earlier attempt did everything, and only its word was lost."""
+    attempt.reporter.update(
+        **{name: getattr(earlier, name) for name in Report.model_fields if name not in ("attempt", "revision", "outcome")}
+    )
+
+
+def prepare(attempt: Attempt) -> Preparation:
+    """Check storage, model and data and write the tokenised data, so that a fault costs no worker. Done once: later attempts take the same."""
+    from finetune_trainer.data.examples import write_prepared
+    from finetune_trainer.data.prepare import prepare_data, summary_of
+    from finetune_trainer.model import check_model, longest_example
+    from finetune_trainer.model_files import fetch_model
+
+    job, own = attempt.job, attempt.own
+    attempt.reporter.start_stage("Prepare", "checking the storage, the model and the data", workers_wanted=0)
+    attempt.storage.check_writable()
+    check_free(attempt.storage, job)
+
+    facts = own.read_json(PREPARED_FACTS) or {}
+    cache = attempt.scratch / "cache"
+    files = fetch_model(job.spec.model, attempt.mounts, cache, weights=False, revision=facts.get("revision"))
+    tokenizer = check_model(files, job)
+    attempt.console.say(f"model {files.base.name} at {files.revision}")
+
+    if not facts:
+        prepared = prepare_data(job, tokenizer, attempt.mounts, longest_example(files))
+        write_prepared(prepared, own.location(PREPARED))
+        facts = {"revision": files.revision, "digest": prepared.digest, "data": summary_of(prepared).to_json()}
+        own.write_json(PREPARED_FACTS, facts)
+
+    config = {
+        "model": {"source": job.spec.model.source, "revision": files.revision},
+        "data": {"digest": facts["digest"]},
+        **{
+            part: getattr(job.spec, part).model_dump(mode="json", by_alias=True, exclude_none=True)
+            for part in ("method", "objective", "training")
+        },
+    }
+    resolved = Resolved(model_revision=files.revision, data_digest=facts["digest"], config_digest=digest_of(config))
+    data = DataSummary.model_validate(facts["data"])
+    attempt.reporter.update(resolved=resolved, data=data)
+    attempt.console.say(
+        f"data {data.train:,} examples to train on ({data.tokens:,} tokens), {data.validation:,} validation, {data.test:,} test, {data.rejected:,} left out"
+    )
+    attempt.check_stop()
+    return Preparation(files.base, tokenizer, resolved, config)
+
+
+def train(attempt: Attempt, preparation: Preparation) -> Result:
+    """Ask for workers, train on them, and have them measure before and after. Raises InterruptedRun once a checkpoint is saved."""
+    compute, reporter = attempt.job.spec.compute, attempt.reporter
+    reporter.start_stage("Train", "waiting for the workers", workers_wanted=compute.workers.max)
+    from finetune_trainer.worker_group import fit  # while the workers start: torch and Ray Train take seconds to import
+
+    attempt.ray_head.wait_ready()
+    connect(attempt.environment)
+    nodes = wait_for_workers(
+        compute,
+        attempt.job.spec.pre_running_deadline_seconds,
+        attempt.check_stop,
+        lambda joined: attempt.console.say(f"workers {joined} of {compute.workers.max}"),
+    )
+    attempt.following.workers_joined(nodes * gpus_of(compute))
+    config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
+    run = _Background(lambda: fit(compute, nodes, config, f"attempt-{attempt.environment.attempt}", attempt.scratch))
+    run.wait(attempt.stop, _Periodically(KEEP_SECONDS, attempt.keep_report))
+    attempt.following.workers_released()
+    result = read_result(attempt.own, preparation.config)
+    if result is None:
+        raise InterruptedRun
+    return result
+
+
+def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -> None:
+    """Compare, and put the result in its place. No worker is needed any more."""
+    evaluation = compare(result.before, result.after)
+    attempt.reporter.update(evaluation=evaluation)
+    attempt.reporter.start_stage("Publish", "publishing the result", workers_wanted=0)
+    artifact = publish(
+        attempt.storage, attempt.own, attempt.job, preparation.base, preparation.tokenizer, result, preparation.resolved, evaluation
+    )
+    attempt.reporter.update(artifacts=(artifact,))
+    attempt.console.say(f"published {artifact.uri} ({artifact.bytes:,} bytes, {artifact.digest})")
+    for leftover in (PREPARED, RESULT):
+        attempt.own.remove(leftover)
+
+
+class _Periodically:
+    """A call that is made at most once in so many seconds."""
+
+    def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+        self._seconds, self._call, self._last = seconds, call, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last >= self._seconds:
+            self._last = time.monotonic()
+            self._call()
+
+
+class _Background:
+    """A call in a thread of its own, so that this one can hear a call to stop."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._call = call
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self, stop: threading.Event, meanwhile: Callable[[], None]) -> None:
+        """Until the call returns; after a call to stop no longer than STOP_SECONDS. Raises what the call raised, InterruptedRun if it was stopped."""
+        asked: float | None = None
+        while self._thread.is_alive():
+            self._thread.join(timeout=0.2)
+            meanwhile()
+            if stop.is_set():
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > STOP_SECONDS:
+                    raise InterruptedRun
+        if self._error is not None:
+            if stop.is_set():
+                raise InterruptedRun from self._error
+            raise self._error

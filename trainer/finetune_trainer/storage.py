@@ -1,0 +1,220 @@
+"""output.storage: one folder, on a file system or in an object store, in which a name is complete or not there.
+
+A folder is built aside. On a file system it is flushed to disk and renamed; in an object store its manifest is uploaded last, and a folder
+without its manifest counts for nothing.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from finetune_api.reasons import Reason
+from finetune_trainer.errors import JobError
+from finetune_trainer.sources import Location
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Files below one root. Names are relative, with '/'. Every method raises JobError(StorageFull | StorageUnavailable)."""
+
+    fs: AbstractFileSystem
+    root: str
+    uri: str
+    """The root as the job names it."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the root is on a file system of this machine, a mounted volume included."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def at(self, name: str) -> "Storage":
+        """The storage below a folder."""
+        return Storage(self.fs, self._path(name), self.locate(name))
+
+    def location(self, name: str) -> Location:
+        """A name as the other modules take it."""
+        return Location(self.fs, self._path(name), self.locate(name))
+
+    def locate(self, name: str) -> str:
+        """The URI of a name."""
+        return f"{self.uri.rstrip('/')}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of this name is there."""
+        with storage_errors(self.locate(name)):
+            return bool(self.fs.exists(self._path(name)))
+
+    def folders(self, name: str = "") -> list[str]:
+        """Names of the folders directly below, sorted."""
+        with storage_errors(self.locate(name)):
+            path = self._path(name)
+            self.fs.invalidate_cache()
+            if not self.fs.exists(path):
+                return []
+            return sorted(PurePosixPath(entry["name"]).name for entry in self.fs.ls(path, detail=True) if entry["type"] == "directory")
+
+    def read_json(self, name: str) -> Any | None:
+        """The JSON value of a file; None where the file is absent or not JSON."""
+        with storage_errors(self.locate(name)):
+            try:
+                return json.loads(self.fs.cat_file(self._path(name)))
+            except (FileNotFoundError, ValueError):
+                return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a file whole: a reader sees the old one or the new one."""
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        with storage_errors(self.locate(name)):
+            if not self.is_local:
+                self.fs.pipe_file(self._path(name), text.encode())
+                return
+            target = Path(self._path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.partial")
+            aside.write_text(text, encoding="utf-8")
+            _flush(aside)
+            aside.replace(target)
+            _flush(target.parent)
+
+    @contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """An empty folder on this machine to fill, `manifest.json` among its files; on leaving, it becomes the folder `name`.
+
+        What was there before under this name stays until the new one is complete (on a file system), or is incomplete from the moment
+        that the new one begins to be uploaded (in an object store). An exception leaves what was there before.
+        """
+        with storage_errors(self.locate(name)):
+            if self.is_local:
+                target = Path(self._path(name))
+                aside = target.with_name(f".{target.name}.partial")
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                try:
+                    yield aside
+                    _flush_tree(aside)
+                    _swap(aside, target)
+                except BaseException:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    raise
+            else:
+                with tempfile.TemporaryDirectory() as aside_name:
+                    yield Path(aside_name)
+                    self._upload(Path(aside_name), name)
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """The folder on this machine, to read: itself, or a copy that is gone afterwards."""
+        with storage_errors(self.locate(name)):
+            if self.is_local:
+                yield Path(self._path(name))
+            else:
+                with tempfile.TemporaryDirectory() as copy:
+                    self.fs.get(self._path(name).rstrip("/") + "/", copy + "/", recursive=True)
+                    yield Path(copy)
+
+    def set_aside(self, name: str, new_name: str) -> None:
+        """Rename a folder so that it counts no more. In an object store only its manifest is renamed, which comes to the same."""
+        with storage_errors(self.locate(name)):
+            if self.is_local:
+                shutil.rmtree(self._path(new_name), ignore_errors=True)
+                Path(self._path(name)).replace(self._path(new_name))
+            elif self.fs.exists(self._path(f"{name}/{MANIFEST}")):
+                self.fs.mv(self._path(f"{name}/{MANIFEST}"), self._path(f"{name}/{MANIFEST}.damaged"))
+
+    def remove(self, name: str) -> None:
+        """Remove a folder, its manifest first; absent is fine."""
+        with storage_errors(self.locate(name)):
+            if self.fs.exists(self._path(f"{name}/{MANIFEST}")):
+                self.fs.rm_file(self._path(f"{name}/{MANIFEST}"))
+            if self.fs.exists(self._path(name)):
+                self.fs.rm(self._path(name), recursive=True)
+
+    def check_writable(self) -> None:
+        """Write a small file, read it, remove it."""
+        name = ".finetune/.writable"
+        with storage_errors(self.uri):
+            path = self._path(name)
+            self.fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+            self.fs.pipe_file(path, b"ok")
+            if self.fs.cat_file(path) != b"ok":
+                raise OSError(errno.EIO, "what was written is not what is read")
+            self.fs.rm_file(path)
+
+    def _upload(self, source: Path, name: str) -> None:
+        manifest = self._path(f"{name}/{MANIFEST}")
+        if self.fs.exists(manifest):
+            self.fs.rm_file(manifest)
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path.name == MANIFEST and path.parent == source):
+            self.fs.put_file(str(path), self._path(f"{name}/{path.relative_to(source).as_posix()}"))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}".rstrip("/")
+
+
+def storage_at(location: Location) -> Storage:
+    """The storage whose root is a place."""
+    return Storage(location.filesystem, location.path, location.uri)
+
+
+@contextmanager
+def storage_errors(where: str) -> Iterator[None]:
+    """Turn what the operating system or the object store says into JobError(StorageFull | StorageUnavailable) naming the place."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        if is_full(error):
+            raise JobError(Reason.STORAGE_FULL, f"{where}: no space is left") from error
+        if isinstance(error, OSError):
+            raise JobError(Reason.STORAGE_UNAVAILABLE, f"{where}: {error.strerror or error}") from error
+        raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk or the quota is full; safetensors says so in words only."""
+    words = str(error)
+    return (
+        (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+        or "No space left on device" in words
+        or "Disk quota exceeded" in words
+    )
+
+
+def _swap(aside: Path, target: Path) -> None:
+    """Put a complete folder in another's place. Between the two renames neither is there; a reader tries the manifest again."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.replace(old)
+    aside.replace(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's or a folder's content on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

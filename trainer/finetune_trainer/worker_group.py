@@ -1,0 +1,137 @@
+"""Ray Train: the loop on every worker, again from the newest checkpoint when workers were lost."""
+
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import Compute
+from finetune_trainer.environment import Environment, environment_from, scratch_folder
+from finetune_trainer.errors import JobError
+from finetune_trainer.failures import as_job_error, is_final
+from finetune_trainer.ray_cluster import cpus_of, gpus_of
+from finetune_trainer.storage import storage_at
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune_trainer.worker import Worker
+
+MAX_FAILURES = 3
+"""Times that lost workers are started again within an attempt."""
+MAX_START_FAILURES = 5
+"""Times that starting them may fail, a minute each."""
+COLLECTIVE_SECONDS = 900
+"""Longest time that workers wait for one another: more than any checkpoint takes."""
+
+
+def fit(compute: Compute, nodes: int, config: dict[str, Any], name: str, scratch: Path) -> None:
+    """Run the loop on the worker nodes, one process for each GPU, or one for each node without.
+
+    `config` reaches every worker and Ray's own records: no secret may be in it. Raises what ended the training.
+    """
+    gpus = gpus_of(compute)
+    processes = max(1, gpus)
+    resources: dict[str, float] = {"CPU": max(1, cpus_of(compute) // processes)}
+    trainer = ray.train.torch.TorchTrainer(
+        _train_on_worker,
+        train_loop_config=config,
+        torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=nodes * processes, use_gpu=gpus > 0, resources_per_worker=resources | ({"GPU": 1} if gpus else {})
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(scratch / "train"),  # Ray keeps nothing there that is needed again: checkpoints are our own
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_START_FAILURES),
+            callbacks=[EndOnFinalError()],
+        ),
+    )
+    trainer.fit()
+
+
+class EndOnFinalError(UserCallback):
+    """Ends the run at an error that starting again cannot mend. Ray Train itself would try it again whatever it is."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the first such error: an error of a callback ends the run."""
+        for error in worker_exceptions.values():
+            if is_final(error):
+                raise as_job_error(error)
+
+
+@dataclass(frozen=True)
+class _Following:
+    """A listener for the workers that do not report."""
+
+    stop_requested: bool = False
+
+    def post(self, progress: Any) -> None:
+        """Nobody is told."""
+
+
+def _train_on_worker(config: dict[str, Any]) -> None:
+    """What each worker process runs: find everything by the pod's environment, then the loop."""
+    import torch
+
+    from finetune_trainer.data.examples import open_prepared
+    from finetune_trainer.loop import Task, train
+    from finetune_trainer.model import load_model
+    from finetune_trainer.model_files import fetch_model
+    from finetune_trainer.progress import ProgressSender
+    from finetune_trainer.sources import Mounts, resolve_storage
+
+    environment = environment_from(os.environ)
+    job = environment.job()
+    mounts = Mounts(environment.volumes, environment.local)
+    storage = storage_at(resolve_storage(job.spec.output, mounts)).at(f".finetune/{job.metadata.uid}")
+    cache = cache_folder(environment, job.metadata.uid)
+    worker = _this_worker()
+    torch.set_num_threads(max(1, cpus_of(job.spec.compute) // max(1, gpus_of(job.spec.compute))))
+    files = fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])
+    model = load_model(files, job, worker.device)
+    data = open_prepared(storage.location("prepared"), cache)
+    sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
+    try:
+        train(Task(job, files.base, config["config"], storage), model, data, worker, sender or _Following(), group=uuid.uuid4().hex)
+    finally:
+        if sender is not None:
+            sender.close()
+
+
+def cache_folder(environment: Environment, job_uid: str) -> Path:
+    """Where a pod keeps what it fetched; the processes of a pod share it."""
+    return scratch_folder(job_uid, environment.attempt) / "cache"
+
+
+def _this_worker() -> "Worker":
+    """This process in Ray's worker group."""
+    import torch.distributed
+
+    from finetune_trainer.worker import Worker
+
+    context = ray.train.get_context()
+
+    def all_reduce(tensor: "torch.Tensor") -> None:
+        try:
+            torch.distributed.all_reduce(tensor)
+        except RuntimeError as error:
+            raise JobError(Reason.WORKERS_LOST, f"worker {context.get_world_rank()} lost the connection to another: {error}") from error
+
+    world = context.get_world_size()
+    alone: Callable[[torch.Tensor], None] = lambda _: None  # noqa: E731 - a one-process group needs no connection
+    return Worker(
+        rank=context.get_world_rank(),
+        world=world,
+        device=ray.train.torch.get_device(),
+        all_reduce=all_reduce if world > 1 else alone,
+        preempted=lambda: ray.train.get_preemption_info() is not None,
+    )

@@ -5,13 +5,15 @@
 ARG BASE_IMAGE=python:3.11-slim
 
 
-# What each image installs, read from pyproject.toml. A change elsewhere in that file gives the same two files, so their layers stay cached.
+# What each image installs, read from pyproject.toml. A change elsewhere in that file gives the same two files, down to their dates, so the
+# layers made from them stay cached.
 FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml /src/
 RUN python -c "import pathlib, tomllib; \
     project = tomllib.loads(pathlib.Path('/src/pyproject.toml').read_text())['project']; \
     [pathlib.Path(f'/src/{extra}.txt').write_text('\n'.join(project['dependencies'] + project['optional-dependencies'][extra])) \
-     for extra in ('operator', 'trainer')]"
+     for extra in ('operator', 'trainer')]" \
+    && touch --date=@0 /src/*.txt
 
 
 # Our code as a wheel: the build tool stays out of the images.

@@ -1,0 +1,233 @@
+"""A cluster with the operator in it: the chart installed once for all tests, a namespace with a volume, a model and data.
+
+KUBECONFIG names the cluster (kind, k3d or any other); FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE name images that its nodes have.
+"""
+
+import io
+import os
+import secrets
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import pytest
+from tests.e2e.kubectl import KINDS, Kubectl, KubectlError
+from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODEL, RELEASE, SYSTEM
+
+from finetune_api import LABEL_JOB_UID
+
+RESTRICTED = ("pod-security.kubernetes.io/enforce=restricted", "pod-security.kubernetes.io/enforce-version=latest")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that the cluster's nodes have."""
+
+    operator: str
+    trainer: str
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    names = [os.environ.get(name, "") for name in ("FINETUNE_OPERATOR_IMAGE", "FINETUNE_TRAINER_IMAGE")]
+    if not all(names):
+        pytest.skip("FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE name no images: `make e2e` builds them and sets both")
+    if not shutil.which("kubectl"):
+        pytest.fail("kubectl is not on PATH")
+    try:
+        Kubectl("default")("version")
+    except KubectlError as error:
+        pytest.fail(f"no cluster answers; KUBECONFIG is {os.environ.get('KUBECONFIG')!r}: {error}")
+    return Images(*names)
+
+
+@pytest.fixture(scope="session")
+def kubectl(images: Images) -> Iterator[Kubectl]:
+    """kubectl in a namespace of its own, which goes away with all that is in it."""
+    name = f"finetune-e2e-{secrets.token_hex(3)}"
+    kubectl = Kubectl(name)
+    kubectl("create", "namespace", name)
+    try:
+        yield kubectl
+    finally:
+        kubectl("delete", "namespace", name, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def release(images: Images, kubectl: Kubectl) -> Iterator[Kubectl]:
+    """The operator, installed from the chart for the tests' namespace; kubectl in the operator's namespace."""
+    system = Kubectl(SYSTEM)
+    _adopt_crd(system)
+    values = {
+        "image": _image(images.operator),
+        "trainer": {"image": _image(images.trainer), "head": {"cpu": "500m", "memory": "2Gi"}, "graceSeconds": 40},
+        "operator": {"pollSeconds": 2, "retryBaseSeconds": 2},
+        "watchNamespaces": [kubectl.namespace],
+        "crds": {"keep": False},
+        "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
+    }
+    with helm_python.Config(namespace=SYSTEM) as helm:
+        try:
+            helm.install(str(CHART), RELEASE, values, create_namespace=True, wait="watcher", timeout=180)
+            yield system
+        except helm_python.HelmError:
+            _print(system, "describe", "pods")
+            raise
+        finally:
+            helm.uninstall(RELEASE)
+            system("delete", "namespace", SYSTEM, timeout=120)
+
+
+def _adopt_crd(kubectl: Kubectl) -> None:
+    """Let the chart take over a CRD that somebody has applied by hand."""
+    if kubectl.find("crd", CRD):
+        kubectl("label", "--overwrite", "crd", CRD, "app.kubernetes.io/managed-by=Helm")
+        kubectl("annotate", "--overwrite", "crd", CRD, f"meta.helm.sh/release-name={RELEASE}", f"meta.helm.sh/release-namespace={SYSTEM}")
+
+
+def _image(name: str) -> dict[str, str]:
+    repository, _, tag = name.rpartition(":")
+    return {"repository": repository, "tag": tag, "pullPolicy": "IfNotPresent"}
+
+
+@pytest.fixture(scope="session")
+def storage(kubectl: Kubectl, images: Images) -> Iterator[str]:
+    """The name of a running pod that sees the volume at /storage. The base model and the data are on it, and every user may write to it.
+
+    The namespace is held to the restricted Pod Security Standard from then on.
+    """
+    volume = _volume(kubectl)
+    kubectl.apply(_claim(volume), _storage_pod("loader", images.trainer, user=0))
+    kubectl("wait", "pod/loader", "--for=condition=Ready", "--timeout=180s", timeout=200)
+    kubectl.python("loader", _UNPACK, stdin=_archive({"tiny-llama": MODEL, "support": DATA}))
+    kubectl("delete", "pod", "loader", "--now")
+    kubectl("label", "namespace", kubectl.namespace, *RESTRICTED)
+    kubectl.apply(_storage_pod("reader", images.trainer, user=10001))
+    kubectl("wait", "pod/reader", "--for=condition=Ready", "--timeout=120s", timeout=140)
+    try:
+        yield "reader"
+    finally:
+        kubectl.python("reader", _EMPTY)
+        kubectl("delete", "pod", "reader", "--now")
+        if volume:
+            kubectl("delete", "persistentvolume", volume, "--wait=false")
+
+
+_UNPACK = """
+import os, sys, tarfile
+os.umask(0)
+os.chmod("/storage", 0o777)
+tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz").extractall("/storage")
+"""
+
+_EMPTY = """
+import pathlib, shutil
+for path in pathlib.Path("/storage").iterdir():
+    shutil.rmtree(path)
+"""
+
+
+def _volume(kubectl: Kubectl) -> str | None:
+    """A volume on the node's disk, where the cluster does not make volumes itself."""
+    classes = kubectl.get("storageclasses")["items"]
+    default = "storageclass.kubernetes.io/is-default-class"
+    if any(item["metadata"].get("annotations", {}).get(default) == "true" for item in classes):
+        return None
+    name = kubectl.namespace
+    spec = {
+        "capacity": {"storage": "2Gi"},
+        "accessModes": ["ReadWriteOnce"],
+        "persistentVolumeReclaimPolicy": "Retain",
+        "storageClassName": "",
+        "hostPath": {"path": f"/var/tmp/{name}", "type": "DirectoryOrCreate"},
+    }
+    kubectl.apply({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": spec})
+    return name
+
+
+def _claim(volume: str | None) -> dict[str, Any]:
+    spec: dict[str, Any] = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    if volume:
+        spec |= {"storageClassName": "", "volumeName": volume}
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": CLAIM}, "spec": spec}
+
+
+def _storage_pod(name: str, image: str, user: int) -> dict[str, Any]:
+    """A pod that waits to be told what to do; it keeps to the restricted standard unless its user is root."""
+    root = user == 0
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 1,
+            "securityContext": {"runAsUser": user, "runAsNonRoot": not root, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {
+                    "name": name,
+                    "image": image,
+                    "imagePullPolicy": "IfNotPresent",
+                    "command": ["python", "-c", "import signal; signal.pause()"],
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                    "volumeMounts": [{"name": "storage", "mountPath": "/storage"}],
+                }
+            ],
+            "volumes": [{"name": "storage", "persistentVolumeClaim": {"claimName": CLAIM}}],
+        },
+    }
+
+
+def _archive(folders: dict[str, Path]) -> bytes:
+    """A tar file of folders, under the names that the volume gives them, readable by everyone."""
+
+    def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.mode = 0o777 if entry.isdir() else 0o666
+        entry.uid = entry.gid = 10001
+        return entry
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, folder in folders.items():
+            archive.add(folder, name, filter=readable)
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def what_was_there(request: pytest.FixtureRequest, kubectl: Kubectl) -> Iterator[None]:
+    """When a test fails: the jobs, the pods' logs and the events, for whoever looks into it."""
+    yield
+    outcome = request.node.stash.get(_FAILED, False)
+    if not outcome:
+        return
+    _print(kubectl, "get", "finetunejobs", "--output", "yaml")
+    _print(kubectl, "get", KINDS, "--output", "wide")
+    _print(kubectl, "get", "events", "--sort-by", ".lastTimestamp")
+    for pod in kubectl.names("pods", LABEL_JOB_UID):
+        _print(kubectl, "logs", pod, "--tail", "60")
+    _print(Kubectl(SYSTEM), "logs", f"deployment/{RELEASE}", "--tail", "120")
+
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if call.when == "call":
+        item.stash[_FAILED] = report.failed
+    return report
+
+
+def _print(kubectl: Kubectl, *arguments: str) -> None:
+    try:
+        text = kubectl(*arguments)
+    except KubectlError as error:
+        text = str(error)
+    sys.stdout.write(f"\n--- kubectl {' '.join(arguments)}\n{text}\n")

@@ -1,0 +1,305 @@
+"""The CustomResourceDefinition on a real API server that knows CEL (Kubernetes 1.29 or later).
+
+FINETUNE_CRD_API=https://host:port and FINETUNE_CRD_TOKEN name a server for tests, whose FineTuneJobs are deleted. Without them the cluster
+of KUBECONFIG is asked, if it is new enough and holds no other version of the CRD.
+"""
+
+import json
+import os
+import re
+import ssl
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from base64 import b64decode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from finetune_api.crd import custom_resource_definition
+from finetune_api.v1alpha1 import parse_job
+from finetune_operator.manifest import ManifestError, read_manifests
+
+pytestmark = pytest.mark.api
+
+ROOT = Path(__file__).parents[2]
+CORPUS = ROOT / "tests/data/jobs"
+FILES = sorted(CORPUS.glob("*/*.yaml"))
+GOOD = sorted(CORPUS.glob("good/*.yaml"))
+DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+DEFINITION = f"{DEFINITIONS}/finetunejobs.finetune.dev"
+JOBS = "/apis/finetune.dev/v1alpha1/namespaces/default/finetunejobs"
+OLDEST_WITH_CEL = 29
+READY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP status and the JSON object that came with it."""
+
+    code: int
+    body: dict[str, Any]
+
+    @property
+    def message(self) -> str:
+        return str(self.body.get("message", ""))
+
+
+@dataclass(frozen=True)
+class Server:
+    """An API server, by its address and what logs in there."""
+
+    url: str
+    tls: ssl.SSLContext
+    token: str | None = None
+
+    def call(
+        self, method: str, path: str, content: object = None, kind: str = "application/json", accept: str = "application/json"
+    ) -> Answer:
+        """One request; `content` is text or an object that becomes JSON."""
+        data = None if content is None else (content if isinstance(content, str) else json.dumps(content)).encode()
+        headers = {"Accept": accept, "Content-Type": kind} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        request = urllib.request.Request(self.url + path, data=data, method=method, headers=headers)  # noqa: S310 - the test's own address
+        try:
+            with urllib.request.urlopen(request, timeout=30, context=self.tls) as response:  # noqa: S310
+                return Answer(response.status, json.load(response))
+        except urllib.error.HTTPError as error:
+            text = error.read().decode()
+            return Answer(error.code, json.loads(text) if text.startswith("{") else {"message": text})
+
+    def verdict(self, text: str) -> Answer:
+        """What the server says to a manifest, of which it keeps nothing."""
+        return self.call("POST", f"{JOBS}?dryRun=All&fieldValidation=Strict", text, kind="application/yaml")
+
+    def minor(self) -> int:
+        return int(re.sub(r"\D", "", str(self.call("GET", "/version").body.get("minor", "0"))))
+
+
+def _kubeconfig_server(path: Path) -> Server:
+    """The current context's server, with its token or client certificate."""
+    config = yaml.safe_load(path.read_text())
+    context = next(entry["context"] for entry in config["contexts"] if entry["name"] == config["current-context"])
+    cluster = next(entry["cluster"] for entry in config["clusters"] if entry["name"] == context["cluster"])
+    user = next(entry["user"] for entry in config["users"] if entry["name"] == context["user"])
+    authority = cluster.get("certificate-authority-data")
+    tls = ssl.create_default_context(
+        cafile=cluster.get("certificate-authority"), cadata=b64decode(authority).decode() if authority else None
+    )
+    if cluster.get("insecure-skip-tls-verify"):
+        tls = ssl._create_unverified_context()  # noqa: S323 - as the kubeconfig says
+    if "client-certificate-data" in user:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("client-certificate", "client-key"):
+                (Path(folder) / name).write_bytes(b64decode(user[f"{name}-data"]))
+            tls.load_cert_chain(Path(folder) / "client-certificate", Path(folder) / "client-key")
+    elif "client-certificate" in user:
+        tls.load_cert_chain(user["client-certificate"], user["client-key"])
+    return Server(cluster["server"], tls, user.get("token"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server with the CRD as the models have it now."""
+    own = os.environ.get("FINETUNE_CRD_API")
+    if own:
+        found = Server(own, ssl._create_unverified_context(), os.environ.get("FINETUNE_CRD_TOKEN"))  # noqa: S323 - a server for tests
+    elif os.environ.get("KUBECONFIG"):
+        found = _kubeconfig_server(Path(os.environ["KUBECONFIG"]))
+        if found.minor() < OLDEST_WITH_CEL:
+            pytest.skip(f"the cluster of KUBECONFIG is 1.{found.minor()} and knows no CEL: name a newer one, or set FINETUNE_CRD_API")
+    else:
+        pytest.skip("no API server with CEL: set FINETUNE_CRD_API (and FINETUNE_CRD_TOKEN), or KUBECONFIG to a cluster of 1.29 or later")
+    made = _install(found, replace=bool(own))
+    yield found
+    if made:
+        found.call("DELETE", DEFINITION)
+
+
+def _install(server: Server, *, replace: bool) -> bool:
+    """Install the CRD; whether it was not there before."""
+    definition = custom_resource_definition()
+    present = server.call("GET", DEFINITION)
+    if present.code == 200 and not replace:
+        if present.body["spec"]["versions"] != definition["spec"]["versions"]:
+            pytest.skip("the cluster of KUBECONFIG holds another version of the CRD, which this test does not replace")
+        return False
+    if present.code == 200:
+        server.call("DELETE", DEFINITION)
+        _until(lambda: server.call("GET", DEFINITION).code == 404, "the old CRD to go")
+    created = server.call("POST", DEFINITIONS, definition)
+    assert created.code == 201, created.message
+    _until(lambda: server.call("GET", JOBS).code == 200, "the jobs to be served")
+    return True
+
+
+def _until(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {READY_SECONDS} s for {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def job(server: Server) -> Iterator[dict[str, Any]]:
+    """A job in the server, as it is stored; deleted afterwards."""
+    manifest = read_manifests((CORPUS / "good/minimal.yaml").read_text())[0]
+    content = {**manifest, "metadata": {"name": f"test-{uuid.uuid4().hex[:8]}"}}
+    content["spec"] = {**manifest["spec"], "activeDeadlineSeconds": 3600}
+    created = server.call("POST", JOBS, content)
+    assert created.code == 201, created.message
+    yield created.body
+    server.call("DELETE", f"{JOBS}/{created.body['metadata']['name']}")
+
+
+def test_the_server_takes_the_definition_and_serves_it(server):
+    conditions = {entry["type"]: entry for entry in server.call("GET", DEFINITION).body["status"]["conditions"]}
+    assert conditions["Established"]["status"] == "True"
+    assert "NonStructuralSchema" not in conditions
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_server_and_models_give_the_same_verdict(server, path):
+    text = path.read_text(encoding="utf-8")
+    try:
+        parse_job(read_manifests(text)[0])
+        accepted = True
+    except (ManifestError, ValidationError):
+        accepted = False
+    answer = server.verdict(text)
+    assert (answer.code == 201) == accepted, answer.message
+    assert accepted == (path.parent.name == "good")
+    place = text.removeprefix("# ").split(":")[0]
+    if not accepted and place.startswith("spec."):
+        assert place in answer.message
+
+
+@pytest.mark.parametrize("path", GOOD, ids=lambda path: path.stem)
+def test_the_server_stores_what_the_models_say(server, path):
+    text = path.read_text(encoding="utf-8")
+    ours = parse_job(read_manifests(text)[0]).spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert server.verdict(text).body["spec"] == ours
+
+
+def test_what_the_server_stores_is_the_same_job_to_the_models(server, job):
+    manifest = {**job, "metadata": {**job["metadata"]}}
+    assert parse_job(manifest).spec.model_dump(mode="json", by_alias=True, exclude_none=True) == job["spec"]
+
+
+def test_a_new_job_says_that_nobody_has_looked_at_it(server, job):
+    stored = server.call("GET", f"{JOBS}/{job['metadata']['name']}").body
+    assert stored["status"] == {"observedGeneration": -1}
+
+
+ALLOWED = [
+    {"suspend": True},
+    {"ttlSecondsAfterFinished": 60},
+    {"activeDeadlineSeconds": 7200},
+    {"activeDeadlineSeconds": None},
+    {"preRunningDeadlineSeconds": 3600},
+]
+REFUSED = [
+    ({"model": {"source": "hf://other/model"}}, "model is immutable"),
+    ({"model": {"revision": "main"}}, "model is immutable"),
+    ({"data": {"test": {"source": "pvc://a/test.jsonl"}}}, "data is immutable"),
+    ({"method": {"lora": {"rank": 8}}}, "method is immutable"),
+    ({"objective": {"sft": {"lossOn": "all"}}}, "objective is immutable"),
+    ({"training": {"epochs": 5}}, "training is immutable"),
+    ({"checkpoint": {"keep": 5}}, "checkpoint is immutable"),
+    ({"compute": {"workers": {"max": 2}}}, "compute is immutable"),
+    ({"output": {"storage": "pvc://elsewhere"}}, "output is immutable"),
+    ({"backoffLimit": 4}, "backoffLimit is immutable"),
+    ({"activeDeadlineSeconds": 1800}, "activeDeadlineSeconds can only be raised or removed"),
+    ({"preRunningDeadlineSeconds": 900}, "preRunningDeadlineSeconds can only be raised"),
+]
+
+
+def _change(server: Server, job: dict[str, Any], spec: dict[str, Any]) -> Answer:
+    return server.call("PATCH", f"{JOBS}/{job['metadata']['name']}", {"spec": spec}, kind="application/merge-patch+json")
+
+
+@pytest.mark.parametrize("spec", ALLOWED, ids=json.dumps)
+def test_what_steers_a_run_can_be_changed(server, job, spec):
+    answer = _change(server, job, spec)
+    assert answer.code == 200, answer.message
+    (name, value) = next(iter(spec.items()))
+    assert answer.body["spec"].get(name) == value
+
+
+@pytest.mark.parametrize(("spec", "words"), REFUSED, ids=[json.dumps(spec) for spec, _ in REFUSED])
+def test_what_a_run_follows_from_cannot_be_changed(server, job, spec, words):
+    answer = _change(server, job, spec)
+    assert answer.code == 422
+    assert words in answer.message
+
+
+def test_a_deadline_cannot_be_added_later(server, job):
+    assert _change(server, job, {"activeDeadlineSeconds": None}).code == 200
+    answer = _change(server, job, {"activeDeadlineSeconds": 7200})
+    assert answer.code == 422
+    assert "activeDeadlineSeconds can only be raised or removed" in answer.message
+
+
+def test_applying_the_same_manifest_again_changes_nothing(server, job):
+    """A default that the server filled in is not a change of an immutable field."""
+    manifest = {key: job[key] for key in ("apiVersion", "kind")} | {"metadata": {"name": job["metadata"]["name"]}}
+    manifest["spec"] = read_manifests((CORPUS / "good/minimal.yaml").read_text())[0]["spec"] | {"activeDeadlineSeconds": 3600}
+    path = f"{JOBS}/{job['metadata']['name']}?fieldManager=test&force=true"
+    answer = server.call("PATCH", path, json.dumps(manifest), kind="application/apply-patch+yaml")
+    assert answer.code == 200, answer.message
+    assert answer.body["metadata"]["generation"] == job["metadata"]["generation"]
+
+
+STATUS = {
+    "observedGeneration": 1,
+    "phase": "Training",
+    "message": "step 420 of 1260",
+    "attempt": {"number": 2},
+    "progress": {"percent": 33},
+    "metrics": [{"name": "validation/loss", "value": 1.31}, {"name": "train/loss", "value": 1.18}],
+}
+
+
+def test_the_columns_come_from_the_status(server, job):
+    path = f"{JOBS}/{job['metadata']['name']}"
+    answer = server.call("PATCH", f"{path}/status", {"status": STATUS}, kind="application/merge-patch+json")
+    assert answer.code == 200, answer.message
+    assert answer.body["status"] == STATUS
+    table = server.call("GET", path, accept="application/json;as=Table;v=v1;g=meta.k8s.io").body
+    cells = dict(zip([column["name"] for column in table["columnDefinitions"]], table["rows"][0]["cells"], strict=True))
+    del cells["Age"]
+    assert cells == {
+        "Name": job["metadata"]["name"],
+        "Phase": "Training",
+        "Progress": 33,
+        "Loss": 1.18,
+        "Attempt": 2,
+        "Message": "step 420 of 1260",
+    }
+
+
+def test_a_new_jobs_columns_are_empty(server, job):
+    table = server.call("GET", f"{JOBS}/{job['metadata']['name']}", accept="application/json;as=Table;v=v1;g=meta.k8s.io").body
+    assert table["rows"][0]["cells"][1:6] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"phase": "Dreaming"},
+        {"progress": {"percent": 101}},
+        {"metrics": [{"name": "a"}]},
+        {"conditions": [{"type": "Ready"}]},
+        {"startTime": "noon"},
+    ],
+    ids=json.dumps,
+)
+def test_a_status_that_means_nothing_is_refused(server, job, status):
+    path = f"{JOBS}/{job['metadata']['name']}/status"
+    assert server.call("PATCH", path, {"status": status}, kind="application/merge-patch+json").code == 422

@@ -153,14 +153,18 @@ def _spec(raw: Raw, local: bool) -> tuple[Spec | None, str]:
         return None, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False, include_input=False))
 
 
-def observe(pods: Iterable[Raw], config_maps: Iterable[Raw], events: Iterable[Raw], report: Report | None = None) -> Observed:
-    """The observation in raw pods, ConfigMaps (metadata is enough) and Events of pending pods."""
+def observe(uid: str, pods: Iterable[Raw], config_maps: Iterable[Raw], events: Iterable[Raw], report: Report | None = None) -> Observed:
+    """The observation in raw pods, ConfigMaps (metadata is enough) and Events of pending pods. What the job does not own is not its own."""
     told = tuple(events)
     return Observed(
-        pods=tuple(sorted((pod_from(pod, told) for pod in pods), key=lambda pod: pod.name)),
-        anchors=frozenset(int(config_map["metadata"]["labels"][LABEL_ATTEMPT]) for config_map in config_maps),
+        pods=tuple(sorted((pod_from(pod, told) for pod in pods if _owned(pod, uid)), key=lambda pod: pod.name)),
+        anchors=frozenset(int(each["metadata"]["labels"][LABEL_ATTEMPT]) for each in config_maps if _owned(each, uid)),
         report=report,
     )
+
+
+def _owned(raw: Raw, uid: str) -> bool:
+    return any(owner["uid"] == uid for owner in raw["metadata"].get("ownerReferences") or ())
 
 
 def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:

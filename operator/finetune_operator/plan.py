@@ -13,6 +13,7 @@ from finetune_api import API_VERSION, KIND, LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL
 from finetune_api.reasons import Reason
 from finetune_api.report import REPORT_PORT
 from finetune_api.status import Status
+from finetune_api.v1alpha1 import Spec
 from finetune_operator.observed import Job, Observed, Pod
 from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
 from finetune_operator.settings import Settings
@@ -49,26 +50,25 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
     """The manifests of the running attempt, in the order in which they are made; none between attempts and after the end."""
     if job.spec is None or not status.attempt.running:
         return ()
-    name = f"{job.name}-{status.attempt.number}"
-    labels = _labels(job, status.attempt.number)
+    number = status.attempt.number
+    name = f"{job.name}-{number}"
+    meta = {"name": name, "namespace": job.namespace, "labels": _labels(job, number), "ownerReferences": [_owner(job)]}
     image = status.resolved.trainer_image if status.resolved and status.resolved.trainer_image else settings.trainer_image
-    queue = {key: value for key, value in job.labels.items() if key.startswith("kueue.x-k8s.io/")}
     head = ("head", head_pod(name, job.namespace, job.spec, image, settings))
     workers = [("worker", worker_pod(name, job.namespace, index, job.spec, image, settings)) for index in range(status.workers_wanted)]
-    for role, pod in (head, *workers):
-        pod["metadata"]["labels"] = {**queue, **labels, LABEL_ROLE: role, "app.kubernetes.io/component": role}
-    objects: list[Manifest] = [
-        _config_map(job),
-        {"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "stringData": {TOKEN_KEY: settings.token(job.uid, status.attempt.number)}},
-        _service(labels),
-        _network_policy(job, settings),
-    ]
-    for manifest in objects:
-        manifest["metadata"] = {"name": name, "labels": dict(labels)}
-    manifests = (*objects, *(pod for _, pod in (head, *workers)))
-    for manifest in manifests:
-        manifest["metadata"] |= {"namespace": job.namespace, "ownerReferences": [_owner(job)]}
-    return manifests
+    return (
+        _config_map(meta, job, job.spec),
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": meta,
+            "type": "Opaque",
+            "stringData": {TOKEN_KEY: settings.token(job.uid, number)},
+        },
+        _service(meta),
+        _network_policy(meta, job, settings),
+        *(_owned_pod(meta, role, pod, job) for role, pod in (head, *workers)),
+    )
 
 
 def missing(desired: Iterable[Manifest], status: Status, observed: Observed) -> tuple[Manifest, ...]:
@@ -165,26 +165,35 @@ def _labels(job: Job, attempt: int) -> dict[str, str]:
     }
 
 
-def _config_map(job: Job) -> Manifest:
+def _owned_pod(meta: Manifest, role: str, pod: Manifest, job: Job) -> Manifest:
+    """The pod with the attempt's metadata; a queue (Kueue) reads its labels from the pods."""
+    queue = {key: value for key, value in job.labels.items() if key.startswith("kueue.x-k8s.io/")}
+    labels = {**queue, **meta["labels"], LABEL_ROLE: role, "app.kubernetes.io/component": role}
+    return {**pod, "metadata": {**meta, **pod["metadata"], "labels": labels}}
+
+
+def _config_map(meta: Manifest, job: Job, spec: Spec) -> Manifest:
     """The job as it runs, with every default in place."""
-    spec = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True) if job.spec else {}
-    meta = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
-    text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": spec}, indent=2)
-    return {"apiVersion": "v1", "kind": "ConfigMap", "data": {JOB_KEY: text}}
+    identity = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
+    spelled = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": identity, "spec": spelled}, indent=2)
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {JOB_KEY: text}}
 
 
-def _service(labels: dict[str, str]) -> Manifest:
+def _service(meta: Manifest) -> Manifest:
     """Gives the pods names; a head must be found before it is ready."""
-    selector = {key: labels[key] for key in (LABEL_JOB_UID, LABEL_ATTEMPT)}
-    ports = [{"name": "ray", "port": RAY_PORT}, {"name": "report", "port": REPORT_PORT}]
+    selector = {key: meta["labels"][key] for key in (LABEL_JOB_UID, LABEL_ATTEMPT)}
+    # Server-side apply tells ports apart by port and protocol, so neither may be left to a default.
+    ports = [{"name": name, "port": port, "protocol": "TCP"} for name, port in (("ray", RAY_PORT), ("report", REPORT_PORT))]
     return {
         "apiVersion": "v1",
         "kind": "Service",
+        "metadata": meta,
         "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": selector, "ports": ports},
     }
 
 
-def _network_policy(job: Job, settings: Settings) -> Manifest:
+def _network_policy(meta: Manifest, job: Job, settings: Settings) -> Manifest:
     """In: the job's own pods; to the report and metrics port also the operator, and whoever reads metrics. Out: storage and hubs.
 
     Ray's own ports are many and only in part behind its token, so nobody else may reach them. Cloud metadata services give
@@ -204,6 +213,7 @@ def _network_policy(job: Job, settings: Settings) -> Manifest:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
+        "metadata": meta,
         "spec": {
             "podSelector": own["podSelector"],
             "policyTypes": ["Ingress", "Egress"],

@@ -39,7 +39,7 @@ def head_pod(name: str, namespace: str, spec: Spec, image: str, settings: Settin
     container = _container("head", name, namespace, spec, image, settings)
     container |= {
         "resources": {"requests": sizes, "limits": sizes},
-        "ports": [{"name": "report", "containerPort": REPORT_PORT}],
+        "ports": [{"name": "report", "containerPort": REPORT_PORT, "protocol": "TCP"}],
         "readinessProbe": {
             "httpGet": {"path": "/healthz", "port": "report"},
             "periodSeconds": 2,
@@ -150,7 +150,7 @@ def _volumes(name: str, spec: Spec) -> list[tuple[Manifest, Manifest]]:
     """Each volume with its mount: what every pod has, then what the job names."""
     return [
         _mounted("job", {"configMap": {"name": name}}, JOB_FOLDER, read_only=True),
-        _mounted("token", {"secret": {"secretName": name, "defaultMode": 0o440}}, TOKEN_FOLDER, read_only=True),
+        _mounted("token", _secret(name), TOKEN_FOLDER, read_only=True),
         _mounted("home", {"emptyDir": {}}, HOME),
         _mounted("tmp", {"emptyDir": {"sizeLimit": TMP_LIMIT}}, "/tmp"),  # noqa: S108 - the pod's own
         _mounted("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": SHM_LIMIT}}, "/dev/shm"),  # noqa: S108 - the pod's own
@@ -170,8 +170,7 @@ def _named_volumes(spec: Spec) -> Iterable[tuple[Manifest, Manifest]]:
             f"configmap-{number}", {"configMap": {"name": config_map, "items": items}}, f"{VOLUMES}/configmaps/{config_map}", read_only=True
         )
     for number, secret in enumerate(secrets_of(spec)):
-        source = {"secret": {"secretName": secret, "defaultMode": 0o440}}
-        yield _mounted(f"secret-{number}", source, f"{VOLUMES}/secrets/{secret}", read_only=True)
+        yield _mounted(f"secret-{number}", _secret(secret), f"{VOLUMES}/secrets/{secret}", read_only=True)
 
 
 def claims_of(spec: Spec) -> tuple[str, ...]:
@@ -199,6 +198,10 @@ def _data(spec: Spec) -> tuple[DataSource, ...]:
 def _claim(uri: str | None) -> str | None:
     """The claim in pvc://claim/path."""
     return uri.removeprefix("pvc://").split("/", 1)[0] if uri and uri.startswith("pvc://") else None
+
+
+def _secret(name: str) -> Manifest:
+    return {"secret": {"secretName": name, "defaultMode": 0o440}}
 
 
 def _mounted(name: str, source: Manifest, path: str, *, read_only: bool = False) -> tuple[Manifest, Manifest]:

@@ -14,12 +14,13 @@ Told = tuple[Literal["Normal", "Warning"], str, str]
 
 
 def events_between(job: Job, before: Status, after: Status) -> tuple[Event, ...]:
-    """One Event for each transition. Its name follows from job, attempt and what it tells, so that two operators tell it once."""
+    """One Event for each transition. Its name follows from the status after it, so that two operators tell it once."""
     return tuple(_event(job, after, told) for told in dict.fromkeys(_told(before, after)))
 
 
 def _event(job: Job, status: Status, told: Told) -> Event:
-    digest = hashlib.sha256("|".join((job.uid, str(status.attempt.number), *told)).encode()).hexdigest()[:16]
+    times = (condition.last_transition_time for condition in status.conditions)
+    digest = hashlib.sha256("|".join((job.uid, str(status.attempt.number), *told, *times)).encode()).hexdigest()[:16]
     return Event(f"{job.name}.{digest}", *told)
 
 

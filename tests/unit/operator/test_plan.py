@@ -1,0 +1,188 @@
+"""The objects of an attempt: golden files, the restricted Pod Security Standard, and what is missing or surplus."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune_api.status import Attempt, Status
+from finetune_api.v1alpha1 import parse_job
+from finetune_operator.lifecycle import advance
+from finetune_operator.observed import Observed, job_from, pod_from
+from finetune_operator.plan import Removal, desired_objects, missing, surplus
+from finetune_operator.settings import Settings
+from tests.builders import SETTINGS, T0, at, make_job, make_pod, make_report, raw_pod, terminated
+
+PLANS = Path(__file__).parents[2] / "data" / "plans"
+NAMES = sorted(path.name.removesuffix(".job.yaml") for path in PLANS.glob("*.job.yaml"))
+PLATFORM = Settings(trainer_image="registry.example/trainer:1", token_key=b"a key for tests only", image_pull_secrets=("registry",))
+
+
+def planned(name: str) -> list[dict]:
+    job = job_from(yaml.safe_load((PLANS / f"{name}.job.yaml").read_text()))
+    assert job.spec is not None, job.problem
+    return list(desired_objects(job, job.status, PLATFORM))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_has_the_objects_of_its_golden_file(name: str) -> None:
+    """tests/data/plans/README.md tells how to write the files anew."""
+    golden = PLANS / f"{name}.objects.yaml"
+    objects = planned(name)
+    if os.environ.get("REWRITE_PLANS"):
+        golden.write_text(yaml.dump_all(objects, sort_keys=False, width=140, Dumper=_PlainDumper))
+    assert objects == list(yaml.safe_load_all(golden.read_text()))
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes equal values out in full, not as aliases of each other."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pods_keep_to_the_restricted_pod_security_standard(name: str) -> None:
+    """The rules of kubernetes.io/docs/concepts/security/pod-security-standards, and two of our own: a read-only root, and no API token."""
+    pods = [each["spec"] for each in planned(name) if each["kind"] == "Pod"]
+    assert pods
+    for pod in pods:
+        assert not any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC", "initContainers"))
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        kinds = {key for volume in pod["volumes"] for key in volume if key != "name"}
+        assert kinds <= {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert container["securityContext"]["privileged"] is False
+            assert not any("hostPort" in port for port in container.get("ports", ()))
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert pod["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_object_belongs_to_its_job(name: str) -> None:
+    uid = yaml.safe_load((PLANS / f"{name}.job.yaml").read_text())["metadata"]["uid"]
+    for each in planned(name):
+        (owner,) = each["metadata"]["ownerReferences"]
+        assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == (uid, True, True)
+        assert each["metadata"]["labels"]["finetune.dev/job-uid"] == uid
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_job_file_says_all_and_can_be_read(name: str) -> None:
+    config_map = next(each for each in planned(name) if each["kind"] == "ConfigMap")
+    job = parse_job(json.loads(config_map["data"]["job.json"]))
+    original = job_from(yaml.safe_load((PLANS / f"{name}.job.yaml").read_text()))
+    assert job.spec == original.spec
+    assert job.metadata.uid == original.uid
+
+
+def test_the_token_is_in_the_secret_alone() -> None:
+    job = make_job(status=Status(attempt=Attempt(number=1), workers_wanted=2))
+    token = SETTINGS.token(job.uid, 1)
+    found = [each["kind"] for each in desired_objects(job, job.status, SETTINGS) if token in json.dumps(each)]
+    assert found == ["Secret"]
+
+
+def test_names_are_dns_labels_for_the_longest_job() -> None:
+    sizes = {"compute": {"workers": {"min": 1, "max": 1024}}, "training": {"globalBatchSize": 1024}}
+    job = make_job(name="x" * 48, status=Status(attempt=Attempt(number=99), workers_wanted=1024), **sizes)
+    for each in desired_objects(job, job.status, SETTINGS):
+        assert len(each["metadata"]["name"]) <= 63
+        if each["kind"] == "Pod":
+            assert each["spec"]["hostname"] == each["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    "attempt", [Attempt(), Attempt(number=2, end_time="2026-01-01T00:00:00Z")], ids=["before the first attempt", "after an attempt"]
+)
+def test_nothing_is_wanted_between_attempts(attempt: Attempt) -> None:
+    job = make_job(status=Status(attempt=attempt, workers_wanted=2))
+    assert desired_objects(job, job.status, SETTINGS) == ()
+
+
+RUNNING = Status(attempt=Attempt(number=1, start_time="2026-01-01T00:00:00Z", head_seen=True), workers_wanted=2)
+ENDED = RUNNING.model_copy(update={"attempt": RUNNING.attempt.model_copy(update={"end_time": "2026-01-01T00:01:00Z"}), "workers_wanted": 0})
+
+
+def names_missing(status: Status, *pods, anchors=(1,)) -> list[str]:
+    job = make_job(status=status)
+    found = missing(desired_objects(job, status, SETTINGS), status, Observed(tuple(pods), frozenset(anchors)))
+    return [f"{each['kind']} {each['metadata']['name']}" for each in found]
+
+
+def test_only_what_is_missing_is_applied() -> None:
+    assert names_missing(RUNNING, make_pod(), make_pod("worker")) == ["Pod bot-1-worker-1"]
+
+
+def test_without_a_head_everything_is_applied_again() -> None:
+    """The operator may have ended anywhere before it made the head."""
+    assert names_missing(RUNNING)[:5] == ["ConfigMap bot-1", "Secret bot-1", "Service bot-1", "NetworkPolicy bot-1", "Pod bot-1-head"]
+
+
+def test_a_secret_that_went_with_an_older_job_of_the_same_name_is_made_again() -> None:
+    message = 'MountVolume.SetUp failed for volume "token" : secret "bot-1" not found'
+    event = {"involvedObject": {"uid": "uid-of-bot-1-head"}, "reason": "FailedMount", "message": message, "metadata": {}}
+    head = pod_from(raw_pod(phase="Pending"), [event])
+    assert "Secret bot-1" in names_missing(RUNNING.model_copy(update={"workers_wanted": 0}), head)
+
+
+def removed(status: Status, *pods, anchors=(), seconds: float = 0) -> list[Removal]:
+    job = make_job(status=status)
+    desired = desired_objects(job, status, SETTINGS)
+    return list(surplus(desired, job, status, Observed(tuple(pods), frozenset(anchors)), SETTINGS, at(seconds)))
+
+
+def test_nothing_of_a_running_attempt_is_surplus() -> None:
+    assert removed(RUNNING, make_pod(), make_pod("worker"), make_pod("worker", index=1), anchors=[1]) == []
+
+
+def test_a_failed_worker_makes_place_for_another_but_not_at_once() -> None:
+    pod = make_pod("worker", phase="Failed")
+    assert removed(RUNNING, make_pod(), pod, anchors=[1], seconds=9) == []
+    assert removed(RUNNING, make_pod(), pod, anchors=[1], seconds=10) == [Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0")]
+
+
+def test_workers_that_are_no_longer_wanted_go_with_their_grace() -> None:
+    status = RUNNING.model_copy(update={"workers_wanted": 0})
+    assert removed(status, make_pod(), make_pod("worker"), anchors=[1]) == [Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0")]
+
+
+def test_the_head_goes_before_its_workers_so_that_they_save_a_checkpoint() -> None:
+    head, worker = make_pod(), make_pod("worker")
+    assert removed(ENDED, head, worker, anchors=[1]) == [Removal("Pod", "bot-1-head", "uid-of-bot-1-head")]
+    going = make_pod(deletion=at(90))
+    assert removed(ENDED, going, worker, anchors=[1]) == []
+    assert removed(ENDED, worker, anchors=[1]) == [Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0", grace=10)]
+
+
+def test_the_attempts_objects_go_after_its_pods_and_the_config_map_last() -> None:
+    assert removed(ENDED, anchors=[1]) == [Removal(kind, "bot-1") for kind in ("Secret", "Service", "NetworkPolicy", "ConfigMap")]
+
+
+def test_a_pod_on_a_node_that_is_gone_is_not_waited_for() -> None:
+    pod = make_pod("worker", deletion=at(90))
+    assert removed(RUNNING, make_pod(), pod, anchors=[1], seconds=150) == []
+    forced = Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0", grace=0)
+    assert removed(RUNNING, make_pod(), pod, anchors=[1], seconds=151) == [forced]
+
+
+def test_a_finished_head_stays_until_the_next_attempt_begins() -> None:
+    head = make_pod(phase="Failed", containerStatuses=terminated(1))
+    assert removed(ENDED, head) == []
+    second = RUNNING.model_copy(update={"attempt": RUNNING.attempt.model_copy(update={"number": 2})})
+    assert removed(second, head) == [Removal("Pod", "bot-1-head", "uid-of-bot-1-head")]
+
+
+def test_a_head_that_does_not_end_after_its_success_is_ended_after_its_grace() -> None:
+    job = make_job(status=RUNNING)
+    status = advance(job, Observed((make_pod(),), frozenset(), make_report("Publish", outcome="Succeeded")), SETTINGS, T0)
+    assert status.phase == "Complete"
+    assert removed(status, make_pod(), seconds=89) == []
+    assert removed(status, make_pod(), seconds=90) == [Removal("Pod", "bot-1-head", "uid-of-bot-1-head")]
+    assert removed(status, make_pod(), make_pod("worker")) == [Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0")]

@@ -176,7 +176,7 @@ class KubernetesCluster:
         """
         meta = job["metadata"]
         kept = {name: meta[name] for name in ("name", "namespace", "uid", "resourceVersion")}
-        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": kept, "status": status.to_json()}
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": kept, "status": _without_blanks(status.to_json())}
         path = KINDS[KIND].path(meta["namespace"], meta["name"]) + "/status"
         try:
             return await self._call("update", path, f"{KIND} {meta['namespace']}/{meta['name']} status", body=body, query=_MANAGED)
@@ -323,6 +323,13 @@ def _api_error(code: int, data: bytes, what: str) -> ApiError:
     except (ValueError, AttributeError):
         reason, message = str(code), data[:200].decode(errors="replace")
     return ApiError(code, reason, f"{what}: {message or reason}")
+
+
+def _without_blanks(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """JSON without empty strings: absent means the same here, and some API servers (1.20 of Debian) take one in a list for a null."""
+    if isinstance(value, dict):
+        return {key: _without_blanks(each) for key, each in value.items() if each != ""}
+    return [_without_blanks(each) for each in value] if isinstance(value, list) else value
 
 
 async def _read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:

@@ -1,0 +1,108 @@
+"""One job from `kubectl apply` to its end, and its deletion."""
+
+import base64
+import collections
+
+import pytest
+from tests.integration.api.apiserver import kubeconfig_through
+from tests.integration.api.kube import CHILDREN
+from tests.integration.api.operators import KEY
+from tests.integration.api.players import failure_then_success
+from tests.integration.api.proxy import Proxy
+from tests.integration.api.stages import Stage, is_true
+
+pytestmark = [pytest.mark.api, pytest.mark.asyncio(loop_scope="session")]
+
+
+async def test_job_runs_to_complete_and_leaves_only_its_finished_head(stage: Stage) -> None:
+    async with stage.player().playing() as player, stage.operator().running() as operator:
+        await stage.apply()
+        job = await stage.wait_for_end(operator)
+        await stage.wait_for_children("Pod/tune-1-head")
+
+    status = job["status"]
+    assert status["phase"] == "Complete"
+    assert is_true(job, "Ready")
+    assert not is_true(job, "Failed")
+    assert status["observedGeneration"] == job["metadata"]["generation"]
+    assert status["artifacts"][0]["uri"] == "pvc://models/a/adapter"
+    assert status["attempt"]["number"] == 1
+    assert [stage["state"] for stage in status["stages"]] == ["Succeeded"] * 4
+    assert [name for name, _ in player.created] == ["tune-1-head", "tune-1-worker-0", "tune-1-worker-1"]
+    assert "finalizers" not in job["metadata"]
+    assert "annotations" not in job["metadata"]
+    told = collections.Counter(event["reason"] for event in await stage.kube.list("Event", stage.namespace))
+    assert {"Accepted", "Training", "Succeeded"} <= set(told)
+    assert set(told.values()) == {1}, "a transition was told more than once"
+
+
+async def test_secret_holds_the_token_and_nothing_else_names_it(stage: Stage) -> None:
+    async with stage.player().playing() as player, stage.operator().running():
+        player.hold = lambda pod: True
+        await stage.apply()
+        await player.wait_for(lambda pods: "tune-1-head" in pods)
+        children = {kind: await stage.kube.list(kind, stage.namespace) for kind in CHILDREN if kind != "Secret"}
+        job = await stage.job()
+        secret = await stage.kube.get("Secret", stage.namespace, "tune-1")
+
+    assert secret is not None
+    token = base64.b64decode(secret["data"]["token"]).decode()
+    assert len(token) == 64
+    assert token not in str(children)
+    assert token not in str(job)
+    assert KEY not in str(children)
+
+
+async def test_failed_attempt_is_followed_by_another_which_completes(stage: Stage) -> None:
+    async with stage.player(failure_then_success).playing() as player, stage.operator().running() as operator:
+        await stage.apply()
+        job = await stage.wait_for_end(operator)
+        await stage.wait_for_children("Pod/tune-2-head")
+
+    assert job["status"]["phase"] == "Complete"
+    assert job["status"]["attempt"]["number"] == 2
+    assert job["status"]["attempt"]["failures"] == 1
+    assert len({name for name, _ in player.created}) == len(player.created) == 6
+
+
+async def test_deleted_job_leaves_nothing_while_the_operator_is_down(stage: Stage) -> None:
+    async with stage.player().playing() as player:
+        player.hold = lambda pod: pod["metadata"]["name"].endswith("worker-1")
+        async with stage.operator().running():
+            await stage.apply()
+            await player.wait_for(lambda pods: "tune-1-worker-1" in pods)
+        await stage.kube.delete("FineTuneJob", stage.namespace, "tune")
+        assert await stage.kube.get("FineTuneJob", stage.namespace, "tune") is None, "something holds the job back"
+        if stage.server.collects_garbage:
+            await stage.wait_for_children()
+        else:
+            print("no controller manager here: garbage collection is not tried, only that every object names its owner")
+            assert len(await stage.children()) == 7
+
+
+async def test_deleted_job_leaves_nothing_while_the_operator_runs(stage: Stage) -> None:
+    if not stage.server.collects_garbage:
+        pytest.skip("no controller manager: nothing collects what a deleted owner leaves behind")
+    async with stage.player().playing() as player, stage.operator().running():
+        player.hold = lambda pod: pod["metadata"]["name"].endswith("worker-1")
+        await stage.apply()
+        await player.wait_for(lambda pods: "tune-1-worker-1" in pods)
+        await stage.kube.delete("FineTuneJob", stage.namespace, "tune")
+        await stage.wait_for_children()
+
+
+async def test_api_writes_of_a_life_are_few(stage: Stage) -> None:
+    """3 pods, 4 objects beside them, the same deleted but for the head: 13 writes; the others are the status and Events."""
+    async with Proxy(stage.server.url).serving() as proxy, stage.player().playing():
+        kubeconfig = kubeconfig_through(stage.folder / "kubeconfig", proxy.url, stage.server.operator_kubeconfig)
+        async with stage.operator(kubeconfig).running() as operator:
+            await stage.apply()
+            await stage.wait_for_end(operator)
+            await stage.wait_for_children("Pod/tune-1-head")
+    print(f"\nAPI writes of one job's life: {len(proxy.writes)}, reads: {proxy.reads}")
+    print(*proxy.writes, sep="\n")
+    statuses = [write for write in proxy.writes if write.startswith("PUT")]
+    events = [write for write in proxy.writes if "/events" in write]
+    assert len(proxy.writes) - len(statuses) - len(events) == 13
+    assert len(statuses) <= 12
+    assert len(events) <= 12

@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from tests.integration.api.apiserver import ApiServer
 from tests.integration.api.stages import Stage
 

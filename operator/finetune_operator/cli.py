@@ -17,6 +17,7 @@ from finetune_api.v1alpha1 import parse_job
 from finetune_operator.__main__ import installed_version
 from finetune_operator.__main__ import main as run_operator
 from finetune_operator.cluster import ApiError, connect
+from finetune_operator.local.command import local as run_here
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
 from finetune_operator.port import JobKey
 
@@ -48,6 +49,9 @@ def _options(
 def operator() -> None:
     """Run the operator. Its settings are FINETUNE_* variables of the environment."""
     run_operator()
+
+
+app.command("local")(run_here)
 
 
 @app.command("validate")

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import random
+import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -228,7 +230,7 @@ class LocalCluster:
             # A pod's home goes with the pod; models of the hub are worth keeping.
             "HF_HOME": self._machine.env.get("HF_HOME") or str(cache / "huggingface"),
             # Ray's sockets lie here, and the path of a socket may have 107 bytes: too few for a folder deep in someone's home.
-            "TMPDIR": tempfile.mkdtemp(prefix="ft-", dir=_SHORT_TMP),
+            "TMPDIR": str(_make_tmp()),
         }
 
     def _delete_pod(self, name: str, uid: str | None, grace: int | None) -> None:
@@ -281,7 +283,7 @@ class LocalCluster:
     def _remove_tmp(self, name: str) -> None:
         tmp = str((_read_json(self._state.pod(name) / "process.json") or {}).get("tmp", ""))
         # Only what was made for a pod is removed, whatever the file says.
-        if Path(tmp).parent == Path(_SHORT_TMP) and Path(tmp).name.startswith("ft-"):
+        if _TMP_NAME.fullmatch(tmp):
             shutil.rmtree(tmp, ignore_errors=True)
 
     def _termination_message(self, name: str) -> str:
@@ -325,7 +327,8 @@ class LocalCluster:
 
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
-_SHORT_TMP = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()  # noqa: S108 - mkdtemp makes the folder, for this user only
+_SHORT_TMP = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()  # noqa: S108 - below it a folder is made for this user only
+_TMP_NAME = re.compile(rf"{re.escape(_SHORT_TMP)}/ft[0-9a-f]{{6}}")
 _RAYS_OWN_PORTS = {8265, 10001, 52365, *range(10002, 20000)}
 
 
@@ -343,6 +346,15 @@ def _ended(pod: Raw) -> bool:
 
 def _now() -> str:
     return datetime.now(UTC).strftime(_TIME)
+
+
+def _make_tmp() -> Path:
+    """A folder of a short name, for this user only. Raises OSError."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path = Path(_SHORT_TMP) / f"ft{secrets.token_hex(3)}"
+            path.mkdir(mode=0o700)
+            return path
 
 
 def _free_port(taken: set[int]) -> int:

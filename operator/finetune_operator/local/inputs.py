@@ -145,7 +145,7 @@ def _others(path: Path, documents: Sequence[Manifest]) -> tuple[Keys, Keys, list
         kind, where = document.get("kind"), f"{path}: line {document.line(('kind',)) or 1}"
         if kind in found:
             name = (document.get("metadata") or {}).get("name")
-            if not _is_name(name):
+            if not isinstance(name, str) or not _is_name(name):
                 raise InputError(f"{where}: {kind}: metadata.name must be a name as Kubernetes has them, not {name!r}")
             try:
                 keys = data_of(document)
@@ -159,7 +159,7 @@ def _others(path: Path, documents: Sequence[Manifest]) -> tuple[Keys, Keys, list
     return found["ConfigMap"], found["Secret"], notes
 
 
-def _is_name(name: object) -> bool:
+def _is_name(name: str) -> bool:
     """Whether Kubernetes takes it for the name of an object."""
     try:
         TypeAdapter(ObjectName).validate_python(name, strict=True)

@@ -81,7 +81,7 @@ class Place:
 
     def wait_for(self, trace: str) -> None:
         """Wait until the fake trainer has left a trace."""
-        self.eventually(lambda: (self.traces / trace).exists())
+        self.eventually((self.traces / trace).exists)
 
     def eventually(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
         """Wait until a condition holds. Raises AssertionError after that time."""

@@ -1,6 +1,5 @@
 """The manifest and what it refers to: taken, or refused with file, line and field."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -40,10 +39,10 @@ def written(folder, text):
     return path
 
 
-def refusal(folder, text, given=Given(), env=None):
+def refusal(folder, text, given=None, env=None):
     path = written(folder, text)
     with pytest.raises(InputError) as caught:
-        read_inputs(path, given, env or {})
+        read_inputs(path, given or Given(), env or {})
     return str(caught.value).replace(str(path), "job.yaml")
 
 
@@ -147,7 +146,7 @@ def test_config_maps_and_secrets_become_files_for_this_user_alone(folder, state)
 def test_a_key_that_is_no_longer_given_goes(folder, state):
     place(read_inputs(written(folder, JOB + ROWS), Given(), {}), Given(), state)
     place(read_inputs(written(folder, JOB + ROWS.replace("binaryData: {more.parquet: AAE=}\n", "")), Given(), {}), Given(), state)
-    assert os.listdir(state.config_map("rows")) == ["train.jsonl"]
+    assert [path.name for path in state.config_map("rows").iterdir()] == ["train.jsonl"]
 
 
 def test_a_claim_is_a_folder_of_ones_own_or_an_empty_one(folder, state):
@@ -174,7 +173,7 @@ def test_files_put_into_a_claim_stay_inside_it(folder, state):
     there = state.claim("disk") / "model" / "sub" / "weights"
     assert there.read_text() == "w"
     assert there.resolve().is_relative_to(state.claim("disk").resolve())
-    assert sorted(os.listdir(there.parent)) == ["weights"]
+    assert [path.name for path in there.parent.iterdir()] == ["weights"]
 
 
 @pytest.mark.parametrize("target", ["../disk", "disk/../../x", "disk//etc", "Disk", ""])

@@ -1,10 +1,14 @@
 """The command from manifest to exit code, as a process of its own, with a trainer that only looks like one."""
 
 import json
-import os
 import signal
+from pathlib import Path
 
 import pytest
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def conditions(job):
@@ -22,8 +26,8 @@ def test_a_job_runs_to_its_end_and_says_where_the_result_is(place):
     assert "test/loss   3.1000   0.3000" in output
     assert str(place.folder / ".finetune/claims/disk/out/adapter") in output
     assert place.processes() == []
-    assert os.listdir(place.folder / ".finetune/configmaps") == ["rows"]
-    assert os.listdir(place.folder / ".finetune/secrets") == []
+    assert names(place.folder / ".finetune/configmaps") == ["rows"]
+    assert names(place.folder / ".finetune/secrets") == []
 
 
 def test_pods_are_told_of_this_machine_what_they_need(place):
@@ -36,8 +40,8 @@ def test_pods_are_told_of_this_machine_what_they_need(place):
     assert head["FINETUNE_RAY_PORT"] == worker["FINETUNE_RAY_PORT"] != "6379"
     assert head["FINETUNE_REPORT_PORT"] not in ("8000", head["FINETUNE_RAY_PORT"])
     assert head["HOME"] == str(state / "pods/demo-1-head/volumes/home")
-    assert not os.path.exists(head["TMPDIR"])
-    assert not os.path.exists(worker["TMPDIR"])
+    assert not Path(head["TMPDIR"]).exists()
+    assert not Path(worker["TMPDIR"]).exists()
 
 
 def test_a_complete_job_is_not_run_again_unless_asked(place):

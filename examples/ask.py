@@ -1,0 +1,61 @@
+"""Asks a model the same questions without and with an adapter, and shows the answers side by side.
+
+Nothing here comes from this project: transformers and peft load what was published, as they do anywhere else.
+
+    python examples/ask.py --base examples/models/tiny-llama --adapter examples/.finetune/claims/quickstart/out/adapter
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+# Worded as in none of the examples that the quickstart trains on.
+QUESTIONS = (
+    "What if my internet goes down?",
+    "I cannot find the serial number.",
+    "We leave on holiday tomorrow, is there a mode for that?",
+)
+
+
+def answer(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, question: str, tokens: int) -> str:
+    """The likeliest answer (greedy decoding), at most `tokens` long."""
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(**prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def main() -> None:
+    """Load, ask, show."""
+    parser = argparse.ArgumentParser(description="Ask a model the same questions without and with an adapter.")
+    parser.add_argument("--base", required=True, help="base model: a folder, or a name on the hub")
+    parser.add_argument("--adapter", required=True, type=Path, help="folder of the adapter")
+    parser.add_argument("--tokens", type=int, default=48, help="longest answer, in tokens")
+    parser.add_argument("questions", nargs="*", default=list(QUESTIONS))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.adapter)
+    base = AutoModelForCausalLM.from_pretrained(arguments.base).eval()
+    before = [answer(base, tokenizer, question, arguments.tokens) for question in arguments.questions]
+    tuned = PeftModel.from_pretrained(base, str(arguments.adapter)).eval()
+    after = [answer(tuned, tokenizer, question, arguments.tokens) for question in arguments.questions]
+
+    table = Table("question", "before", "after", show_lines=True)
+    for row in zip(arguments.questions, before, after, strict=True):
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -84,6 +84,13 @@ def check(holds: bool, message: str) -> None:
     """A rule in Python. Raises ValueError."""
     if not holds:
         raise ValueError(message)
+
+
+def model_in(annotation: object) -> type[BaseModel] | None:
+    """The model inside an annotation such as `Model | None` or `tuple[Model, ...]`; None where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for argument in get_args(annotation) if (model := model_in(argument))), None)
 
 
 def is_local(info: ValidationInfo) -> bool:

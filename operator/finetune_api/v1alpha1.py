@@ -25,6 +25,7 @@ from finetune_api.fields import (
     check_exactly_one,
     described,
     exactly_one,
+    model_in,
     rule,
     rules,
 )
@@ -295,16 +296,21 @@ def parse_job(manifest: Mapping[str, Any], *, local: bool = False) -> FineTuneJo
 
     `local` also allows `file://` sources. Raises pydantic.ValidationError naming each field at fault.
     """
-    text = json.dumps(_as_stored(manifest))
+    text = json.dumps(_as_stored(manifest, FineTuneJob))
     return FineTuneJob.model_validate_json(text, by_alias=True, by_name=False, context=LOCAL_RUN if local else None)
 
 
-def _as_stored(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """The value as the API server reads it: a field that is null is absent, and 3.0 is the integer 3."""
+def _as_stored(value: Any, model: type[BaseModel] | None) -> Any:  # noqa: ANN401 - JSON
+    """The value as the API server reads it: a known field that is null is absent, and 3.0 is the integer 3."""
     if isinstance(value, Mapping):
-        return {key: _as_stored(item) for key, item in value.items() if item is not None}
+        fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()} if model else None
+        return {
+            key: _as_stored(item, model_in(fields.get(key)) if fields else None)
+            for key, item in value.items()
+            if item is not None or (fields and key not in fields)
+        }
     if isinstance(value, (list, tuple)):
-        return [_as_stored(item) for item in value]
+        return [_as_stored(item, model) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)
     return value

@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune_api.fields import model_in
 from finetune_api.v1alpha1 import FineTuneJob
 
 MAX_VALUES = 100_000
@@ -302,15 +303,8 @@ def fields_at(path: Path) -> tuple[str, ...]:
             return ()
         if isinstance(part, int):
             continue
-        model = next((_model_in(field.annotation) for name, field in model.model_fields.items() if part == (field.alias or name)), None)
+        model = next((model_in(field.annotation) for name, field in model.model_fields.items() if part == (field.alias or name)), None)
     return tuple(field.alias or name for name, field in model.model_fields.items()) if model else ()
-
-
-def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The model inside an annotation such as `Model | None` or `tuple[Model, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for argument in get_args(annotation) if (model := _model_in(argument))), None)
 
 
 def _dotted(path: Path) -> str:

@@ -112,7 +112,7 @@ def _jsonl(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
 
 def _json_row(line: bytes, place: Place) -> Row | Fault:
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip().decode())  # decoded here: json would guess at UTF-16
     except UnicodeDecodeError as error:
         return Fault(place, f"the row is not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
@@ -142,7 +142,7 @@ def _json(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
     if not content.strip():
         return
     try:
-        value = json.loads(content)
+        value = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise JobError(Reason.DATASET_INVALID, f"{file}, line {line}: the file is not UTF-8 (byte {error.start + 1})") from error

@@ -33,10 +33,11 @@ class FullTuning:
             return converted[id(tensor)]
 
         state = {name: convert(tensor) for name, tensor in whole.state_dict(keep_vars=True).items()}
+        whole.save_pretrained(folder, state_dict=state)
         before = whole.config.dtype
-        whole.config.dtype = dtype
+        whole.config.dtype = dtype  # save_pretrained wrote the format of the weights in memory
         try:
-            whole.save_pretrained(folder, state_dict=state)
+            whole.config.save_pretrained(folder)
         finally:
             whole.config.dtype = before
         return "model"

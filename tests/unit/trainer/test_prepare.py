@@ -1,0 +1,150 @@
+import json
+from pathlib import Path
+
+import pytest
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer.data.examples import Examples, Prepared
+from finetune_trainer.data.prepare import prepare_data, summary_of
+from finetune_trainer.errors import JobError
+from finetune_trainer.sources import Mounts
+from tiny_models import job_manifest, write_jsonl
+from transformers import PreTrainedTokenizerFast
+
+
+def pair(number: int) -> dict[str, str]:
+    return {"prompt": f"{number}: ", "completion": f"answer {number}"}
+
+
+def job(folder: Path, training: dict[str, object] | None = None, **data: object) -> FineTuneJob:
+    whole = {"train": {"source": f"file://{folder}/train.jsonl"}} | data
+    return parse_job(job_manifest(data=whole, training=training or {}), local=True)
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    def prepare(training: dict[str, object] | None = None, longest: int | None = None, **data: object) -> Prepared:
+        return prepare_data(job(tmp_path, training, **data), tokenizer, Mounts(tmp_path, local=True), longest)
+
+    return prepare
+
+
+def texts(examples: Examples, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [tokenizer.decode(examples.example(index)[0].tolist()) for index in range(len(examples))]
+
+
+def test_a_fraction_is_held_out_by_the_seed(tmp_path: Path, prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_jsonl(tmp_path / "train.jsonl", *(pair(number) for number in range(20)))
+    first, again, other = prepare({"seed": 1}), prepare({"seed": 1}), prepare({"seed": 2})
+    assert (len(first.train), len(first.validation), first.test) == (18, 2, None)
+    both = sorted(texts(first.train, tokenizer) + texts(first.validation, tokenizer))
+    assert both == sorted(f"{number}: answer {number}<eos>" for number in range(20))
+    assert first.digest == again.digest != other.digest
+    assert texts(first.validation, tokenizer) != texts(other.validation, tokenizer)
+
+
+def test_splits_of_their_own(tmp_path: Path, prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pair(1))
+    write_jsonl(tmp_path / "validation.jsonl", pair(2), pair(3))
+    write_jsonl(tmp_path / "test.jsonl", pair(4))
+    prepared = prepare(validation={"source": f"file://{tmp_path}/validation.jsonl"}, test={"source": f"file://{tmp_path}/test.jsonl"})
+    assert [texts(examples, tokenizer) for examples in prepared.splits().values()] == [
+        ["1: answer 1<eos>"],
+        ["2: answer 2<eos>", "3: answer 3<eos>"],
+        ["4: answer 4<eos>"],
+    ]
+    summary = summary_of(prepared)
+    assert (summary.train, summary.validation, summary.test, summary.tokens, summary.rejected) == (1, 2, 1, 12, 0)
+
+
+def test_a_config_map(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "configmaps" / "support").mkdir(parents=True)
+    write_jsonl(tmp_path / "configmaps" / "support" / "train.jsonl", pair(1), pair(2))
+    manifest = job_manifest(data={"train": {"configMap": {"name": "support", "key": "train.jsonl"}}})
+    prepared = prepare_data(parse_job(manifest, local=True), tokenizer, Mounts(tmp_path))
+    assert (len(prepared.train), len(prepared.validation)) == (1, 1)
+
+
+def test_bad_rows_are_shown_and_counted(tmp_path: Path, prepare) -> None:
+    rows = [pair(0), *({"prompt": number} for number in range(7)), pair(1)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{cut off")
+    with pytest.raises(JobError) as caught:
+        prepare()
+    assert caught.value.reason == Reason.DATASET_INVALID
+    uri = f"file://{tmp_path}/train.jsonl"
+    assert caught.value.message.startswith(
+        f"data.train: 8 rows cannot be used. {uri}, line 2: the column completion is missing; the row has prompt; {uri}, line 3: "
+    )
+    assert caught.value.message.endswith(f"{uri}, line 6: the column completion is missing; the row has prompt; and 3 more such rows")
+
+
+def test_one_bad_row(tmp_path: Path, prepare) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps(pair(0)) + "\n{cut off\n")
+    with pytest.raises(JobError, match=r"data.train: 1 row cannot be used. .*train.jsonl, line 2: the row is not JSON"):
+        prepare()
+
+
+def test_the_split_at_fault_is_named(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pair(1), pair(2))
+    with pytest.raises(JobError, match="no-such.jsonl does not exist") as caught:
+        prepare(test={"source": f"file://{tmp_path}/no-such.jsonl"})
+    assert caught.value.reason == Reason.DATASET_NOT_FOUND
+
+
+def test_the_first_row_decides_the_format_and_the_rest_must_follow(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pair(1), {"text": "a"})
+    with pytest.raises(JobError, match="line 2: the column prompt is missing; the row has text"):
+        prepare()
+
+
+def test_a_format_that_the_columns_do_not_have(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pair(1))
+    with pytest.raises(JobError, match="line 1: the column messages is missing; the row has prompt, completion"):
+        prepare(format="messages")
+
+
+def test_renamed_columns(tmp_path: Path, prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_jsonl(tmp_path / "train.jsonl", *[{"question": "q", "answer": "a"}] * 2)
+    prepared = prepare(columns={"prompt": "question", "completion": "answer"})
+    assert texts(prepared.train, tokenizer) == ["qa<eos>"]
+
+
+def test_examples_without_a_label_left_are_rejected_and_counted(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", {"prompt": "0123456789", "completion": "a"}, {"prompt": "", "completion": "b"}, pair(1))
+    prepared = prepare({"maxSequenceLength": 10})
+    assert (len(prepared.train) + len(prepared.validation), prepared.rejected) == (2, 1)
+    assert summary_of(prepared).rejected == 1
+
+
+def test_where_none_has_a_label_left_the_data_is_refused(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", *[{"prompt": "0123456789", "completion": "abc"}] * 3)
+    with pytest.raises(JobError) as caught:
+        prepare({"maxSequenceLength": 8})
+    assert caught.value.reason == Reason.DATASET_INVALID
+    assert caught.value.message == (
+        f"data.train: file://{tmp_path}/train.jsonl, line 1: no token that counts in the loss is within training.maxSequenceLength "
+        "(8; the example has 14), and so in all 3 rows"
+    )
+
+
+def test_an_example_that_is_longer_than_the_model_takes(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pair(1), {"prompt": "0" * 50, "completion": "a"})
+    with pytest.raises(JobError, match=r"line 2 has 52 tokens and the model takes 32: set training.maxSequenceLength to at most 32") as caught:
+        prepare({"maxSequenceLength": 64}, longest=32)
+    assert caught.value.reason == Reason.INVALID_SPEC
+    assert len(prepare({"maxSequenceLength": 64}, longest=52).train) == 1
+
+
+def test_one_example_cannot_be_split(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pair(1))
+    with pytest.raises(JobError, match="one example is too few"):
+        prepare()
+
+
+def test_the_digest_is_of_what_is_learnt(tmp_path: Path, prepare) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pair(1), pair(2))
+    base = prepare().digest
+    write_jsonl(tmp_path / "train.jsonl", *(row | {"note": "not used"} for row in (pair(1), pair(2))))
+    assert prepare().digest == base
+    write_jsonl(tmp_path / "train.jsonl", pair(1), pair(3))
+    assert prepare().digest != base

@@ -4,6 +4,7 @@ KUBECONFIG names the cluster (kind, k3d or any other); FINETUNE_OPERATOR_IMAGE a
 """
 
 import io
+import json
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import helm_python
 import pytest
 from tests.e2e.kubectl import KINDS, Kubectl, KubectlError
-from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODEL, RELEASE, SYSTEM
+from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODEL, RELEASE, ROOT, SYSTEM
 
 from finetune_api import LABEL_JOB_UID
 
@@ -62,15 +63,19 @@ def kubectl(images: Images) -> Iterator[Kubectl]:
 def release(images: Images, kubectl: Kubectl) -> Iterator[Kubectl]:
     """The operator, installed from the chart for the tests' namespace; kubectl in the operator's namespace."""
     system = Kubectl(SYSTEM)
-    _adopt_crd(system)
     values = {
         "image": _image(images.operator),
         "trainer": {"image": _image(images.trainer), "head": {"cpu": "500m", "memory": "2Gi"}, "graceSeconds": 40},
         "operator": {"pollSeconds": 2, "retryBaseSeconds": 2},
         "watchNamespaces": [kubectl.namespace],
-        "crds": {"keep": False},
+        "crds": {"enabled": _knows_cel(system), "keep": False},
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
     }
+    crd_was_there = system.find("crd", CRD) is not None
+    if not values["crds"]["enabled"]:
+        system("apply", "--validate=false", "--filename", str(ROOT / "crds/finetunejobs.yaml"))
+    elif crd_was_there:
+        _hand_over_crd(system)
     with helm_python.Config(namespace=SYSTEM) as helm:
         try:
             helm.install(str(CHART), RELEASE, values, create_namespace=True, wait="watcher", timeout=180)
@@ -79,15 +84,22 @@ def release(images: Images, kubectl: Kubectl) -> Iterator[Kubectl]:
             _print(system, "describe", "pods")
             raise
         finally:
-            helm.uninstall(RELEASE)
-            system("delete", "namespace", SYSTEM, timeout=120)
+            helm.uninstall(RELEASE, ignore_not_found=True)
+            system("delete", "namespace", SYSTEM, "--ignore-not-found", timeout=120)
+            if not crd_was_there:
+                system("delete", "crd", CRD, "--ignore-not-found")
 
 
-def _adopt_crd(kubectl: Kubectl) -> None:
+def _knows_cel(kubectl: Kubectl) -> bool:
+    """Whether the API server knows the CRD's rules. Helm will not send what an older one's schema does not have."""
+    version = json.loads(kubectl("version", "--output", "json"))["serverVersion"]
+    return (int(version["major"]), int(version["minor"].rstrip("+"))) >= (1, 25)
+
+
+def _hand_over_crd(kubectl: Kubectl) -> None:
     """Let the chart take over a CRD that somebody has applied by hand."""
-    if kubectl.find("crd", CRD):
-        kubectl("label", "--overwrite", "crd", CRD, "app.kubernetes.io/managed-by=Helm")
-        kubectl("annotate", "--overwrite", "crd", CRD, f"meta.helm.sh/release-name={RELEASE}", f"meta.helm.sh/release-namespace={SYSTEM}")
+    kubectl("label", "--overwrite", "crd", CRD, "app.kubernetes.io/managed-by=Helm")
+    kubectl("annotate", "--overwrite", "crd", CRD, f"meta.helm.sh/release-name={RELEASE}", f"meta.helm.sh/release-namespace={SYSTEM}")
 
 
 def _image(name: str) -> dict[str, str]:

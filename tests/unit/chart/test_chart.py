@@ -220,7 +220,7 @@ def test_operator_pod_keeps_to_the_restricted_standard(chart: helm_python.Chart,
         assert container["resources"]["requests"]["cpu"]
         assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
         assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
-        assert [port for port in container["ports"] if port["name"] == "http"] == [{"name": "http", "containerPort": 8080}]
+        assert [port for port in container["ports"] if port["name"] == "http"] == [{"name": "http", "containerPort": 8080, "protocol": "TCP"}]
 
 
 def environment(objects: list[dict[str, Any]]) -> dict[str, str]:

@@ -9,9 +9,9 @@ from finetune_api import LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL_JOB_UID, LABEL_ROL
 from finetune_api.report import Report
 from finetune_api.status import STAGES, Stage, StageName, Status
 from finetune_api.v1alpha1 import parse_job
-from finetune_operator.times import rfc3339
 from finetune_operator.observed import Job, Pod, job_from, pod_from
 from finetune_operator.settings import Settings
+from finetune_operator.times import rfc3339
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 """When the tests' jobs begin."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from tests.builders import NAME, NAMESPACE, SETTINGS, Clock, stages, terminated
+
 from finetune_api import LABEL_ATTEMPT, LABEL_JOB_UID, LABEL_ROLE
 from finetune_api.report import Report, termination_message
 from finetune_api.status import Artifact, Failure, Progress, Status, Usage
@@ -17,7 +19,6 @@ from finetune_operator.observed import Pod
 from finetune_operator.port import Conflict, Event, JobKey, RawJob, Refused
 from finetune_operator.reconcile import reconcile
 from finetune_operator.times import rfc3339
-from tests.builders import NAME, NAMESPACE, SETTINGS, Clock, stages, terminated
 
 KEY = JobKey(NAMESPACE, NAME)
 Object = dict[str, Any]

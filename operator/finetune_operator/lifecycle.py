@@ -129,19 +129,6 @@ def deadline_exceeded(look: Look) -> Verdict | None:
     return _failed(look, Reason.DEADLINE_EXCEEDED, f"the job has not ended within activeDeadlineSeconds ({seconds})")
 
 
-def never_ran(look: Look) -> Verdict | None:
-    """The pods that the attempt needs have not come to run: fail, so that those that do run let go of their GPUs."""
-    since = look.attempt.waiting_time
-    if not look.attempt.running or since is None or look.now < later(since, look.spec.pre_running_deadline_seconds):
-        return None
-    waiting = _waiting(look)
-    if waiting and waiting.reason is not Reason.UNSCHEDULABLE:
-        return _failed(look, waiting.reason, waiting.message)
-    why = waiting.message if waiting else "the pods did not start"
-    message = f"within preRunningDeadlineSeconds ({look.spec.pre_running_deadline_seconds}): {why}"
-    return _failed(look, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, message)
-
-
 def head_ended(look: Look) -> Verdict | None:
     """The head is the attempt: with it, the attempt ends. Lost workers alone do not end it, since Ray Train goes on with new ones."""
     attempt = look.attempt
@@ -152,6 +139,19 @@ def head_ended(look: Look) -> Verdict | None:
     report = look.observed.report_of(look.job.uid, attempt.number)
     ending = ending_of(head, report, stage) if head else head_lost(f"{look.job.name}-{attempt.number}-head")
     return _count(look, ending)
+
+
+def never_ran(look: Look) -> Verdict | None:
+    """The pods that the attempt needs have not come to run: fail, so that those that do run let go of their GPUs."""
+    since = _waiting_since(look)
+    if not look.attempt.running or since is None or look.now < later(since, look.spec.pre_running_deadline_seconds):
+        return None
+    waiting = _waiting(look)
+    if waiting and waiting.reason is not Reason.UNSCHEDULABLE:
+        return _failed(look, waiting.reason, waiting.message)
+    why = waiting.message if waiting else "the pods did not start"
+    message = f"within preRunningDeadlineSeconds ({look.spec.pre_running_deadline_seconds}): {why}"
+    return _failed(look, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, message)
 
 
 def between_attempts(look: Look) -> Verdict | None:
@@ -196,34 +196,25 @@ def beginning(look: Look) -> Verdict | None:
 
 def running(look: Look) -> Verdict:
     """The attempt goes on."""
-    attempt, status = look.attempt, look.status
-    head = look.observed.head(attempt.number)
-    ready = sum(pod.running for pod in look.observed.workers(attempt.number)) if status.workers_wanted else 0
-    needed = look.spec.compute.workers.min if status.workers_wanted else 0
-    complete = head is not None and head.phase == "Running" and ready >= needed
-    gated = any(pod.gated for pod in (head, *look.observed.workers(attempt.number)) if pod)
+    attempt, status, crew = look.attempt, look.status, _crew(look)
+    seen = attempt.head_seen or look.observed.head(attempt.number) is not None
     changes = {
-        "workers_ready": ready,
-        "attempt": attempt.model_copy(
-            update={
-                "head_seen": attempt.head_seen or head is not None,
-                "waiting_time": None if complete or gated else attempt.waiting_time or rfc3339(look.now),
-            }
-        ),
+        "workers_ready": crew.ready,
+        "attempt": attempt.model_copy(update={"head_seen": seen, "waiting_time": _waiting_since(look)}),
     }
     waiting = _waiting(look)
     stage = current_stage(status.stages)
     phase, reason = PHASES[stage] if stage else ("Pending", Reason.PENDING)
-    if gated:
-        return Verdict(Summary("Queued", Reason.PENDING, "a queue holds the pods", waiting, needed), changes)
-    if complete:
+    if crew.gated:
+        return Verdict(Summary("Queued", Reason.PENDING, "a queue holds the pods", waiting, crew.needed), changes)
+    if crew.complete:
         report = look.observed.report_of(look.job.uid, attempt.number)
         live = report.message if report else status.message
-        return Verdict(Summary(phase, reason, phase.lower(), waiting, needed), changes, live=live or phase.lower())
+        return Verdict(Summary(phase, reason, phase.lower(), waiting, crew.needed), changes, live=live or phase.lower())
     if waiting:
-        return Verdict(Summary(phase, waiting.reason, waiting.message, waiting, needed), changes)
-    words = f"{ready} of {status.workers_wanted} workers run" if head and head.phase == "Running" else "the head pod is starting"
-    return Verdict(Summary(phase, reason, words, None, needed), changes)
+        return Verdict(Summary(phase, waiting.reason, waiting.message, waiting, crew.needed), changes)
+    words = f"{crew.ready} of {status.workers_wanted} workers run" if crew.head else "the head pod is starting"
+    return Verdict(Summary(phase, reason, words, None, crew.needed), changes)
 
 
 CHECKS: tuple[Check, ...] = (
@@ -232,8 +223,8 @@ CHECKS: tuple[Check, ...] = (
     suspended,
     resumed,
     deadline_exceeded,
-    never_ran,
     head_ended,
+    never_ran,
     between_attempts,
     beginning,
     running,
@@ -315,6 +306,43 @@ def _stopped(status: Status, now: datetime) -> tuple[Stage, ...]:
     """The stages of a job that failed: the one that was running did not end well."""
     ended = {"state": "Failed", "end_time": rfc3339(now)}
     return tuple(stage.model_copy(update=ended) if stage.state == "Running" else stage for stage in status.stages)
+
+
+@dataclass(frozen=True)
+class _Crew:
+    """The pods that run of those that the attempt needs now."""
+
+    head: bool
+    ready: int
+    needed: int
+    gated: bool
+
+    @property
+    def complete(self) -> bool:
+        return self.head and self.ready >= self.needed
+
+
+def _crew(look: Look) -> _Crew:
+    head, workers = look.observed.head(look.attempt.number), look.observed.workers(look.attempt.number)
+    wanted = look.status.workers_wanted
+    return _Crew(
+        head=head is not None and head.phase == "Running",
+        ready=sum(pod.running for pod in workers) if wanted else 0,
+        needed=min(look.spec.compute.workers.min, wanted),
+        gated=any(pod.gated for pod in (head, *workers) if pod),
+    )
+
+
+def _waiting_since(look: Look) -> str | None:
+    """Since when pods have been waited for; None where none are, or a queue decides. The operator may have been away in between:
+
+    what the attempt waits for now counts, so the wait for workers begins when they are seen to be wanted.
+    """
+    crew = _crew(look)
+    if crew.complete or crew.gated:
+        return None
+    newly_wanted = look.status.workers_wanted > 0 and look.job.status.workers_wanted == 0
+    return rfc3339(look.now) if newly_wanted or look.attempt.waiting_time is None else look.attempt.waiting_time
 
 
 def _waiting(look: Look) -> Waiting | None:

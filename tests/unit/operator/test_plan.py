@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.builders import SETTINGS, T0, at, make_job, make_pod, make_report, raw_pod, terminated
 
 from finetune_api.status import Attempt, Status
 from finetune_api.v1alpha1 import parse_job
@@ -13,7 +14,6 @@ from finetune_operator.lifecycle import advance
 from finetune_operator.observed import Observed, job_from, pod_from
 from finetune_operator.plan import Removal, desired_objects, missing, surplus
 from finetune_operator.settings import Settings
-from tests.builders import SETTINGS, T0, at, make_job, make_pod, make_report, raw_pod, terminated
 
 PLANS = Path(__file__).parents[2] / "data" / "plans"
 NAMES = sorted(path.name.removesuffix(".job.yaml") for path in PLANS.glob("*.job.yaml"))

@@ -1,12 +1,12 @@
 """The loop on a cluster in memory: state in, state out. Crashes, conflicts and a second operator change nothing about the end."""
 
 import pytest
+from tests.builders import SETTINGS, UID, Clock, raw_job
+from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, drive
 
 from finetune_api.reasons import Reason
 from finetune_api.status import Failure, Status
 from finetune_operator.reconcile import reconcile
-from tests.builders import SETTINGS, UID, Clock, raw_job
-from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, drive
 
 
 def world(**spec) -> tuple[FakeCluster, FakeKubelet]:

@@ -1,0 +1,412 @@
+"""What a status becomes: a table for each check, and what holds for all of them."""
+
+from dataclasses import replace
+from datetime import datetime
+
+import pytest
+from tests.builders import SETTINGS, T0, at, make_job, make_pod, make_report, stages, terminated
+
+from finetune_api.reasons import Reason
+from finetune_api.status import (
+    Artifact,
+    Attempt,
+    CheckpointRef,
+    Checkpoints,
+    DataSummary,
+    Failure,
+    Metric,
+    Progress,
+    Resolved,
+    Status,
+    Usage,
+)
+from finetune_operator.lifecycle import advance
+from finetune_operator.observed import Observed, Pod, Waiting
+from finetune_operator.times import rfc3339
+
+
+def step(before: Status, *pods: Pod, report=None, now: datetime = T0, refusal: Waiting | None = None, **spec) -> Status:
+    """The status after one look; a second look at the same changes nothing."""
+    observed = Observed(tuple(pods), frozenset({1}), report, refusal)
+    job = make_job(status=before, **spec)
+    after = advance(job, observed, SETTINGS, now)
+    assert advance(replace(job, status=after), observed, SETTINGS, now) == after
+    return after
+
+
+def condition(status: Status, kind) -> tuple[str, str]:
+    found = status.condition(kind)
+    assert found is not None
+    return found.status, found.reason
+
+
+HEAD, PENDING_HEAD = make_pod(), make_pod(phase="Pending")
+WORKERS = (make_pod("worker", index=0), make_pod("worker", index=1))
+BEGUN = step(Status())
+PREPARING = step(BEGUN, HEAD, report=make_report("Prepare"))
+TRAINING = step(PREPARING, HEAD, *WORKERS, report=make_report("Train", progress=Progress(step=5, total_steps=10, percent=50)))
+
+
+def ended(code: int = 1, reason: str = "Error", message: str = "", **status) -> Pod:
+    return make_pod(phase="Succeeded" if code == 0 else "Failed", containerStatuses=terminated(code, reason, message), **status)
+
+
+# The way of a job that goes well.
+
+
+def test_a_new_job_begins_its_first_attempt_before_any_pod_exists() -> None:
+    assert (BEGUN.phase, BEGUN.observed_generation, BEGUN.start_time) == ("Pending", 1, "2026-01-01T00:00:00Z")
+    assert (BEGUN.attempt.number, BEGUN.attempt.running, BEGUN.attempt.head_seen) == (1, True, False)
+    assert BEGUN.resolved == Resolved(trainer_image="registry.example/trainer:1")
+    assert len(BEGUN.conditions) == 12
+    assert condition(BEGUN, "Accepted") == ("True", "Accepted")
+    assert condition(BEGUN, "Reconciling") == ("True", "Pending")
+
+
+@pytest.mark.parametrize(
+    ("stage", "phase", "reason", "wanted"),
+    [
+        ("Prepare", "Preparing", "Preparing", 0),
+        ("Train", "Training", "Training", 2),
+        ("Evaluate", "Evaluating", "Evaluating", 2),
+        ("Publish", "Publishing", "Publishing", 0),
+    ],
+)
+def test_the_phase_follows_the_stage(stage, phase, reason, wanted) -> None:
+    status = step(BEGUN, HEAD, *WORKERS, report=make_report(stage))
+    assert (status.phase, status.message, status.workers_wanted) == (phase, f"in {stage}", wanted)
+    assert condition(status, "Ready") == ("False", reason)
+
+
+def test_what_the_trainer_says_is_the_status() -> None:
+    said = {
+        "data": DataSummary(train=90, validation=10),
+        "metrics": (Metric(name="train/loss", value=1.5, step=5),),
+        "checkpoints": Checkpoints(latest=CheckpointRef(step=4, uri="pvc://models/bot/4")),
+        "artifacts": (Artifact(kind="adapter", uri="pvc://models/bot/adapter", digest="sha256:0", bytes=1),),
+        "usage": Usage(gpu_seconds=12.5, trained_tokens=1000),
+    }
+    status = step(BEGUN, HEAD, *WORKERS, report=make_report("Train", resolved=Resolved(model_revision="abc", trainer_image="evil"), **said))
+    assert {name: getattr(status, name) for name in said} == said
+    assert status.resolved == Resolved(model_revision="abc", trainer_image="registry.example/trainer:1")
+
+
+def test_a_report_that_leaves_something_out_takes_nothing_back() -> None:
+    before = step(BEGUN, HEAD, *WORKERS, report=make_report(metrics=(Metric(name="train/loss", value=1.5),), data=DataSummary(train=90)))
+    status = step(before, HEAD, *WORKERS, report=make_report("Publish"), now=at(60))
+    assert (status.data, len(status.metrics)) == (DataSummary(train=90), 1)
+
+
+@pytest.mark.parametrize("wrong", [{"job_uid": "another"}, {"attempt": 2}], ids=["another job", "another attempt"])
+def test_a_report_of_something_else_is_ignored(wrong) -> None:
+    assert step(PREPARING, HEAD, report=make_report("Train", **wrong)) == PREPARING
+
+
+def test_a_tenants_pod_gets_no_more_workers_than_the_spec_says() -> None:
+    assert step(BEGUN, HEAD, report=make_report("Train", workers_wanted=500)).workers_wanted == 2
+
+
+@pytest.mark.parametrize("left", ["live", "in the termination message"])
+def test_success_completes_the_job_however_it_is_learned(left) -> None:
+    report = make_report("Publish", outcome="Succeeded", stages=stages("Publish", ended=True), message="published")
+    if left == "live":
+        status = step(TRAINING, HEAD, report=report, now=at(60))
+    else:
+        status = step(TRAINING, ended(0, "Completed", report.model_dump_json(by_alias=True)), now=at(60))
+    assert (status.phase, status.message, status.completion_time) == ("Complete", "published", "2026-01-01T00:01:00Z")
+    assert (status.workers_wanted, status.workers_ready, status.attempt.running) == (0, 0, False)
+    for kind in ("DataReady", "Trained", "Evaluated", "Published", "Complete", "Ready"):
+        assert condition(status, kind) == ("True", "Succeeded")
+    assert condition(status, "Reconciling")[0] == condition(status, "Stalled")[0] == "False"
+
+
+def test_an_ended_job_stays_as_it_is_but_sees_that_its_user_changed_it() -> None:
+    done = step(TRAINING, HEAD, report=make_report("Publish", outcome="Succeeded"))
+    job = replace(make_job(status=done, suspend=True, activeDeadlineSeconds=1), generation=7)
+    status = advance(job, Observed(), SETTINGS, at(1e6))
+    assert status.observed_generation == 7
+    assert {each.observed_generation for each in status.conditions} == {7}
+    conditions = tuple(each.model_copy(update={"observed_generation": 1}) for each in status.conditions)
+    assert status.model_copy(update={"observed_generation": 1, "conditions": conditions}) == done
+
+
+def test_a_job_that_is_being_deleted_is_left_as_it_is() -> None:
+    job = replace(make_job(status=TRAINING, suspend=True), deleting=True)
+    assert advance(job, Observed(), SETTINGS, at(1e6)) == TRAINING
+
+
+def test_a_spec_that_cannot_be_understood_fails_the_job() -> None:
+    job = replace(make_job(status=TRAINING), spec=None, problem="spec.method.lora.rank: Input should be a valid integer")
+    status = advance(job, Observed((HEAD,)), SETTINGS, at(5))
+    assert (status.phase, status.message) == ("Failed", job.problem)
+    assert status.failure is not None
+    assert (status.failure.reason, status.failure.retryable) == ("InvalidSpec", False)
+    assert condition(status, "Accepted") == ("False", "InvalidSpec")
+    assert condition(status, "Stalled") == ("True", "InvalidSpec")
+
+
+# Conditions.
+
+
+def test_a_conditions_time_moves_only_with_its_status() -> None:
+    preparing = step(BEGUN, HEAD, report=make_report("Prepare"), now=at(5))
+    done = step(preparing, HEAD, report=make_report("Publish", outcome="Succeeded"), now=at(60))
+    times = {kind: [status.condition(kind).last_transition_time for status in (BEGUN, preparing, done)] for kind in ("Ready", "Accepted")}
+    assert times == {"Ready": [rfc3339(T0), rfc3339(T0), rfc3339(at(60))], "Accepted": [rfc3339(T0)] * 3}
+
+
+def test_messages_are_cut_to_what_the_schema_takes() -> None:
+    words = Waiting(Reason.FORBIDDEN, "x" * 5000)
+    status = step(BEGUN, refusal=words)
+    assert len(status.message or "") == 1024
+    Status.model_validate(status.to_json())
+
+
+@pytest.mark.parametrize(
+    ("running", "expected"),
+    [
+        (0, ("False", "Pending", "0 of 4 workers run")),
+        (1, ("False", "Pending", "1 of 4 workers run")),
+        (2, ("True", "Training", "2 of 4 workers run")),
+    ],
+)
+def test_workers_are_ready_when_as_many_run_as_the_training_needs(running, expected) -> None:
+    workers = [make_pod("worker", index=index, phase="Running" if index < running else "Pending") for index in range(4)]
+    status = step(PREPARING, HEAD, *workers, report=make_report(workers_wanted=4), compute={"workers": {"min": 2, "max": 4}})
+    ready = status.condition("WorkersReady")
+    assert ready is not None
+    assert (ready.status, ready.reason, ready.message) == expected
+    assert status.workers_ready == running
+
+
+def test_lost_workers_do_not_end_the_attempt() -> None:
+    status = step(TRAINING, HEAD, WORKERS[0], report=make_report(), now=at(5))
+    assert (status.attempt.number, status.attempt.running, status.phase) == (1, True, "Training")
+    assert condition(status, "WorkersReady") == ("False", "WorkersLost")
+    assert condition(step(status, HEAD, *WORKERS, report=make_report(), now=at(9)), "WorkersReady") == ("True", "Training")
+
+
+def test_pods_that_a_queue_holds_make_the_job_queued_and_no_deadline_counts() -> None:
+    gate = [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]
+    held = make_pod(phase="Pending", conditions=gate)
+    status = step(BEGUN, held, now=at(1e6))
+    assert (status.phase, status.attempt.waiting_time) == ("Queued", None)
+    admitted = step(status, PENDING_HEAD, now=at(2e6))
+    assert (admitted.phase, admitted.attempt.waiting_time) == ("Pending", rfc3339(at(2e6)))
+
+
+# Waiting for pods.
+
+_WAITING = {
+    "an image": (Waiting(Reason.IMAGE_PULL_FAILED, "pod bot-1-head: not found"), "ImagePullFailed"),
+    "a secret": (Waiting(Reason.SECRET_NOT_FOUND, 'pod bot-1-head: secret "hub" not found'), "SecretNotFound"),
+    "a config map": (Waiting(Reason.CONFIG_MAP_NOT_FOUND, 'pod bot-1-head: configmap "data" not found'), "ConfigMapNotFound"),
+    "a claim": (Waiting(Reason.VOLUME_CLAIM_NOT_FOUND, 'pod bot-1-head: persistentvolumeclaim "x" not found'), "VolumeClaimNotFound"),
+    "a node": (Waiting(Reason.UNSCHEDULABLE, "pod bot-1-head: 0/3 nodes are available: Insufficient cpu"), "PreRunningDeadlineExceeded"),
+    "storage": (Waiting(Reason.STORAGE_UNAVAILABLE, "pod bot-1-head: attach failed"), "StorageUnavailable"),
+}
+
+
+@pytest.mark.parametrize(("waiting", "failed_as"), _WAITING.values(), ids=_WAITING)
+def test_what_a_pod_waits_for_is_said_at_once_and_fails_the_job_in_the_end(waiting, failed_as) -> None:
+    head = replace(PENDING_HEAD, waiting=waiting)
+    status = step(BEGUN, head, now=at(5))
+    assert (status.phase, status.message) == ("Pending", waiting.message)
+    assert condition(status, "Reconciling") == ("True", waiting.reason)
+    assert condition(status, "Ready") == ("False", waiting.reason)
+
+    assert step(status, head, now=at(1799)).phase == "Pending"
+    late = step(status, head, now=at(1800))
+    assert late.phase == "Failed"
+    assert condition(late, "Failed") == ("True", failed_as)
+    assert late.failure is not None
+    assert (late.failure.reason, late.failure.retryable) == (failed_as, False)
+    assert waiting.message in late.failure.message
+
+
+def test_the_wait_for_workers_begins_when_they_are_wanted() -> None:
+    preparing = step(BEGUN, HEAD, report=make_report("Prepare"), now=at(5000))
+    assert preparing.attempt.waiting_time is None
+    wanting = step(preparing, HEAD, WORKERS[0], report=make_report(), now=at(6000))
+    assert wanting.attempt.waiting_time == rfc3339(at(6000))
+    assert step(wanting, HEAD, WORKERS[0], report=make_report(), now=at(7799)).phase == "Training"
+    late = step(wanting, HEAD, WORKERS[0], report=make_report(), now=at(7800))
+    assert condition(late, "Failed") == ("True", "PreRunningDeadlineExceeded")
+
+
+def test_a_refusal_is_said_until_what_was_refused_exists() -> None:
+    quota = Waiting(Reason.FORBIDDEN, "exceeded quota: gpus")
+    refused = step(BEGUN, refusal=quota)
+    assert condition(refused, "Reconciling") == ("True", "Forbidden")
+    assert step(refused, now=at(10)) == refused
+    assert condition(step(refused, PENDING_HEAD, now=at(20)), "Reconciling") == ("True", "Pending")
+
+
+# The head ends.
+
+
+def test_a_failure_is_tried_again_after_a_wait_that_doubles() -> None:
+    status, waits = TRAINING, []
+    for number in (1, 2, 3):
+        status = step(status, ended(attempt=number), now=at(1000 * number), backoffLimit=10)
+        assert status.attempt.retry_time is not None
+        waits.append((datetime.fromisoformat(status.attempt.retry_time) - at(1000 * number)).total_seconds())
+        assert (status.phase, status.attempt.failures) == ("Pending", number)
+        status = step(status, now=at(1000 * number + waits[-1]))
+        assert (status.attempt.number, status.attempt.running) == (number + 1, True)
+        status = step(status, make_pod(attempt=number + 1), now=at(1000 * number + waits[-1] + 1))
+    assert waits == [10, 20, 40]
+
+
+def test_the_wait_between_attempts_is_bounded() -> None:
+    before = TRAINING.model_copy(update={"attempt": TRAINING.attempt.model_copy(update={"failures": 60})})
+    status = step(before, ended(), now=T0, backoffLimit=100)
+    assert status.attempt.retry_time == rfc3339(at(360))
+
+
+def test_the_last_failure_the_user_allows_ends_the_job() -> None:
+    status = step(TRAINING, ended(139, message="core dumped"), backoffLimit=0)
+    assert condition(status, "Failed") == ("True", "BackoffLimitExceeded")
+    assert condition(status, "Stalled") == ("True", "BackoffLimitExceeded")
+    assert status.failure is not None
+    assert (status.failure.reason, status.failure.stage, status.failure.exit_code) == ("InternalError", "Train", 139)
+    assert status.attempt.failures == 1
+    assert [stage.state for stage in status.stages] == ["Succeeded", "Failed"]
+    assert condition(status, "Trained") == ("False", "InternalError")
+    assert condition(status, "DataReady") == ("True", "Succeeded")
+
+
+def test_a_failure_that_another_attempt_cannot_help_ends_the_job() -> None:
+    why = Failure(stage="Prepare", reason="DatasetInvalid", message="train.jsonl:7: no field `prompt`", retryable=False)
+    head = ended(1, message=make_report("Prepare", outcome="Failed", failure=why).model_dump_json(by_alias=True))
+    status = step(PREPARING, head)
+    assert (status.phase, status.message) == ("Failed", "train.jsonl:7: no field `prompt`")
+    assert condition(status, "DataReady") == ("False", "DatasetInvalid")
+    assert status.failure is not None
+    assert (status.failure.pod, status.failure.hint is not None) == ("bot-1-head", True)
+
+
+def test_a_preemption_is_no_failure_and_is_made_good_at_once() -> None:
+    before = TRAINING.model_copy(update={"attempt": TRAINING.attempt.model_copy(update={"start_time": rfc3339(T0)})})
+    status = step(before, ended(143, disruption=None, reason="Evicted", message="node drained"), now=at(600), backoffLimit=0)
+    assert (status.attempt.number, status.attempt.preemptions, status.attempt.failures) == (2, 1, 0)
+    assert (status.attempt.end_reason, status.failure) == ("Preempted", None)
+
+
+def test_an_attempt_that_is_taken_away_at_once_is_not_replaced_at_once() -> None:
+    status = step(TRAINING, ended(143), now=at(3))
+    assert (status.attempt.number, status.attempt.running, status.attempt.retry_time) == (1, False, rfc3339(at(10)))
+
+
+def test_a_head_that_was_seen_and_is_gone_is_lost() -> None:
+    status = step(TRAINING, now=at(600))
+    assert (status.attempt.number, status.attempt.preemptions, status.attempt.end_reason) == (2, 1, "HeadLost")
+
+
+def test_a_head_that_was_never_seen_is_only_not_there_yet() -> None:
+    assert step(BEGUN, now=at(600)).attempt == BEGUN.attempt
+
+
+def test_the_next_attempt_waits_until_the_pods_of_the_one_before_have_gone() -> None:
+    status = step(TRAINING, *WORKERS, now=at(600))
+    assert (status.attempt.number, status.attempt.running, status.attempt.preemptions) == (1, False, 1)
+    assert step(status, now=at(601)).attempt.number == 2
+
+
+def test_a_job_keeps_the_trainer_that_it_began_with() -> None:
+    job = make_job(status=TRAINING)
+    settings = replace(SETTINGS, trainer_image="registry.example/trainer:2")
+    assert advance(job, Observed(), settings, at(600)).resolved == Resolved(trainer_image="registry.example/trainer:1")
+
+
+def test_usage_and_lost_steps_are_summed_over_attempts_and_each_counted_once() -> None:
+    status = TRAINING
+    for seconds, used in ((20, 10), (40, 25), (60, 25)):
+        report = make_report(usage=Usage(gpu_seconds=used, trained_tokens=100 * used), lost_steps=2)
+        status = step(status, HEAD, *WORKERS, report=report, now=at(seconds))
+    assert (status.usage, status.attempt.lost_steps) == (Usage(gpu_seconds=25, trained_tokens=2500), 2)
+    second = step(step(status, now=at(600)), make_pod(attempt=2), now=at(610))
+    assert second.usage == status.usage
+    for seconds in (620, 640):
+        report = make_report(attempt=2, usage=Usage(gpu_seconds=5, trained_tokens=500), lost_steps=3, workers_wanted=0)
+        second = step(second, make_pod(attempt=2), report=report, now=at(seconds))
+    assert (second.usage, second.attempt.lost_steps) == (Usage(gpu_seconds=30, trained_tokens=3000), 5)
+
+
+# Suspension and deadlines.
+
+
+def test_suspending_takes_the_pods_away_first() -> None:
+    stopping = step(TRAINING, HEAD, *WORKERS, report=make_report(), now=at(100), suspend=True)
+    assert (stopping.attempt.running, stopping.phase) == (False, "Training")
+    assert condition(stopping, "Suspended") == ("False", "Suspended")
+    suspended = step(stopping, now=at(130), suspend=True)
+    assert (suspended.phase, suspended.suspended_time) == ("Suspended", rfc3339(at(130)))
+    assert condition(suspended, "Suspended") == ("True", "Suspended")
+    assert condition(suspended, "Reconciling")[0] == condition(suspended, "Stalled")[0] == "False"
+
+
+def test_a_job_may_be_suspended_from_the_start() -> None:
+    status = step(Status(), suspend=True)
+    assert (status.phase, status.attempt) == ("Suspended", Attempt())
+    assert step(status, now=at(50)).attempt.number == 1
+
+
+def test_resuming_is_a_new_attempt_and_neither_a_failure_nor_a_preemption() -> None:
+    suspended = step(step(TRAINING, HEAD, now=at(100), suspend=True), now=at(130), suspend=True)
+    status = step(suspended, now=at(1130))
+    assert (status.attempt.number, status.attempt.failures, status.attempt.preemptions) == (2, 0, 0)
+    assert (status.suspended_time, status.suspended_seconds) == (None, 1000)
+
+
+def test_a_suspension_that_is_taken_back_while_pods_stop_is_no_preemption() -> None:
+    stopping = step(TRAINING, HEAD, now=at(100), suspend=True)
+    assert step(stopping, HEAD, now=at(101)).attempt.running is False
+    status = step(stopping, now=at(130))
+    assert (status.attempt.number, status.attempt.failures, status.attempt.preemptions) == (2, 0, 0)
+
+
+def test_success_while_suspending_counts() -> None:
+    stopping = step(TRAINING, HEAD, now=at(100), suspend=True)
+    assert step(stopping, HEAD, report=make_report("Publish", outcome="Succeeded"), now=at(101), suspend=True).phase == "Complete"
+
+
+def test_the_active_deadline_does_not_count_suspended_time() -> None:
+    resumed = step(step(step(TRAINING, HEAD, now=at(100), suspend=True), now=at(100), suspend=True), now=at(1100))
+    assert resumed.suspended_seconds == 1000
+    head = make_pod(attempt=2)
+    assert step(resumed, head, now=at(1599), activeDeadlineSeconds=600).phase == "Pending"
+    late = step(resumed, head, now=at(1600), activeDeadlineSeconds=600)
+    assert condition(late, "Failed") == ("True", "DeadlineExceeded")
+    assert late.attempt.running is False
+
+
+def test_the_active_deadline_counts_over_attempts_and_waits() -> None:
+    waiting = step(TRAINING, ended(), now=at(595), activeDeadlineSeconds=600)
+    assert waiting.phase == "Pending"
+    assert condition(step(waiting, ended(), now=at(600), activeDeadlineSeconds=600), "Failed") == ("True", "DeadlineExceeded")
+
+
+# How often progress is written.
+
+
+def test_progress_alone_is_written_at_most_every_poll() -> None:
+    def progress(number: int, **given):
+        return make_report(message=f"step {number}", progress=Progress(step=number, total_steps=100, percent=number), **given)
+
+    status = step(TRAINING, HEAD, *WORKERS, report=progress(6), now=at(10))
+    assert step(status, HEAD, *WORKERS, report=progress(7), now=at(19)) == status
+    later = step(status, HEAD, *WORKERS, report=progress(7), now=at(20))
+    assert (later.progress.step, later.progress.last_update_time, later.message) == (7, rfc3339(at(20)), "step 7")
+    # The trainer's clock is not asked: it may be wrong.
+    skewed = make_report(progress=Progress(step=8, last_update_time="2040-01-01T00:00:00Z"))
+    assert step(later, HEAD, *WORKERS, report=skewed, now=at(30)).progress.step == 8
+    # A change of state does not wait.
+    assert step(later, HEAD, *WORKERS, report=make_report("Publish"), now=at(21)).phase == "Publishing"
+    assert step(later, HEAD, WORKERS[0], report=progress(9), now=at(21)).workers_ready == 1
+
+
+def test_progress_that_stands_still_is_not_written() -> None:
+    assert (
+        step(TRAINING, HEAD, *WORKERS, report=make_report(progress=Progress(step=5, total_steps=10, percent=50)), now=at(1000)) == TRAINING
+    )

@@ -200,7 +200,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, ConnectionError | TimeoutError):
         return type(error).__name__ != "OfflineModeIsEnabled"
-    if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):  # httpx's, which is not imported for this
+    if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):  # of the hub's HTTP client, which is not imported for this
         return True
     return any(f"AWS Error {sign}" in str(error) for sign in _S3_TRANSIENT)
 

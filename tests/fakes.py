@@ -3,8 +3,8 @@
 The fake is a whole implementation of the operator's port, so that tests need not know which calls the loop makes.
 """
 
-import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,6 +22,11 @@ from finetune_operator.times import rfc3339
 
 KEY = JobKey(NAMESPACE, NAME)
 Object = dict[str, Any]
+
+
+def _copy(found: Object) -> Object:
+    """What a reader gets, who may do with it what he likes; several times faster than `copy.deepcopy`."""
+    return pickle.loads(pickle.dumps(found))  # noqa: S301 - the test's own objects
 
 
 class Crash(BaseException):
@@ -55,9 +60,9 @@ class FakeCluster:
         if self.job is None or (self.job["metadata"]["namespace"], self.job["metadata"]["name"]) != tuple(key):
             return None
         uid = self.job["metadata"]["uid"]
-        own = [copy.deepcopy(each) for each in self.objects.values() if each["metadata"]["labels"].get(LABEL_JOB_UID) == uid]
+        own = [_copy(each) for each in self.objects.values() if each["metadata"]["labels"][LABEL_JOB_UID] == uid]
         pods = [each for each in own if each["kind"] == "Pod"]
-        return RawJob(copy.deepcopy(self.job), pods, [each for each in own if each["kind"] == "ConfigMap"], [])
+        return RawJob(_copy(self.job), pods, [each for each in own if each["kind"] == "ConfigMap"], [])
 
     async def fetch_report(self, pod: Pod, token: str, after: int, wait: float) -> Report | None:
         return self.reports.get(pod.uid) if token else None
@@ -69,7 +74,7 @@ class FakeCluster:
         self.job = {**self.job, "status": status.to_json()}
         self._touch(self.job)
         self._wrote("patch status")
-        return copy.deepcopy(self.job)
+        return _copy(self.job)
 
     async def apply(self, manifest: Object) -> None:
         kind, name = manifest["kind"], manifest["metadata"]["name"]
@@ -77,7 +82,7 @@ class FakeCluster:
             self._wrote(f"refused {kind} {name}")
             raise Refused("Forbidden", words)
         if (kind, name) not in self.objects:
-            self.objects[kind, name] = made = copy.deepcopy(manifest)
+            self.objects[kind, name] = made = _copy(manifest)
             made["metadata"] |= {"uid": f"uid-{next(self._numbers)}", "creationTimestamp": rfc3339(self.clock.now)}
             if kind == "Pod":
                 made["status"] = {"phase": "Pending"}

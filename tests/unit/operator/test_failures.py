@@ -1,0 +1,98 @@
+"""Why an attempt ended: each way that a head can end, and the reason that is given for it."""
+
+import pytest
+from tests.builders import make_pod, make_report, terminated
+
+from finetune_api.reasons import ADVICE
+from finetune_api.status import Failure
+from finetune_operator.failures import ending_of
+from finetune_operator.observed import Pod
+
+DISRUPTED = [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "preempted by team-b/urgent"}]
+GPU = Failure(stage="Train", reason="GPUOutOfMemory", message="CUDA out of memory", retryable=True)
+BAD_DATA = Failure(stage="Prepare", reason="DatasetInvalid", message="train.jsonl:7: invalid JSON", retryable=False)
+
+
+def failed(code: int | None = 1, why: str = "Error", log: str = "", **status) -> Pod:
+    containers = {} if code is None else {"containerStatuses": terminated(code, why, log)}
+    return make_pod(phase="Succeeded" if code == 0 else "Failed", **containers, **status)
+
+
+def said(failure: Failure | None = None, outcome: str = "Failed"):
+    return make_report(outcome=outcome, failure=failure)
+
+
+FAILURES = {
+    "the trainer says why": (failed(1), said(GPU), "GPUOutOfMemory", True),
+    "the trainer says that it cannot be helped": (failed(1), said(BAD_DATA), "DatasetInvalid", False),
+    "the trainer says a word that nobody knows": (
+        failed(1),
+        said(Failure(reason="Gremlins", message="in the works")),
+        "InternalError",
+        True,
+    ),
+    "the trainer failed and says nothing": (failed(1), said(), "InternalError", True),
+    "exit code 1 and a log": (failed(1, log="Traceback: boom"), None, "InternalError", True),
+    "killed for its memory": (failed(137, "OOMKilled"), None, "OOMKilled", True),
+    "killed, and not for its memory": (failed(137), None, "HeadLost", True),
+    "a segmentation fault": (failed(139), None, "InternalError", True),
+    "success without a report": (failed(0, "Completed"), None, "InternalError", True),
+    "its own volume is full": (
+        failed(None, reason="Evicted", message='Usage of EmptyDir volume "tmp" exceeds the limit "20Gi".'),
+        None,
+        "StorageFull",
+        True,
+    ),
+    "more ephemeral storage than its limit": (
+        failed(137, reason="Evicted", message="Pod ephemeral local storage usage exceeds the total limit of containers 1Gi."),
+        None,
+        "StorageFull",
+        True,
+    ),
+    "no container ever ran, for no known reason": (failed(None, reason="Mystery", message="who knows"), None, "InternalError", True),
+}
+
+
+@pytest.mark.parametrize(("pod", "report", "reason", "retryable"), FAILURES.values(), ids=FAILURES)
+def test_a_failure_has_its_reason(pod, report, reason, retryable) -> None:
+    ending = ending_of(pod, report, "Train")
+    assert ending.failure is not None
+    assert (ending.reason, ending.failure.reason, ending.failure.retryable) == (reason, reason, retryable)
+    assert ending.failure.pod == "bot-1-head"
+    assert ending.failure.exit_code == (pod.exit.code if pod.exit else None)
+    assert ending.failure.hint
+    assert reason in ADVICE
+
+
+PREEMPTIONS = {
+    "preempted by the scheduler": (failed(143, conditions=DISRUPTED), None),
+    "preempted, and the trainer failed of it": (failed(1, conditions=DISRUPTED), said(GPU)),
+    "preempted, and killed in the end": (failed(137, conditions=DISRUPTED), None),
+    "the node is short of memory": (failed(137, reason="Evicted", message="The node was low on resource: memory."), None),
+    "the node shut down": (failed(143, reason="Terminated", message="Pod was terminated in response to imminent node shutdown."), None),
+    "the node is lost": (failed(None, reason="NodeLost", message="Node n1 which was running pod is unresponsive"), None),
+    "the node has no GPU left": (failed(None, reason="OutOfnvidia.com/gpu", message="Node didn't have enough resource"), None),
+    "the kubelet refused the pod": (failed(None, reason="UnexpectedAdmissionError", message="Allocate failed"), None),
+    "somebody stopped it": (failed(143), None),
+    "somebody stopped it, and it left a checkpoint": (failed(143), said(None, "Interrupted")),
+}
+
+
+@pytest.mark.parametrize(("pod", "report"), PREEMPTIONS.values(), ids=PREEMPTIONS)
+def test_what_the_cluster_takes_away_is_no_failure(pod, report) -> None:
+    ending = ending_of(pod, report, "Train")
+    assert (ending.reason, ending.failure) == ("Preempted", None)
+    assert "bot-1-head" in ending.message
+
+
+def test_the_last_words_of_a_log_are_kept_and_bounded() -> None:
+    ending = ending_of(failed(1, log="x" * 5000 + "\nKeyError: 'prompt'\n"), None, "Prepare")
+    assert ending.failure is not None
+    assert ending.failure.message.endswith("KeyError: 'prompt'")
+    assert len(ending.failure.message) <= 1024
+
+
+def test_the_hint_for_a_head_without_memory_names_the_platforms_setting() -> None:
+    ending = ending_of(failed(137, "OOMKilled"), None, "Prepare")
+    assert ending.failure is not None
+    assert "FINETUNE_HEAD_MEMORY" in (ending.failure.hint or "")

@@ -1,0 +1,161 @@
+"""Random faults in random order: whatever happens, the job comes to an end, and on the way nothing is ever there twice."""
+
+from collections.abc import Coroutine
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.builders import SETTINGS, Clock, raw_job
+from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, Object
+
+from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
+from finetune_operator.lifecycle import advance
+from finetune_operator.observed import job_from, observe
+from finetune_operator.reconcile import reconcile
+
+BACKOFF_LIMIT = 2
+DISRUPTED = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}]
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that never has to wait, as on the fake cluster."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("the fake cluster made the operator wait")
+
+
+class Faults(RuleBasedStateMachine):
+    """A job, its user, its cluster and its operator, all of them unreliable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster = FakeCluster(Clock(), raw_job(backoffLimit=BACKOFF_LIMIT))
+        self.kubelet = FakeKubelet(self.cluster)
+
+    def operate(self) -> float | None:
+        try:
+            return run(reconcile(KEY, self.cluster, SETTINGS, self.cluster.clock.now))
+        except Crash:
+            return 1.0
+
+    @rule()
+    def operator_looks(self) -> None:
+        self.operate()
+
+    @rule(write=st.integers(1, 8))
+    def operator_crashes(self, write: int) -> None:
+        self.cluster.crash_after = len(self.cluster.writes) + write
+        self.operate()
+        self.cluster.crash_after = None
+
+    @rule()
+    def another_operator_wins(self) -> None:
+        """Between this operator's read and its write, another one has done all of its work."""
+        first = iter([True])
+
+        def other() -> None:
+            if next(first, False):
+                self.operate()
+
+        self.cluster.before_patch = other
+        self.operate()
+        self.cluster.before_patch = lambda: None
+
+    @rule(seconds=st.sampled_from([1, 5, 15, 100]))
+    def time_passes(self, seconds: int) -> None:
+        self.cluster.clock.advance(seconds)
+
+    @rule()
+    def pods_go_on(self) -> None:
+        self.kubelet.step()
+
+    @rule(index=st.integers(0, 2))
+    def a_pod_vanishes(self, index: int) -> None:
+        if pod := self.pod(index):
+            self.kubelet.vanish(pod)
+
+    @rule(index=st.integers(0, 2), code=st.sampled_from([1, 137, 139, 143]))
+    def a_pod_fails(self, index: int, code: int) -> None:
+        if (pod := self.pod(index)) and pod["status"]["phase"] == "Running":
+            self.kubelet.end(pod, code)
+
+    @rule(index=st.integers(0, 2))
+    def a_pod_is_evicted(self, index: int) -> None:
+        if (pod := self.pod(index)) and pod["status"]["phase"] == "Running":
+            self.kubelet.end(pod, 143, conditions=DISRUPTED)
+
+    @rule(index=st.integers(0, 2))
+    def a_pod_is_deleted_by_somebody(self, index: int) -> None:
+        if pod := self.pod(index):
+            self.cluster.remove(pod)
+
+    @rule(suspend=st.booleans())
+    def the_user_suspends_or_resumes(self, suspend: bool) -> None:
+        self.cluster.edit_spec(suspend=suspend)
+
+    @rule()
+    @precondition(lambda self: not self.cluster.status.finished)
+    def the_quota_is_used_up_for_a_moment(self) -> None:
+        self.cluster.refuse = lambda manifest: "exceeded quota" if manifest["kind"] == "Pod" else None
+        self.operate()
+        self.cluster.refuse = lambda manifest: None
+
+    def pod(self, index: int) -> Object | None:
+        pods = sorted(self.cluster.pods, key=lambda pod: pod["metadata"]["name"])
+        return pods[index] if index < len(pods) else None
+
+    @invariant()
+    def no_two_heads_live(self) -> None:
+        heads = [pod for pod in self.cluster.pods if pod["metadata"]["labels"][LABEL_ROLE] == "head"]
+        assert sum(pod["status"]["phase"] in ("Pending", "Running") for pod in heads) <= 1
+
+    @invariant()
+    def no_two_attempts_live(self) -> None:
+        alive = [pod for pod in self.cluster.pods if pod["status"]["phase"] in ("Pending", "Running")]
+        assert len({pod["metadata"]["labels"][LABEL_ATTEMPT] for pod in alive}) <= 1
+
+    @invariant()
+    def failures_are_bounded(self) -> None:
+        assert self.cluster.status.attempt.failures <= BACKOFF_LIMIT + 1
+
+    @invariant()
+    def suspended_means_that_no_pod_runs(self) -> None:
+        if self.cluster.status.phase == "Suspended":
+            assert not [pod for pod in self.cluster.pods if pod["status"]["phase"] in ("Pending", "Running")]
+
+    @invariant()
+    def complete_means_that_the_result_is_published(self) -> None:
+        if self.cluster.status.phase == "Complete":
+            assert self.cluster.status.artifacts
+
+    @invariant()
+    def a_status_that_was_decided_stays_decided(self) -> None:
+        raw = run(self.cluster.read(KEY))
+        job = job_from(raw.job)
+        observed = observe(job.uid, raw.pods, raw.config_maps, raw.events)
+        once = advance(job, observed, SETTINGS, self.cluster.clock.now)
+        again = advance(job_from({**raw.job, "status": once.to_json()}), observed, SETTINGS, self.cluster.clock.now)
+        assert again == once
+
+    def teardown(self) -> None:
+        """The faults end, and the user wants the job to run: it ends, and leaves one finished head at most."""
+        self.cluster.edit_spec(suspend=False)
+        for _ in range(500):
+            delay = self.operate()
+            if delay is None:
+                break
+            self.kubelet.step()
+            self.cluster.clock.advance(delay)
+        status = self.cluster.status
+        assert status.phase in ("Complete", "Failed"), status
+        assert set(self.cluster.objects) <= {("Pod", f"bot-{status.attempt.number}-head")}
+        assert not [pod for pod in self.cluster.pods if pod["status"]["phase"] in ("Pending", "Running")]
+
+
+class TestFaults(Faults.TestCase):
+    settings = settings(
+        max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )

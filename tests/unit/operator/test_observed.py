@@ -1,0 +1,137 @@
+"""Raw objects as plain values. The messages are those of the kubelet and the scheduler."""
+
+import pytest
+from tests.builders import T0, UID, at, make_pod, make_report, raw_job, raw_pod, terminated
+
+from finetune_api import LABEL_ATTEMPT
+from finetune_api.report import termination_message
+from finetune_operator.observed import Observed, job_from, observe, pod_from
+
+UNSCHEDULABLE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+
+
+def event(reason: str, message: str, *, uid: str = "uid-of-bot-1-head", time: str = "2026-01-01T00:00:05Z") -> dict:
+    return {"involvedObject": {"uid": uid}, "reason": reason, "message": message, "lastTimestamp": time, "metadata": {"name": "e"}}
+
+
+def stuck(reason: str, message: str = "") -> dict:
+    return {"containerStatuses": [{"name": "head", "state": {"waiting": {"reason": reason, "message": message}}}]}
+
+
+def unscheduled(message: str, reason: str = "Unschedulable") -> dict:
+    return {"conditions": [{"type": "PodScheduled", "status": "False", "reason": reason, "message": message}]}
+
+
+WAITING = {
+    "an image that is not there": (stuck("ImagePullBackOff", 'Back-off pulling image "x:1"'), [], "ImagePullFailed"),
+    "an image name that is none": (stuck("InvalidImageName"), [], "ImagePullFailed"),
+    "a container that is being made": (stuck("ContainerCreating"), [], None),
+    "a secret": ({}, [event("FailedMount", 'MountVolume.SetUp failed for volume "secret-0" : secret "hub" not found')], "SecretNotFound"),
+    "a config map": (
+        {},
+        [event("FailedMount", 'MountVolume.SetUp failed for volume "configmap-0" : configmap "data" not found')],
+        "ConfigMapNotFound",
+    ),
+    "a key of a config map": (
+        {},
+        [event("FailedMount", 'MountVolume.SetUp failed for volume "configmap-0" : references non-existent config key: train.jsonl')],
+        "ConfigMapNotFound",
+    ),
+    "a volume that does not attach": ({}, [event("FailedAttachVolume", "AttachVolume.Attach failed")], "StorageUnavailable"),
+    "a mount that took long": ({}, [event("FailedMount", "Unable to attach or mount volumes: timed out waiting for the condition")], None),
+    "an event of another pod": ({}, [event("FailedMount", 'secret "hub" not found', uid="another")], None),
+    "a claim": (unscheduled('0/1 nodes are available: persistentvolumeclaim "models" not found.'), [], "VolumeClaimNotFound"),
+    "a node": (unscheduled(UNSCHEDULABLE), [], "Unschedulable"),
+    "nothing known": ({}, [], None),
+}
+
+
+@pytest.mark.parametrize(("status", "events", "reason"), WAITING.values(), ids=WAITING)
+def test_why_a_pending_pod_does_not_run(status, events, reason) -> None:
+    waiting = pod_from(raw_pod(phase="Pending", **status), events).waiting
+    assert (waiting.reason if waiting else None) == reason
+    if waiting:
+        assert waiting.message.startswith("pod bot-1-head: ")
+
+
+def test_the_words_of_the_scheduler_are_kept() -> None:
+    waiting = make_pod(phase="Pending", **unscheduled(UNSCHEDULABLE)).waiting
+    assert waiting is not None
+    assert waiting.message == f"pod bot-1-head: {UNSCHEDULABLE}"
+
+
+def test_of_several_events_the_latest_counts() -> None:
+    events = [
+        event("FailedMount", 'secret "hub" not found', time="2026-01-01T00:00:05Z"),
+        event("FailedMount", 'configmap "data" not found', time="2026-01-01T00:00:09Z"),
+    ]
+    waiting = pod_from(raw_pod(phase="Pending"), events).waiting
+    assert waiting is not None
+    assert waiting.reason == "ConfigMapNotFound"
+
+
+def test_a_pod_that_runs_waits_for_nothing() -> None:
+    assert pod_from(raw_pod(), [event("FailedMount", 'secret "hub" not found')]).waiting is None
+
+
+def test_a_pod_that_a_queue_holds_is_gated_and_not_unschedulable() -> None:
+    pod = make_pod(phase="Pending", **unscheduled("Scheduling is blocked due to non-empty scheduling gates", "SchedulingGated"))
+    assert (pod.gated, pod.waiting) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("phase", "deletion", "running", "finished"),
+    [
+        ("Pending", None, False, False),
+        ("Running", None, True, False),
+        ("Running", at(90), False, False),
+        ("Unknown", None, False, False),
+        ("Succeeded", None, False, True),
+        ("Failed", at(90), False, True),
+    ],
+)
+def test_when_a_pod_runs_and_when_it_has_finished(phase, deletion, running, finished) -> None:
+    pod = make_pod(phase=phase, deletion=deletion)
+    assert (pod.running, pod.finished, pod.created, pod.deletion) == (running, finished, T0, deletion)
+
+
+def test_only_what_the_job_owns_is_its_own() -> None:
+    """Anyone who may make a pod may put the job's label on it."""
+    stranger = raw_pod("worker")
+    stranger["metadata"]["ownerReferences"] = [{"uid": "another"}]
+    debugger = raw_pod("worker", index=1)
+    del debugger["metadata"]["ownerReferences"]
+    labels = {LABEL_ATTEMPT: "1"}
+    maps = [{"metadata": {"labels": labels, "ownerReferences": [{"uid": UID}]}}, {"metadata": {"labels": {}}}]
+    observed = observe(UID, [raw_pod(), stranger, debugger], maps, [])
+    assert [pod.name for pod in observed.pods] == ["bot-1-head"]
+    assert observed.anchors == {1}
+
+
+def test_the_last_word_of_a_head_outlives_it() -> None:
+    report = make_report("Publish", outcome="Succeeded")
+    head = make_pod(phase="Succeeded", containerStatuses=terminated(0, "Completed", termination_message(report)))
+    assert Observed((head,)).report_of(UID, 1) == report
+    assert Observed((head,), report=make_report("Train")).report_of(UID, 1) == report
+    assert Observed((head,)).report_of(UID, 2) is None
+
+
+def test_a_termination_message_that_is_a_log_is_no_report() -> None:
+    head = make_pod(phase="Failed", containerStatuses=terminated(1, message="Traceback (most recent call last):"))
+    assert Observed((head,)).report_of(UID, 1) is None
+
+
+def test_a_job_tells_what_is_wrong_with_its_spec_by_field() -> None:
+    raw = raw_job()
+    raw["spec"]["training"] |= {"epochs": 0, "learningRate": "fast"}
+    job = job_from(raw)
+    assert job.spec is None
+    assert "spec.training.epochs: " in job.problem
+    assert "spec.training.learningRate: " in job.problem
+
+
+def test_files_of_this_machine_are_for_local_runs_only() -> None:
+    raw = raw_job()
+    raw["spec"]["output"]["storage"] = "file:///tmp/out"
+    assert job_from(raw).spec is None
+    assert job_from(raw, local=True).spec is not None

@@ -6,6 +6,7 @@ A shared corpus of manifests (tests/data/jobs) proves that both give the same ve
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -300,12 +301,18 @@ def parse_job(manifest: Mapping[str, Any], *, local: bool = False) -> FineTuneJo
     return FineTuneJob.model_validate_json(text, by_alias=True, by_name=False, context=LOCAL_RUN if local else None)
 
 
+@cache
+def _parts(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """The fields of a model by their names in JSON, each with the model inside it. The operator asks at every look at every job."""
+    return {field.alias or name: model_in(field.annotation) for name, field in model.model_fields.items()}
+
+
 def _as_stored(value: Any, model: type[BaseModel] | None) -> Any:  # noqa: ANN401 - JSON
     """The value as the API server reads it: a known field that is null is absent, and 3.0 is the integer 3."""
     if isinstance(value, Mapping):
-        fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()} if model else None
+        fields = _parts(model) if model else None
         return {
-            key: _as_stored(item, model_in(fields.get(key)) if fields else None)
+            key: _as_stored(item, fields.get(key) if fields else None)
             for key, item in value.items()
             if item is not None or (fields and key not in fields)
         }

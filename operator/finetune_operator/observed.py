@@ -12,7 +12,7 @@ from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
 from finetune_api.reasons import Reason
 from finetune_api.report import Report, parse_report
 from finetune_api.status import Status
-from finetune_api.v1alpha1 import FineTuneJob, Spec, parse_job
+from finetune_api.v1alpha1 import Spec, parse_job
 
 Raw = Mapping[str, Any]
 """A Kubernetes object as JSON."""
@@ -148,7 +148,7 @@ def job_from(raw: Raw, *, local: bool = False) -> Job:
 def _spec(raw: Raw, local: bool) -> tuple[Spec | None, str]:
     manifest = {key: raw[key] for key in ("apiVersion", "kind", "metadata", "spec") if key in raw}
     try:
-        return FineTuneJob.model_validate(parse_job(manifest, local=local)).spec, ""
+        return parse_job(manifest, local=local).spec, ""
     except ValidationError as error:
         return None, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False, include_input=False))
 

@@ -75,7 +75,7 @@ class Server:
             return Answer(error.code, json.loads(text) if text.startswith("{") else {"message": text})
 
     def verdict(self, text: str) -> Answer:
-        """What the server says to a manifest, of which it keeps nothing."""
+        """What the server says to a manifest in YAML or JSON, of which it keeps nothing."""
         return self.call("POST", f"{JOBS}?dryRun=All&fieldValidation=Strict", text, kind="application/yaml")
 
     def minor(self) -> int:
@@ -190,6 +190,23 @@ def test_the_server_stores_what_the_models_say(server, path):
 def test_what_the_server_stores_is_the_same_job_to_the_models(server, job):
     manifest = {**job, "metadata": {**job["metadata"]}}
     assert parse_job(manifest).spec.model_dump(mode="json", by_alias=True, exclude_none=True) == job["spec"]
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"epochs": 3.0}, {"epochs": 3.5}, {"microBatchSize": 4.0}, {"microBatchSize": None}, {"learningrate": None}, {"learningRate": 10**30}],
+    ids=json.dumps,
+)
+def test_json_is_judged_alike_too(server, training):
+    manifest = read_manifests((CORPUS / "good/minimal.yaml").read_text())[0]
+    content = {**manifest, "spec": {**manifest["spec"], "training": training}}
+    answer = server.verdict(json.dumps(content))
+    try:
+        ours = parse_job(content).spec.training.model_dump(mode="json", by_alias=True)
+    except ValidationError:
+        assert answer.code in (400, 422), answer.message
+    else:
+        assert answer.body["spec"]["training"] == ours
 
 
 def test_a_new_job_says_that_nobody_has_looked_at_it(server, job):

@@ -134,7 +134,7 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
             follow.metric("validation/loss", mean_loss(model, objective, data.validation, training, worker))
 
     follow.stage("Evaluate", "measuring the tuned model")
-    losses = measure(model, objective, held_out, training, worker)
+    losses = _finite(measure(model, objective, held_out, training, worker), Reason.TRAINING_DIVERGED, "the tuned model's")
     if worker.leads:
         result = Result(steps=plan.total_steps, trained_tokens=tokens, before=dict(baseline), after=dict(losses), config=task.config)
         write_result(task.storage, result, lambda folder: method.export(model.module, folder, task.base))
@@ -162,9 +162,17 @@ def _baseline(storage: Storage, worker: Worker, measure_now: Callable[[], Losses
         return dict(known or {})
     if not fresh:
         return {}
-    losses = measure_now()
+    losses = _finite(measure_now(), Reason.MODEL_INVALID, "the untuned model's")
     if worker.leads:
         storage.write_json(BASELINE, dict(losses))
+    return losses
+
+
+def _finite(losses: Losses, reason: Reason, whose: str) -> Losses:
+    """The losses. Raises JobError where one is no number."""
+    for split, loss in losses.items():
+        if not math.isfinite(loss):
+            raise JobError(reason, f"{whose} {split} loss is {loss}")
     return losses
 
 

@@ -109,7 +109,7 @@ async def connect(report_port: int = REPORT_PORT, on_call: OnCall = lambda verb,
     if "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
         load_incluster_config(client_configuration=configuration)
     else:
-        await load_kube_config(client_configuration=configuration)
+        await load_kube_config(config_file=os.environ.get("KUBECONFIG", "~/.kube/config"), client_configuration=configuration)
     configuration.retries = aiohttp_retry.ExponentialRetry(attempts=4, start_timeout=0.2, max_timeout=5.0, statuses={429})
     async with ApiClient(configuration) as client, _report_session() as session:
         yield KubernetesCluster(client, session, report_port, on_call)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 from tests.integration.api.apiserver import free_port
+from tests.integration.api.forks import Fork, Forks
 
 ROOT = Path(__file__).parents[3]
 KEY = "a key of the tests, of 32 bytes or so"
@@ -37,7 +38,9 @@ class Operator:
             **QUICK,
             **settings,
         }
-        self.process: asyncio.subprocess.Process | None = None
+        self.forks: Forks | None = None
+        """Where to have the process forked; None starts it from nothing, as a user does."""
+        self.process: asyncio.subprocess.Process | Fork | None = None
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Operator"]:
@@ -48,6 +51,9 @@ class Operator:
             await self.end(signal.SIGKILL)
 
     async def start(self) -> None:
+        if self.forks:
+            self.process = await self.forks.start(self._env, self.log)
+            return
         with self.log.open("ab") as output:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "finetune_operator", env=self._env, cwd=ROOT, stdout=output, stderr=asyncio.subprocess.STDOUT
@@ -57,6 +63,11 @@ class Operator:
         """SIGKILL, at once."""
         if self.process and self.process.returncode is None:
             self.process.kill()
+
+    async def exited(self) -> int:
+        """Wait for the process to end by itself, or by somebody else's hand."""
+        assert self.process is not None
+        return await self.process.wait()
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal, wait for the end, and return the exit code."""
@@ -95,4 +106,6 @@ def _brief(line: str) -> str:
         entry = json.loads(line)
     except ValueError:
         return line[:500]
-    return f"{entry.get('timestamp')} {entry.get('level')} {entry.get('job', '')} {entry.get('message')} {entry.get('exception', '')[-300:]}"
+    return (
+        f"{entry.get('timestamp')} {entry.get('level')} {entry.get('job', '')} {entry.get('message')} {entry.get('exception', '')[-300:]}"
+    )

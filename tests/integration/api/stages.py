@@ -10,7 +10,7 @@ from tests.integration.api.kube import CHILDREN, Kube, Object
 from tests.integration.api.operators import Operator
 from tests.integration.api.players import Player, Script, success
 
-LIFE_SECONDS = 15
+LIFE_SECONDS = 60
 """A played job's whole life takes a few seconds; this is when it is given up."""
 
 

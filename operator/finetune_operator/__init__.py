@@ -5,9 +5,9 @@ One loop does everything: read what is there, decide (pure), write the status, t
 - `settings`: what the operator's environment says, read once
 - `manifest`: manifests as kubectl reads them, and errors that name line, field and remedy
 - `observed`: raw objects as plain values (pure)
-- `lifecycle`: job, observation and clock give the status (pure)
-- `plan`: job and status give the objects that should exist (pure)
-- `cluster`: the Kubernetes API; `local` is the same port with processes in place of pods
+- `lifecycle`: job, observation and clock give the status (pure); `failures`, `reported`, `conditions`, `pace` and `times` are its parts
+- `plan`: job and status give the objects that should exist (pure), `pods` the pods among them; `transitions` the Events
+- `port`: what the loop needs of the world; `cluster` is the Kubernetes API, `local` this machine, with processes in place of pods
 - `reconcile`, `queue`: the loop, and whose turn it is
 - `metrics`, `handlers`, `cli`: Prometheus, kopf and the command line
 """

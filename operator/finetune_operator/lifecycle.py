@@ -334,9 +334,9 @@ def _crew(look: Look) -> _Crew:
 
 
 def _waiting_since(look: Look) -> str | None:
-    """Since when pods have been waited for; None where none are, or a queue decides. The operator may have been away in between:
+    """Since when pods have been waited for; None where none are, or a queue decides.
 
-    what the attempt waits for now counts, so the wait for workers begins when they are seen to be wanted.
+    The operator may have been away in between: what is missing now counts, and the wait for workers begins when they are seen to be wanted.
     """
     crew = _crew(look)
     if crew.complete or crew.gated:
@@ -352,6 +352,8 @@ def _waiting(look: Look) -> Waiting | None:
     for pod in (head, *workers):
         if pod and pod.waiting:
             return pod.waiting
+    if _crew(look).complete:
+        return None  # An elastic job that has enough workers does without those that are refused.
     if observed.refusal:
         return observed.refusal
     before = look.status.condition("Reconciling")

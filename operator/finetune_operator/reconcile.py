@@ -75,6 +75,7 @@ async def _act(cluster: Cluster, job: Job, status: Status, observed: Observed, s
         for manifest in missing(desired, status, observed):
             await cluster.apply(manifest)
     except Refused as error:
+        log.warning("refused: %s", error)
         refusal = Waiting(Reason.FORBIDDEN, error.message)
     for removal in surplus(desired, job, status, observed, settings, now):
         await cluster.delete(removal.kind, job.namespace, removal.name, uid=removal.uid, grace=removal.grace)

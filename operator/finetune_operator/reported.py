@@ -12,8 +12,7 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
     return status.model_copy(
         update={
             "stages": report.stages or status.stages,
-            # The head is a tenant's pod: it gets no more workers than the job's spec says.
-            "workers_wanted": 0 if report.outcome else min(report.workers_wanted, spec.compute.workers.max),
+            "workers_wanted": _wanted(status, report, spec),
             "resolved": _resolved(status.resolved, report.resolved),
             "data": report.data or status.data,
             "progress": (report.progress or shown).model_copy(update={"last_update_time": shown.last_update_time}),
@@ -25,6 +24,12 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
             "attempt": status.attempt.model_copy(update={"lost_steps": lost_steps}),
         }
     )
+
+
+def _wanted(status: Status, report: Report, spec: Spec) -> int:
+    """The head is a tenant's pod: it gets no more workers than the job's spec says, and none once the attempt has ended."""
+    ended = report.outcome is not None or not status.attempt.running
+    return 0 if ended else min(report.workers_wanted, spec.compute.workers.max)
 
 
 def _resolved(known: Resolved | None, said: Resolved | None) -> Resolved | None:

@@ -157,5 +157,5 @@ class Faults(RuleBasedStateMachine):
 
 class TestFaults(Faults.TestCase):
     settings = settings(
-        max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=30, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
     )

@@ -242,6 +242,14 @@ def test_a_refusal_is_said_until_what_was_refused_exists() -> None:
     assert condition(step(refused, PENDING_HEAD, now=at(20)), "Reconciling") == ("True", "Pending")
 
 
+def test_an_elastic_job_does_without_workers_that_are_refused() -> None:
+    elastic = {"compute": {"workers": {"min": 1, "max": 2}}}
+    training = step(PREPARING, HEAD, WORKERS[0], report=make_report(), **elastic)
+    assert condition(training, "WorkersReady") == ("True", "Training")
+    refused = step(training, HEAD, WORKERS[0], report=make_report(), refusal=Waiting(Reason.FORBIDDEN, "quota"), now=at(5), **elastic)
+    assert refused == training
+
+
 # The head ends.
 
 
@@ -344,6 +352,12 @@ def test_suspending_takes_the_pods_away_first() -> None:
     assert (suspended.phase, suspended.suspended_time) == ("Suspended", rfc3339(at(130)))
     assert condition(suspended, "Suspended") == ("True", "Suspended")
     assert condition(suspended, "Reconciling")[0] == condition(suspended, "Stalled")[0] == "False"
+
+
+def test_workers_that_stop_for_a_suspension_are_not_lost() -> None:
+    stopping = step(TRAINING, HEAD, *WORKERS, report=make_report(), now=at(100), suspend=True)
+    assert (stopping.workers_wanted, condition(stopping, "WorkersReady")) == (0, ("Unknown", "Pending"))
+    assert step(stopping, HEAD, *WORKERS, report=make_report(), now=at(101), suspend=True) == stopping
 
 
 def test_a_job_may_be_suspended_from_the_start() -> None:

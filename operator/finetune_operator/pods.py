@@ -52,7 +52,8 @@ def head_pod(name: str, namespace: str, spec: Spec, image: str, settings: Settin
 
 def worker_pod(name: str, namespace: str, index: int, spec: Spec, image: str, settings: Settings) -> Manifest:
     """One worker of an attempt: holds the GPUs."""
-    limits = dict(spec.compute.resources_per_worker)
+    # Server-side apply of older API servers takes quantities as strings only.
+    limits = {name: str(quantity) for name, quantity in spec.compute.resources_per_worker.items()}
     container = _container("worker", name, namespace, spec, image, settings)
     container["resources"] = {"requests": {**WORKER_REQUESTS, **limits}, "limits": limits}
     pod = _pod(f"{name}-worker-{index}", name, container, spec, settings)

@@ -65,6 +65,14 @@ def test_pods_keep_to_the_restricted_pod_security_standard(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_quantities_are_strings(name: str) -> None:
+    """Server-side apply of older API servers (1.20) refuses numbers."""
+    for pod in (each["spec"] for each in planned(name) if each["kind"] == "Pod"):
+        resources = pod["containers"][0]["resources"]
+        assert all(isinstance(quantity, str) for part in resources.values() for quantity in part.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_object_belongs_to_its_job(name: str) -> None:
     uid = yaml.safe_load((PLANS / f"{name}.job.yaml").read_text())["metadata"]["uid"]
     for each in planned(name):

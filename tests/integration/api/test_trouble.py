@@ -1,0 +1,151 @@
+"""What users and clusters do wrong, as the status tells it."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.integration.api.kube import Kube, Object
+from tests.integration.api.players import endless, failed, success
+from tests.integration.api.stages import Stage, is_true
+
+pytestmark = [pytest.mark.api, pytest.mark.asyncio(loop_scope="session")]
+
+
+def _ready(job: Object) -> Object:
+    """The condition Ready, which tells in one place where the job stands."""
+    return next((c for c in job.get("status", {}).get("conditions", ()) if c["type"] == "Ready"), {})
+
+
+async def _kubelet_says(kube: Kube, pod: Object, reason: str, message: str) -> None:
+    """An Event as the kubelet writes it about a pod."""
+    meta = pod["metadata"]
+    about = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "namespace": meta["namespace"], "uid": meta["uid"]}
+    body = {"apiVersion": "v1", "kind": "Event", "type": "Warning", "reason": reason, "message": message, "involvedObject": about}
+    body |= {
+        "metadata": {"name": f"{meta['name']}.1"},
+        "source": {"component": "kubelet"},
+        "lastTimestamp": "2026-01-01T00:00:00Z",
+        "count": 1,
+    }
+    await kube.create("Event", body, meta["namespace"])
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ('MountVolume.SetUp failed for volume "secret-s3" : secret "s3-key" not found', "SecretNotFound"),
+        ('MountVolume.SetUp failed for volume "data" : configmap "questions" not found', "ConfigMapNotFound"),
+    ],
+)
+async def test_missing_reference_is_named(stage: Stage, message: str, reason: str) -> None:
+    async with stage.player().playing() as player, stage.operator().running() as operator:
+        player.hold = lambda pod: True
+        await stage.apply()
+        await player.wait_for(lambda pods: "tune-1-head" in pods)
+        await _kubelet_says(stage.kube, player.pods["tune-1-head"], "FailedMount", message)
+        job = await stage.wait_for_job(lambda job: _ready(job).get("reason") == reason, reason, operator)
+    assert message in _ready(job)["message"]
+    assert len(player.created) == 1, "a worker was made before its head ran"
+
+
+async def test_missing_claim_is_named(stage: Stage) -> None:
+    words = 'persistentvolumeclaim "models" not found'
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+    async with stage.player().playing() as player, stage.operator().running() as operator:
+        player.hold = lambda pod: True
+        await stage.apply()
+        await player.wait_for(lambda pods: "tune-1-head" in pods)
+        await stage.kube.patch("Pod", stage.namespace, "tune-1-head", {"status": {"conditions": [condition]}}, "status")
+        job = await stage.wait_for_job(lambda job: _ready(job).get("reason") == "VolumeClaimNotFound", "VolumeClaimNotFound", operator)
+    assert words in _ready(job)["message"]
+
+
+async def test_quota_is_named_and_the_job_goes_on_when_it_is_raised(stage: Stage) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "small"}, "spec": {"hard": {"pods": "0"}}}
+    await stage.kube.create("ResourceQuota", quota, stage.namespace)
+    async with asyncio.timeout(10):  # the quota admission counts what is there first
+        while not (await stage.kube.get("ResourceQuota", stage.namespace, "small") or {}).get("status"):
+            if not stage.server.collects_garbage or stage.server.operator_user:
+                break  # the tests' own controller manager counts nothing; admission does without
+            await asyncio.sleep(0.1)
+    async with stage.player().playing() as player, stage.operator().running() as operator:
+        await stage.apply()
+        job = await stage.wait_for_job(lambda job: _ready(job).get("reason") == "Forbidden", "Forbidden", operator)
+        assert "pods" in _ready(job)["message"]
+        assert not player.created
+        await stage.kube.delete("ResourceQuota", stage.namespace, "small")
+        job = await stage.wait_for_end(operator)
+    assert job["status"]["phase"] == "Complete"
+    assert job["status"]["attempt"]["failures"] == 0, "what the cluster refuses is not the training's failure"
+
+
+async def test_bad_data_fails_at_once_and_no_worker_is_made(stage: Stage) -> None:
+    def bad(uid: str, attempt: int) -> list[Any]:
+        return [success(uid, attempt)[0], failed(uid, attempt, "DatasetInvalid", retryable=False)]
+
+    async with stage.player(bad).playing() as player, stage.operator().running() as operator:
+        await stage.apply()
+        job = await stage.wait_for_end(operator)
+        await stage.wait_for_children("Pod/tune-1-head")
+    assert is_true(job, "Failed")
+    assert is_true(job, "Stalled")
+    assert job["status"]["failure"]["reason"] == "DatasetInvalid"
+    assert job["status"]["failure"]["hint"]
+    assert [name for name, _ in player.created] == ["tune-1-head"]
+
+
+async def test_users_edits_and_the_operators_patches_do_not_lose_each_other(stage: Stage) -> None:
+    async with stage.player().playing(), stage.operator().running() as operator:
+        await stage.apply()
+
+        async def edit() -> int:
+            for number in range(10_000):
+                await stage.kube.patch("FineTuneJob", stage.namespace, "tune", {"metadata": {"labels": {"edited": str(number)}}})
+                await asyncio.sleep(0.01)
+            return 10_000
+
+        editing = asyncio.create_task(edit())
+        try:
+            job = await stage.wait_for_end(operator)
+        finally:
+            editing.cancel()
+    assert job["status"]["phase"] == "Complete"
+    assert int(job["metadata"]["labels"]["edited"]) > 10
+
+
+async def test_suspended_job_gives_everything_back_and_goes_on(stage: Stage) -> None:
+    async with stage.player(endless).playing() as player, stage.operator().running() as operator:
+        await stage.apply()
+        await player.wait_for(lambda pods: len(pods) == 3)
+        await stage.kube.patch("FineTuneJob", stage.namespace, "tune", {"spec": {"suspend": True}})
+        await stage.wait_for_job(lambda job: is_true(job, "Suspended"), "suspended", operator)
+        await stage.wait_for_children()
+        player.script = success
+        await stage.kube.patch("FineTuneJob", stage.namespace, "tune", {"spec": {"suspend": False}})
+        job = await stage.wait_for_end(operator)
+    assert job["status"]["phase"] == "Complete"
+    assert job["status"]["attempt"]["number"] == 2
+    assert job["status"]["attempt"]["failures"] == 0
+    assert job["status"]["attempt"]["preemptions"] == 0
+
+
+async def test_job_is_deleted_after_its_time_to_live(stage: Stage) -> None:
+    async with stage.player().playing(), stage.operator().running():
+        await stage.apply(ttlSecondsAfterFinished=0)
+        async with asyncio.timeout(60):
+            async for kind, _ in stage.kube.watch("FineTuneJob", stage.namespace):
+                if kind == "DELETED":
+                    break
+
+
+async def test_job_of_a_deleted_name_starts_anew(stage: Stage) -> None:
+    async with stage.player(endless).playing() as player, stage.operator().running() as operator:
+        first = await stage.apply()
+        await player.wait_for(lambda pods: len(pods) == 3)
+        await stage.kube.delete("FineTuneJob", stage.namespace, "tune")
+        player.script = success
+        second = await stage.apply()
+        job = await stage.wait_for_end(operator)
+    assert second["metadata"]["uid"] != first["metadata"]["uid"]
+    assert job["status"]["phase"] == "Complete"
+    assert job["status"]["attempt"]["number"] == 1

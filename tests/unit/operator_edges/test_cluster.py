@@ -1,0 +1,289 @@
+"""The client against an API server of a few lines, which remembers what it was asked and answers as it is told."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp import web
+
+from finetune_api.report import Report
+from finetune_api.status import Condition, Status
+from finetune_operator.cluster import (
+    REPORT_BYTES,
+    ApiError,
+    KubernetesCluster,
+    connect,
+    event_manifest,
+    required_lease_rules,
+    required_rules,
+)
+from finetune_operator.observed import Pod
+from finetune_operator.port import Conflict, Event, JobKey, Refused
+
+JOB = {"metadata": {"name": "bot", "namespace": "team", "uid": "u-1", "resourceVersion": "7"}, "spec": {"x": 1}}
+KEY = JobKey("team", "bot")
+JOBS = "/apis/finetune.dev/v1alpha1/namespaces/team/finetunejobs"
+
+
+@dataclass
+class Asked:
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: Any
+
+
+@dataclass
+class FakeServer:
+    """Answers by method and path; 404 for everything that it was not told of."""
+
+    port: int = 0
+    asked: list[Asked] = field(default_factory=list)
+    answers: dict[tuple[str, str], list[tuple[int, Any]]] = field(default_factory=dict)
+    """The last answer is given again and again."""
+
+    def will(self, method: str, path: str, *answers: tuple[int, Any]) -> None:
+        self.answers[method, path] = list(answers)
+
+    async def handle(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        query, headers = dict(request.query), dict(request.headers)
+        self.asked.append(Asked(request.method, request.path, query, headers, json.loads(body) if body else None))
+        answers = self.answers.get((request.method, request.path), [(404, {"reason": "NotFound", "message": "not there"})])
+        status, answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, bytes):
+            return web.Response(status=status, body=answer, headers={"Location": "/elsewhere"})
+        return web.json_response(answer, status=status)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeServer]:
+    fake = FakeServer()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", fake.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    fake.port = runner.addresses[0][1]
+    yield fake
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def calls() -> list[tuple[str, int]]:
+    return []
+
+
+@pytest.fixture
+async def cluster(
+    server: FakeServer, calls: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[KubernetesCluster]:
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.port}"}}],
+        "users": [{"name": "u", "user": {"token": "secret-token"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    async with connect(server.port, lambda verb, code: calls.append((verb, code))) as made:
+        yield made
+
+
+async def test_read_asks_three_times_and_for_events_of_pending_pods_only(server: FakeServer, cluster: KubernetesCluster) -> None:
+    pods = [{"metadata": {"uid": "p-1"}, "status": {"phase": "Running"}}, {"metadata": {"uid": "p-2"}, "status": {"phase": "Pending"}}]
+    event = {"involvedObject": {"uid": "p-2"}, "message": "no node"}
+    server.will("GET", f"{JOBS}/bot", (200, JOB))
+    server.will("GET", "/api/v1/namespaces/team/pods", (200, {"items": pods}))
+    server.will("GET", "/api/v1/namespaces/team/configmaps", (200, {"items": [{"metadata": {"name": "bot-1"}}]}))
+    server.will("GET", "/api/v1/namespaces/team/events", (200, {"items": [event]}))
+
+    raw = await cluster.read(KEY)
+
+    assert raw is not None
+    assert (raw.job, raw.pods, raw.events) == (JOB, pods, [event])
+    assert raw.config_maps == [{"metadata": {"name": "bot-1"}}]
+    assert len(server.asked) == 4
+    queries = {asked.path.rsplit("/", 1)[1]: asked.query for asked in server.asked}
+    assert queries["pods"] == queries["configmaps"] == {"labelSelector": "finetune.dev/job-uid=u-1"}
+    assert queries["events"] == {"fieldSelector": "involvedObject.uid=p-2"}
+    config_maps = next(asked for asked in server.asked if asked.path.endswith("configmaps"))
+    assert "PartialObjectMetadataList" in config_maps.headers["Accept"]
+    assert all(asked.headers["Authorization"] == "Bearer secret-token" for asked in server.asked)
+
+
+async def test_read_of_an_absent_job_is_none(cluster: KubernetesCluster) -> None:
+    assert await cluster.read(KEY) is None
+
+
+async def test_status_is_written_whole_against_the_version_that_was_read(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("PUT", f"{JOBS}/bot/status", (200, {**JOB, "written": True}))
+    condition = Condition(
+        type="Ready", status="False", observed_generation=1, last_transition_time="2026-01-01T00:00:00Z", reason="Pending"
+    )
+
+    assert await cluster.patch_status(JOB, Status(observed_generation=1, phase="Pending", conditions=(condition,))) == {
+        **JOB,
+        "written": True,
+    }
+
+    (asked,) = server.asked
+    assert asked.query == {"fieldManager": "finetune-operator"}
+    assert asked.body["metadata"] == {"name": "bot", "namespace": "team", "uid": "u-1", "resourceVersion": "7"}
+    assert "spec" not in asked.body
+    assert asked.body["status"]["phase"] == "Pending"
+    assert "message" not in asked.body["status"]["conditions"][0], "Debian's API server 1.20 takes an empty string in a list for a null"
+    assert "failure" not in asked.body["status"]
+
+
+@pytest.mark.parametrize(("status", "reason"), [(409, "Conflict"), (404, "NotFound")])
+async def test_status_of_a_job_that_changed_or_went_is_a_conflict(
+    server: FakeServer, cluster: KubernetesCluster, status: int, reason: str
+) -> None:
+    server.will("PUT", f"{JOBS}/bot/status", (status, {"reason": reason, "message": "modified"}))
+    with pytest.raises(Conflict):
+        await cluster.patch_status(JOB, Status())
+
+
+async def test_apply_is_forced_server_side_apply(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("PATCH", "/api/v1/namespaces/team/pods/bot-1-head", (201, {}))
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "team", "name": "bot-1-head"}}
+    await cluster.apply(manifest)
+    (asked,) = server.asked
+    assert asked.query == {"fieldManager": "finetune-operator", "force": "true"}
+    assert asked.headers["Content-Type"] == "application/apply-patch+yaml"
+    assert asked.body == manifest
+
+
+async def test_secret_is_created_and_one_that_exists_is_left_alone(server: FakeServer, cluster: KubernetesCluster) -> None:
+    manifest = {"apiVersion": "v1", "kind": "Secret", "metadata": {"namespace": "team", "name": "bot-1"}, "stringData": {"token": "t"}}
+    path = "/api/v1/namespaces/team/secrets"
+    server.will("POST", path, (201, {}), (409, {"reason": "AlreadyExists", "message": "there"}))
+    await cluster.apply(manifest)
+    await cluster.apply(manifest)
+    assert [asked.method for asked in server.asked] == ["POST", "POST"]
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+async def test_object_that_the_cluster_does_not_want_is_refused_in_its_words(
+    server: FakeServer, cluster: KubernetesCluster, status: int
+) -> None:
+    words = 'pods "bot-1-head" is forbidden: exceeded quota: gpus, requested: pods=1, used: pods=4, limited: pods=4'
+    server.will("PATCH", "/api/v1/namespaces/team/pods/bot-1-head", (status, {"reason": "Forbidden", "message": words}))
+    with pytest.raises(Refused) as refused:
+        await cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "team", "name": "bot-1-head"}})
+    assert refused.value.reason == "Forbidden"
+    assert refused.value.message == f"cannot patch Pod team/bot-1-head: {words}"
+
+
+async def test_delete_names_uid_and_grace_and_absence_is_no_error(server: FakeServer, cluster: KubernetesCluster) -> None:
+    await cluster.delete("Pod", "team", "bot-1-head", uid="p-1", grace=0)
+    server.will("DELETE", "/api/v1/namespaces/team/services/bot-1", (409, {"reason": "Conflict", "message": "another UID"}))
+    await cluster.delete("Service", "team", "bot-1", uid="s-1")
+    await cluster.delete_job(JOB)
+    first, _, job = (asked.body for asked in server.asked)
+    assert first == {"propagationPolicy": "Background", "preconditions": {"uid": "p-1"}, "gracePeriodSeconds": 0}
+    assert job["preconditions"] == {"uid": "u-1"}
+
+
+async def test_event_that_was_told_already_or_cannot_be_is_no_error(
+    server: FakeServer, cluster: KubernetesCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = "/api/v1/namespaces/team/events"
+    server.will("POST", path, (409, {"reason": "AlreadyExists"}), (403, {"reason": "Forbidden", "message": "no rights"}))
+    event = Event("bot.1", "Normal", "Training", "attempt 1 trains")
+    await cluster.emit(JOB, event)
+    assert not caplog.records
+    await cluster.emit(JOB, event)
+    assert "no rights" in caplog.text
+
+
+def test_event_tells_of_the_job() -> None:
+    event = event_manifest(JOB, Event("bot.1", "Warning", "OOMKilled", "m" * 2000), datetime(2026, 1, 1, tzinfo=UTC))
+    assert event["metadata"] == {"name": "bot.1", "namespace": "team", "labels": {"finetune.dev/job-name": "bot"}}
+    assert event["involvedObject"]["uid"] == "u-1"
+    assert event["firstTimestamp"] == "2026-01-01T00:00:00Z"
+    assert len(event["message"]) == 1024, "the API server refuses longer ones"
+
+
+async def test_read_is_tried_again_and_a_create_is_not(
+    server: FakeServer, cluster: KubernetesCluster, calls: list[tuple[str, int]]
+) -> None:
+    server.will("GET", JOBS, (503, {"reason": "ServiceUnavailable"}), (200, {"items": []}))
+    assert await cluster.jobs("team") == []
+    assert len(server.asked) == 2
+    server.asked.clear()
+    server.will("POST", "/api/v1/namespaces/team/secrets", (503, {"reason": "ServiceUnavailable", "message": "later"}))
+    with pytest.raises(ApiError, match="cannot create Secret team/bot-1: later"):
+        await cluster.apply({"kind": "Secret", "metadata": {"namespace": "team", "name": "bot-1"}})
+    assert len(server.asked) == 1
+    assert calls == [("list", 200), ("create", 503)]
+
+
+async def test_answer_that_is_not_json_is_told_as_it_is(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("GET", f"{JOBS}/bot", (403, b"<html>blocked by a proxy</html>"))
+    with pytest.raises(ApiError, match="blocked by a proxy"):
+        await cluster.read(KEY)
+
+
+def head(ip: str | None = "127.0.0.1") -> Pod:
+    return Pod("bot-1-head", "team", "p-1", "head", 1, "Running", datetime(2026, 1, 1, tzinfo=UTC), ip)
+
+
+async def test_report_is_fetched_with_the_attempts_token(server: FakeServer, cluster: KubernetesCluster) -> None:
+    report = Report(job_uid="u-1", attempt=1, revision=4, message="trains")
+    server.will("GET", "/report", (200, report.to_json()))
+    assert await cluster.fetch_report(head(), "attempt-token", 3, 0.5) == report
+    (asked,) = server.asked
+    assert asked.query == {"after": "3", "wait": "0.5"}
+    assert asked.headers["Authorization"] == "Bearer attempt-token"
+    assert asked.headers["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(401, {}), (500, {}), (302, b""), (200, b"not a report"), (200, b"x" * (REPORT_BYTES + 1))],
+    ids=["unauthorized", "error", "redirect", "nonsense", "too large"],
+)
+async def test_head_that_makes_no_sense_reports_nothing(server: FakeServer, cluster: KubernetesCluster, answer: tuple[int, Any]) -> None:
+    server.will("GET", "/report", answer)
+    server.will("GET", "/elsewhere", (200, Report(job_uid="u-1", attempt=1).to_json()))
+    assert await cluster.fetch_report(head(), "t", 0, 0) is None
+    assert [asked.path for asked in server.asked] == ["/report"], "a redirect must not be followed"
+
+
+async def test_head_that_cannot_be_reached_reports_nothing(cluster: KubernetesCluster, server: FakeServer) -> None:
+    assert await cluster.fetch_report(head(ip=None), "t", 0, 0) is None
+    nobody = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.2", server.port)
+    async with nobody:
+        assert await cluster.fetch_report(head(ip="127.0.0.2"), "t", 0, 0) is None
+    assert await cluster.fetch_report(head(ip="127.0.0.3"), "t", 0, 0) is None
+    assert not server.asked
+
+
+async def test_login_is_what_kopf_needs(cluster: KubernetesCluster, server: FakeServer) -> None:
+    login = await cluster.login()
+    assert login["server"] == f"http://127.0.0.1:{server.port}"
+    assert (login["scheme"], login["token"]) == ("Bearer", "secret-token")
+
+
+def test_rules_have_no_wildcard_and_never_read_secrets() -> None:
+    rules = required_rules() + required_lease_rules()
+    assert not [rule for rule in rules if "*" in str(rule)]
+    verbs = {resource: set(rule["verbs"]) for rule in rules for resource in rule["resources"]}
+    assert verbs["secrets"] == {"create", "delete"}
+    assert verbs["finetunejobs"] == {"get", "list", "watch", "delete"}
+    assert verbs["finetunejobs/status"] == {"update"}
+    assert verbs["leases"] == {"get", "create", "update"}
+    groups = {resource: rule["apiGroups"] for rule in rules for resource in rule["resources"]}
+    assert groups["pods"] == [""]
+    assert groups["networkpolicies"] == ["networking.k8s.io"]

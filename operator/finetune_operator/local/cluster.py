@@ -67,11 +67,14 @@ class LocalCluster:
         self._ports: dict[tuple[str, str], int] = {}
         self._gpus: dict[str, tuple[str, ...]] = {}
         self._told: set[str] = set()
+        self._broken: BaseException | None = None
 
     # The port.
 
     async def read(self, key: JobKey) -> RawJob | None:
-        """The job, as this machine can run it, with its pods and ConfigMaps."""
+        """The job, as this machine can run it, with its pods and ConfigMaps. Raises what went wrong while a pod was watched."""
+        if self._broken is not None:
+            raise self._broken
         job = self._job_file.load()
         if job is None or (job["metadata"]["namespace"], job["metadata"]["name"]) != tuple(key):
             return None
@@ -113,8 +116,7 @@ class LocalCluster:
         if kind == "Secret":
             self._state.write_keys(self._state.secret(meta["name"]), data_of(manifest))
         elif kind == "ConfigMap":
-            kept = {name: meta[name] for name in ("name", "namespace", "labels")}
-            self._state.write_keys(self._state.config_map(meta["name"]), data_of(manifest), kept)
+            self._state.write_keys(self._state.config_map(meta["name"]), data_of(manifest), meta)
         elif kind == "Pod" and not self._pod_file(meta["name"]).exists():
             await self._start(manifest)
 
@@ -270,7 +272,13 @@ class LocalCluster:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broken = error
+            self.changed.set()
 
     def _record_end(self, pod: Raw, code: int, message: str) -> None:
         self._write_pod({**pod, "status": ended_status(pod["spec"]["containers"][0]["name"], code, message, _now())})

@@ -50,8 +50,8 @@ def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegi
         wake(JobKey(meta["namespace"], meta["labels"][LABEL_JOB_NAME]))
 
     kopf.on.login(registry=registry, errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(on_login)
-    kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(on_job)
-    kopf.on.event("", "v1", "pods", labels=_OUR_PODS, registry=registry)(on_pod)
+    kopf.on.event(GROUP, VERSION, PLURAL, id="job", registry=registry)(on_job)
+    kopf.on.event("", "v1", "pods", labels=_OUR_PODS, id="pod", registry=registry)(on_pod)
     return registry
 
 

@@ -1,0 +1,118 @@
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune_api.status import Artifact, Attempt, Evaluation, EvaluationResult, Failure, Metric, Stage, Status
+from finetune_operator.cli import app, status_lines
+
+GOOD = """\
+apiVersion: finetune.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: bot}
+spec:
+  model: {source: hf://org/model}
+  data: {train: {source: pvc://data/train.jsonl}}
+  method: {lora: {}}
+  output: {storage: pvc://models/bot}
+"""
+
+
+def run(*arguments: str, text: str | None = None) -> tuple[int, str]:
+    result = CliRunner().invoke(app, arguments, input=text, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return result.exit_code, result.output
+
+
+def test_help_names_the_commands() -> None:
+    code, output = run("--help")
+    assert code == 0
+    for command in ("operator", "local", "validate", "list", "status"):
+        assert re.search(rf"\b{command}\b", output), command
+
+
+def test_version_is_told() -> None:
+    code, output = run("--version")
+    assert code == 0
+    assert re.fullmatch(r"finetune \S+\n", output)
+
+
+def test_good_manifest_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(GOOD)
+    assert run("validate", str(tmp_path / "job.yaml")) == (0, f"{tmp_path}/job.yaml: accepted\n")
+
+
+def test_manifest_from_standard_input() -> None:
+    assert run("validate", "-", text=GOOD) == (0, "-: accepted\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("lora: {}", "lora: {rnak: 8}"), "line 7: spec.method.lora.rnak: unknown field; did you mean rank?"),
+        (("hf://org/model", "http://169.254.169.254/model"), "line 5: spec.model.source: "),
+        (("  output: {storage: pvc://models/bot}\n", ""), "spec.output: is required"),
+        (("kind: FineTuneJob", "kind: Job"), "holds no FineTuneJob but Job"),
+        (("spec:", "spec: ["), "line "),
+        (("name: bot", "name: Bot"), "metadata.name: "),
+    ],
+)
+def test_bad_manifest_is_refused_with_line_field_and_remedy(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(GOOD.replace(*change))
+    code, output = run("validate", str(file))
+    assert code == 1
+    assert f"{file}: " in output
+    assert words in output
+
+
+def test_every_bad_file_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "bad.yaml").write_text(GOOD.replace("lora", "loar"))
+    code, output = run("validate", str(tmp_path / "absent.yaml"), str(tmp_path / "bad.yaml"), str(tmp_path / "good.yaml"))
+    assert code == 1
+    assert "absent.yaml: cannot be read" in output
+    assert "did you mean lora?" in output
+    assert "good.yaml: accepted" in output
+
+
+def test_file_sources_are_for_local_runs(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(GOOD.replace("hf://org/model", "file://model"))
+    assert run("validate", str(file))[0] == 1
+    assert run("validate", "--local", str(file))[0] == 0
+
+
+def test_cluster_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    code, output = run("list")
+    assert code == 1
+    assert len(output.splitlines()) == 1
+    assert "Traceback" not in output
+
+
+def test_status_in_words() -> None:
+    status = Status(
+        phase="Failed",
+        message="it did not work",
+        attempt=Attempt(number=2, failures=2, preemptions=1),
+        stages=(Stage(name="Prepare", state="Succeeded", start_time="2026-01-01T00:00:00Z", end_time="2026-01-01T00:01:00Z"),),
+        metrics=(Metric(name="train/loss", value=1.25),),
+        evaluation=Evaluation(results=(EvaluationResult(metric="test/loss", value=1.0, baseline=2.5),)),
+        artifacts=(Artifact(kind="adapter", uri="pvc://models/bot/adapter", digest="sha256:0", bytes=42),),
+        failure=Failure(reason="OOMKilled", message="too little memory", hint="Raise memory."),
+    )
+    assert status_lines(status) == [
+        "Failed: it did not work",
+        "attempt 2 (2 failed, 1 preempted)",
+        "Prepare    Succeeded  2026-01-01T00:00:00Z 2026-01-01T00:01:00Z",
+        "train/loss: 1.25",
+        "test/loss: 2.5 before, 1 after",
+        "adapter: pvc://models/bot/adapter (42 bytes)",
+        "failure: OOMKilled: too little memory",
+        "what to do: Raise memory.",
+    ]
+
+
+def test_status_of_a_job_that_no_operator_has_seen() -> None:
+    assert status_lines(Status())[0] == "not seen by an operator yet"

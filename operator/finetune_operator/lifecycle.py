@@ -15,7 +15,7 @@ from finetune_api.status import TEXT_MAX, Attempt, Resolved, Stage, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.conditions import PHASES, Summary, conditions_of
 from finetune_operator.failures import Ending, ending_of, failure, head_lost
-from finetune_operator.observed import Job, Observed, Waiting
+from finetune_operator.observed import Job, Observed, Pod, Waiting
 from finetune_operator.pace import deadline, paced
 from finetune_operator.reported import current_stage, with_report
 from finetune_operator.settings import Settings
@@ -352,6 +352,8 @@ def _waiting(look: Look) -> Waiting | None:
     for pod in (head, *workers):
         if pod and pod.waiting:
             return pod.waiting
+    if look.status.workers_wanted and (ended := next((pod for pod in workers if pod.finished), None)):
+        return _worker_ended(ended)
     if _crew(look).complete:
         return None  # An elastic job that has enough workers does without those that are refused.
     if observed.refusal:
@@ -361,3 +363,10 @@ def _waiting(look: Look) -> Waiting | None:
     if absent and before and before.reason == Reason.FORBIDDEN and look.attempt.running:
         return Waiting(Reason.FORBIDDEN, before.message)
     return None
+
+
+def _worker_ended(pod: Pod) -> Waiting:
+    """Said before the pod is replaced, since its words go with it."""
+    why = pod.disruption or pod.message or (f"{pod.exit.reason}, exit code {pod.exit.code}" if pod.exit else pod.phase)
+    out_of_memory = pod.exit is not None and pod.exit.reason == "OOMKilled"
+    return Waiting(Reason.OUT_OF_MEMORY if out_of_memory else Reason.WORKERS_LOST, f"pod {pod.name} ended ({why}) and is made anew")

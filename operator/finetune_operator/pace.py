@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from finetune_api.reasons import ADVICE
+from finetune_api.reasons import Reason
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.observed import Job, Observed
@@ -13,6 +13,15 @@ from finetune_operator.times import later, rfc3339
 SOON_SECONDS = 2.0
 """Until the next look at a job that is about to change."""
 
+_OTHERS_MUST_ACT = (
+    Reason.SECRET_NOT_FOUND,
+    Reason.CONFIG_MAP_NOT_FOUND,
+    Reason.VOLUME_CLAIM_NOT_FOUND,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.UNSCHEDULABLE,
+    Reason.FORBIDDEN,
+    Reason.STORAGE_UNAVAILABLE,
+)
 _QUIET = ("message", "progress", "metrics", "usage", "checkpoints")
 
 
@@ -73,7 +82,7 @@ def _interval(status: Status, observed: Observed, settings: Settings) -> float |
     if not attempt.running:
         return None if attempt.retry_time and not observed.alive else soon
     ready = status.condition("Ready")
-    stuck = ready is not None and ready.reason in ADVICE
+    stuck = ready is not None and ready.reason in _OTHERS_MUST_ACT
     moving = attempt.waiting_time is not None or current_stage(status.stages) != "Train"
     return soon if moving and not stuck else settings.poll_seconds
 

@@ -4,7 +4,6 @@ Everything of attempt N of job J is named J-N or J-N-..., and belongs to the job
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -71,27 +70,30 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
     )
 
 
-def missing(desired: Iterable[Manifest], status: Status, observed: Observed) -> tuple[Manifest, ...]:
+def missing(desired: tuple[Manifest, ...], status: Status, observed: Observed) -> tuple[Manifest, ...]:
     """What of the desired objects is to be applied. The head pod is made after the attempt's other objects, so it tells that they exist.
 
     Unless a pod cannot find the attempt's Secret or ConfigMap: then one of a deleted job of the same name was taken for it.
     """
     names = {pod.name for pod in observed.pods}
     number = status.attempt.number
-    own = tuple(f'"{manifest["metadata"]["name"]}"' for manifest in desired if manifest["kind"] == "Secret")
     head = observed.head(number)
-    lost = (
-        head is not None and head.waiting is not None and head.waiting.reason in _LOST and any(name in head.waiting.message for name in own)
-    )
-    complete = head is not None and number in observed.anchors and not lost
+    complete = head is not None and number in observed.anchors and not _without_its_own(head)
     return tuple(m for m in desired if (m["metadata"]["name"] not in names if m["kind"] == "Pod" else not complete))
 
 
-_LOST = (Reason.SECRET_NOT_FOUND, Reason.CONFIG_MAP_NOT_FOUND)
+def _without_its_own(head: Pod) -> bool:
+    """Whether it waits for the Secret or the ConfigMap of its own attempt."""
+    waiting, attempt_name = head.waiting, head.name.removesuffix("-head")
+    return (
+        waiting is not None
+        and waiting.reason in (Reason.SECRET_NOT_FOUND, Reason.CONFIG_MAP_NOT_FOUND)
+        and f'"{attempt_name}"' in waiting.message
+    )
 
 
 def surplus(
-    desired: Iterable[Manifest], job: Job, status: Status, observed: Observed, settings: Settings, now: datetime
+    desired: tuple[Manifest, ...], job: Job, status: Status, observed: Observed, settings: Settings, now: datetime
 ) -> tuple[Removal, ...]:
     """What exists and should not, in the order in which it goes: pods, then what they need, the head before its workers."""
     wanted = {manifest["metadata"]["name"] for manifest in desired if manifest["kind"] == "Pod"}

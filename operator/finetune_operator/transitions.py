@@ -41,7 +41,7 @@ def _told(before: Status, after: Status) -> Iterable[Told]:
         yield "Warning" if now in ADVICE else "Normal", now, _words(after, "Ready")
 
 
-_TOLD_OTHERWISE = (Reason.RETRYING, Reason.RESUMED, Reason.PENDING)
+_TOLD_OTHERWISE = (Reason.RETRYING, Reason.RESUMED, Reason.PENDING, Reason.WORKERS_LOST)
 
 
 def _reason(status: Status) -> str:

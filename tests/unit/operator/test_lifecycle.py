@@ -186,6 +186,22 @@ def test_lost_workers_do_not_end_the_attempt() -> None:
     assert condition(step(status, HEAD, *WORKERS, report=make_report(), now=at(9)), "WorkersReady") == ("True", "Training")
 
 
+@pytest.mark.parametrize(
+    ("ended_worker", "reason", "words"),
+    [
+        (make_pod("worker", phase="Failed", containerStatuses=terminated(137, "OOMKilled")), "OOMKilled", "OOMKilled, exit code 137"),
+        (make_pod("worker", phase="Failed", containerStatuses=terminated(1)), "WorkersLost", "Error, exit code 1"),
+        (make_pod("worker", phase="Failed", reason="Evicted", message="low on memory"), "WorkersLost", "Evicted: low on memory"),
+    ],
+    ids=["out of memory", "failed", "evicted"],
+)
+def test_why_a_worker_ended_is_said_before_it_is_replaced(ended_worker, reason, words) -> None:
+    status = step(TRAINING, HEAD, ended_worker, WORKERS[1], report=make_report(), now=at(60))
+    assert condition(status, "WorkersReady") == ("False", reason)
+    assert status.message == f"pod bot-1-worker-0 ended ({words}) and is made anew"
+    assert status.attempt.running
+
+
 def test_pods_that_a_queue_holds_make_the_job_queued_and_no_deadline_counts() -> None:
     gate = [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]
     held = make_pod(phase="Pending", conditions=gate)

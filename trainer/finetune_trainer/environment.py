@@ -1,6 +1,7 @@
 """What the operator tells a pod by its environment, read once at start."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from finetune_trainer.errors import JobError
 
 Role = Literal["head", "worker"]
 ROLES: tuple[Role, ...] = ("head", "worker")
+
+SCRATCH_PARENT_MAX = 13
+"""Longest TMPDIR that leaves room for what Ray adds to it: 13 + /finetune-01234567-1/4194304 + session, time and pid + sockets/plasma_store."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ def environment_from(variables: Mapping[str, str]) -> Environment:
 
 def scratch_folder(job_uid: str, attempt: int) -> Path:
     """Folder for Ray's sockets and logs; short, since the path of a socket may have 107 bytes."""
-    return Path("/tmp") / f"finetune-{job_uid[:8] or 'job'}-{attempt}"  # noqa: S108 - a pod's own /tmp; TMPDIR may be too long a path
+    parent = tempfile.gettempdir()
+    if len(parent) > SCRATCH_PARENT_MAX:
+        parent = "/tmp"  # noqa: S108 - a pod's own
+    return Path(parent) / f"finetune-{job_uid[:8] or 'job'}-{attempt}"
 
 
 def _required(variables: Mapping[str, str], name: str) -> str:

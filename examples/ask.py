@@ -8,6 +8,7 @@ Nothing here comes from this project: transformers and peft load what was publis
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="longest answer, in tokens")
     parser.add_argument("questions", nargs="*", default=list(QUESTIONS))
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

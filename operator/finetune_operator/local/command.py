@@ -10,7 +10,10 @@ from finetune_operator.local.run import Options, run_local
 
 
 def local(  # noqa: PLR0913, PLR0917 - one argument for each option
-    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The manifest: one FineTuneJob, and beside it its ConfigMaps and Secrets if you like.")],
+    job: Annotated[
+        Path,
+        typer.Argument(metavar="JOB.yaml", help="The manifest: one FineTuneJob, and beside it its ConfigMaps and Secrets if you like."),
+    ],
     config_map: Annotated[
         list[str], typer.Option(metavar="NAME=FILE_OR_FOLDER", help="A ConfigMap of this file, or of the files of this folder.")
     ] = [],  # noqa: B006 - typer copies it

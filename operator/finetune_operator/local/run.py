@@ -180,7 +180,7 @@ class _Run:
     def _tell_end(self, status: Status) -> int:
         name, job = self._meta.name, self._inputs.job
         if status.phase == "Complete":
-            parts = summary(name, status, job.spec.model.source, lambda uri: local_path(uri, self._state, self._folder))
+            parts = summary(name, status, job.spec.model.source, self._here)
         elif status.phase == "Failed":
             pod = f"{name}-{status.attempt.number}-head"
             parts = failure(name, status, self._state.log(pod), self._cluster.log_tail(pod))
@@ -192,6 +192,11 @@ class _Run:
         for part in parts:
             self._console.print(part, soft_wrap=True)
         return EXIT_COMPLETE if status.phase == "Complete" else EXIT_FAILED
+
+    def _here(self, uri: str) -> Path | None:
+        """Where a URI leads on this machine, as short as it can be said from where the user is."""
+        path, start = local_path(uri, self._state, self._folder), Path.cwd()
+        return path.relative_to(start) if path and path.is_relative_to(start) else path
 
     def _status(self) -> Status:
         return Status.model_validate((self._file.load() or {}).get("status") or {})

@@ -1,5 +1,6 @@
 """What a person sees: the printer columns while the job moves, and a summary at its end."""
 
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,8 @@ from rich.text import Text
 from finetune_api.reasons import ADVICE, Reason
 from finetune_api.status import Status
 
+PERCENT_STEP = 5
+_NUMBER = re.compile(r"[0-9]+([.,][0-9]+)*")
 _STYLES = {"Complete": "green", "Failed": "red", "Suspended": "yellow"}
 
 
@@ -31,20 +34,22 @@ class View(Protocol):
 
 
 class Lines:
-    """One line for each change: for logs and pipes."""
+    """A line for each change that matters: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last: tuple[str, ...] = ()
 
     def update(self, status: Status) -> None:
-        """Print the columns, where one of them has changed."""
+        """Print the columns, where more has changed than a number: progress counts in steps of PERCENT_STEP."""
         row = columns(status)
-        if row != self._last:
+        percent = status.progress.percent if status.progress else 0
+        change = (row[0], str(percent // PERCENT_STEP), _NUMBER.sub("", row[3]))
+        if change != self._last:
             if not self._last:
                 self._print(_line(("PHASE", "PROGRESS", "LOSS", "MESSAGE")))
             self._print(_line(row))
-            self._last = row
+            self._last = change
 
     def note(self, text: str) -> None:
         """Print the text."""
@@ -124,7 +129,7 @@ def summary(name: str, status: Status, model_source: str, place: Callable[[str],
         yield Text(f"\n{artifact.kind}: {here or artifact.uri}  ({artifact.bytes / 1e6:.1f} MB)")
         if here is not None and artifact.kind == "adapter":
             base = place(model_source) or model_source.removeprefix("hf://")
-            yield Text(f"{_LOAD_ADAPTER.format(base=str(base), adapter=str(here))}", "dim")
+            yield Text(_LOAD_ADAPTER.format(base=str(base), adapter=str(here)), "dim")
         elif here is not None:
             yield Text(_LOAD_MODEL.format(model=str(here)), "dim")
 

@@ -17,7 +17,7 @@ Role = Literal["head", "worker"]
 ROLES: tuple[Role, ...] = ("head", "worker")
 
 SCRATCH_PARENT_MAX = 13
-"""Longest TMPDIR that leaves room for what Ray adds to it: 13 + /finetune-01234567-1/4194304 + session, time and pid + sockets/plasma_store."""
+"""Longest TMPDIR that leaves room for what Ray adds: /finetune-01234567-1/4194304, the session with time and pid, sockets/plasma_store."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Only transformers' own architectures and only safetensors are loaded: no code an
 """
 
 import json
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ import torch
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.attention import choose_layout, forward_arguments, probe
+from finetune_trainer.data.batches import AUTO_TOKENS
 from finetune_trainer.data.tensors import Layout
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import method_for
-from finetune_trainer.methods.method import load_trained_state
 from finetune_trainer.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -124,21 +123,30 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
     transformer.to(device)
     layout = choose_layout(transformer)
     plain_head = has_plain_head(transformer, layout)
+    if device.type == "cuda" and not _activations_fit(transformer.config.get_text_config(), job, device, precision):
+        transformer.activation_checkpointing_enable({"use_reentrant": False})
     module = method.apply(transformer, seed=job.spec.training.seed).to(device).train()
     return CausalModel(module, transformer, layout, plain_head, precision, device)
 
 
-def restored(files: ModelFiles, job: FineTuneJob, state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """The module with a checkpoint's parameters, for export alone: what does not train stays on the `meta` device, so no weights are read.
+def activation_bytes(config: "PreTrainedConfig", tokens: int, precision: torch.dtype) -> int:
+    """About how much a forward pass over so many tokens leaves behind for the backward pass.
 
-    Raises JobError (CheckpointIncompatible).
+    For each layer and token the inputs of the linear layers and norms, queries, keys, values, and the products of the feed-forward part:
+    some 16 numbers for each hidden unit and 4 for each of the feed-forward part's.
     """
-    model = _empty_model(_read_config(files), files)
-    module = method_for(job.spec.method).apply(model, seed=job.spec.training.seed)
-    load_trained_state(module, {name: tensor.to("meta") for name, tensor in state.items()})  # says what does not fit
-    module.load_state_dict(dict(state), strict=False, assign=True)
-    model.tie_weights()
-    return module
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return int(config.num_hidden_layers * tokens * (16 * hidden + 4 * inner) * precision.itemsize)
+
+
+def _activations_fit(config: "PreTrainedConfig", job: FineTuneJob, device: torch.device, precision: torch.dtype) -> bool:
+    """Whether a micro-batch leaves room on the GPU; where it does not, activations are computed again in the backward pass."""
+    training = job.spec.training
+    size, longest = training.micro_batch_size, training.max_sequence_length
+    tokens = max(AUTO_TOKENS["cuda"], longest) if size == "auto" else size * longest
+    free, _ = torch.cuda.mem_get_info(device)
+    return activation_bytes(config, tokens, precision) <= 0.6 * free
 
 
 @torch.no_grad()

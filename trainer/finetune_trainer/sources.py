@@ -11,6 +11,7 @@ when they are needed, so that one that was renewed is used; they appear in no me
 """
 
 import posixpath
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +181,13 @@ def _hub(mounts: Mounts, secret: str | None) -> AbstractFileSystem:
     return HfFileSystem(token=hub_token(mounts, secret) or False, skip_instance_cache=True)
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """The call's result; failures of the network are tried again, four times within about a minute. The last one is raised as it is."""
+def patiently(call: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
+    """The call's result; failures of the network are tried again, four times within half a minute. The last one is raised as it is."""
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
         stop=tenacity.stop_after_attempt(5),
-        wait=tenacity.wait_random_exponential(multiplier=1, max=20),
+        wait=tenacity.wait_random_exponential(multiplier=2, max=30),
+        sleep=sleep,
         reraise=True,
     )
     return retrying(call)

@@ -5,7 +5,6 @@ import httpx2
 import pytest
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ConfigMapSource, DataSource
-from finetune_trainer import sources
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location, Mounts, explained, files_under, is_transient, patiently, resolve, resolve_data
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -189,11 +188,6 @@ def test_what_an_error_means(error: Exception, transient: bool, reason: Reason) 
     assert reason == Reason.INVALID_SPEC or "s3://bucket/a" in explanation.message
 
 
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.tenacity.nap, "sleep", lambda seconds: None)
-
-
 def failing(times: int, error: Exception) -> tuple[list[int], object]:
     calls: list[int] = []
 
@@ -206,20 +200,24 @@ def failing(times: int, error: Exception) -> tuple[list[int], object]:
     return calls, call
 
 
-@pytest.mark.usefixtures("no_waiting")
 def test_failures_of_the_network_are_tried_again() -> None:
+    waits: list[float] = []
     calls, call = failing(2, ConnectionError("reset"))
-    assert patiently(call) == "done"
-    assert len(calls) == 3
+    assert patiently(call, waits.append) == "done"
+    assert (len(calls), len(waits)) == (3, 2)
 
 
-@pytest.mark.usefixtures("no_waiting")
-def test_but_not_for_ever_and_not_what_will_not_change() -> None:
+def test_but_not_for_ever() -> None:
+    waits: list[float] = []
     calls, call = failing(99, ConnectionError("reset"))
     with pytest.raises(ConnectionError):
-        patiently(call)
+        patiently(call, waits.append)
     assert len(calls) == 5
+    assert sum(waits) <= 2 + 4 + 8 + 16
+
+
+def test_and_not_what_will_not_change() -> None:
     calls, call = failing(99, FileNotFoundError("a"))
     with pytest.raises(FileNotFoundError):
-        patiently(call)
+        patiently(call, pytest.fail)
     assert len(calls) == 1

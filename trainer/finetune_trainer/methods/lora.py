@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -11,6 +11,9 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import LoraMethod
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods.method import BaseModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
 
@@ -81,7 +84,7 @@ def target_modules(model: torch.nn.Module, patterns: tuple[str, ...]) -> list[st
 
 def _linear_layers(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers but the output layer's. Conv1D is GPT-2's name for a linear layer."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: object = cast("PreTrainedModel", model).get_output_embeddings()
     modules = model.named_modules()
     return [name for name, module in modules if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head]
 

@@ -36,7 +36,6 @@ BASELINE = "baseline.json"
 CHECKPOINTS = "checkpoints"
 PREEMPTION_SECONDS = 5.0
 """How often the workers ask whether one of them is about to be taken away."""
-PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -220,12 +219,12 @@ class _Preemptions:
 
 
 class _Follower:
-    """Tells the listener how far it is: at most once a second for steps, at once for the rest. Silent on all workers but the first."""
+    """Tells the listener how far it is. Silent on all workers but the first."""
 
     def __init__(self, listener: Listener, plan: BatchPlan, progress: WorkerProgress, leads: bool) -> None:
         self._listener, self._plan, self._progress, self._leads = listener, plan, progress, leads
         self._metrics: dict[str, Metric] = {}
-        self._begun, self._posted = time.monotonic(), 0.0
+        self._begun = time.monotonic()
         self._tokens_left = int(plan.row_tokens.sum()) * plan.epochs - sum(plan.batch(step).tokens for step in range(progress.step))
 
     def step(self, done: int, tokens: int, values: dict[str, float]) -> None:
@@ -243,8 +242,7 @@ class _Follower:
                 "eta_seconds": round(self._tokens_left / rate),
             }
         )
-        if time.monotonic() - self._posted >= PROGRESS_SECONDS or done == self._plan.total_steps:
-            self._post()
+        self._post()
 
     def metric(self, name: str, value: float) -> None:
         """Another measure."""
@@ -263,6 +261,5 @@ class _Follower:
 
     def _post(self) -> None:
         if self._leads:
-            self._posted = time.monotonic()
             self._progress = self._progress.model_copy(update={"metrics": tuple(self._metrics.values())})
             self._listener.post(self._progress)

@@ -21,7 +21,7 @@ from typing import Any, Self
 from finetune_api.report import Report, parse_report
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-PATIENCE = 150.0
+PATIENCE = 300.0
 """Seconds after which a test gives up on what should have come long before."""
 
 

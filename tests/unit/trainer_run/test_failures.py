@@ -1,0 +1,101 @@
+"""From exceptions to reasons, and what a message must not hold."""
+
+import errno
+import pickle
+
+import pytest
+import torch
+from ray.exceptions import ActorDiedError
+from ray.train import TrainingFailedError, WorkerGroupError
+
+from finetune_api.reasons import ADVICE, Reason
+from finetune_trainer.errors import JobError
+from finetune_trainer.failures import MESSAGE_LIMIT, failure_from, is_final, scrub
+
+
+def from_worker(error: Exception) -> TrainingFailedError:
+    """As Ray Train raises it on the head: the workers' exceptions by rank, each with its traceback as text."""
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    wrapped = UserExceptionWithTraceback(error, "Traceback: ...")
+    group = WorkerGroupError("rank 1 failed", {1: wrapped})
+    return pickle.loads(pickle.dumps(group))  # noqa: S301 - it crosses processes
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (JobError(Reason.DATASET_INVALID, "line 3"), Reason.DATASET_INVALID),
+        (OSError(errno.ENOSPC, "No space left on device"), Reason.STORAGE_FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), Reason.STORAGE_FULL),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), Reason.STORAGE_FULL),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), Reason.GPU_OUT_OF_MEMORY),
+        (MemoryError(), Reason.OUT_OF_MEMORY),
+        (ActorDiedError(), Reason.WORKERS_LOST),
+        (ValueError("boom"), Reason.INTERNAL_ERROR),
+    ],
+)
+def test_each_error_has_its_reason_wherever_it_was_raised(error: Exception, reason: Reason) -> None:
+    for raised in (error, from_worker(error)):
+        failure = failure_from(raised, "Train")
+        assert failure.reason == reason
+        assert failure.stage == "Train"
+        assert (failure.retryable, failure.hint) == (ADVICE[reason].retryable, ADVICE[reason].hint)
+
+
+def test_what_an_error_was_raised_from_counts() -> None:
+    try:
+        try:
+            raise JobError(Reason.MODEL_NOT_FOUND, "hf://a/b")
+        except JobError as cause:
+            raise RuntimeError("while doing something") from cause
+    except RuntimeError as error:
+        assert failure_from(error, "Prepare").message == "hf://a/b"
+
+
+def test_an_unknown_error_shows_its_kind_and_last_line() -> None:
+    assert failure_from(ValueError("first\n\nlast line\n"), None).message == "ValueError: last line"
+    assert failure_from(KeyError(), None).message == "KeyError: no message"
+
+
+@pytest.mark.parametrize(
+    ("reason", "final"),
+    [
+        (Reason.TRAINING_DIVERGED, True),
+        (Reason.CHECKPOINT_INCOMPATIBLE, True),
+        (Reason.GPU_OUT_OF_MEMORY, True),
+        (Reason.STORAGE_FULL, True),
+        (Reason.WORKERS_LOST, False),
+        (Reason.STORAGE_UNAVAILABLE, False),
+    ],
+)
+def test_what_ends_the_worker_group_for_good(reason: Reason, final: bool) -> None:
+    assert is_final(JobError(reason, "")) is final
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_abcdefghijklmnopqrst",
+        "AKIAIOSFODNN7EXAMPLE",
+        "Authorization: Bearer eyJhbGciOi",
+        "https://user:hunter2@host/path",
+        "secret_key=wJalrXUtnFEMI",
+    ],
+)
+def test_secrets_do_not_pass(secret: str) -> None:
+    message = failure_from(JobError(Reason.STORAGE_UNAVAILABLE, f"could not read with {secret} at all"), None).message
+    for word in ("hf_abc", "AKIAIO", "eyJhb", "hunter2", "wJalr"):
+        assert word not in message
+    assert "***" in message
+
+
+def test_plain_words_pass() -> None:
+    text = "train.jsonl, line 3: the field 'prompt' is missing (bearer of bad news: s3://bucket/key)"
+    assert scrub("train.jsonl, line 3: s3://bucket/key of pvc://claim/a") == "train.jsonl, line 3: s3://bucket/key of pvc://claim/a"
+    assert "line 3" in scrub(text)
+
+
+def test_a_long_message_is_cut() -> None:
+    message = failure_from(JobError(Reason.DATASET_INVALID, "x" * 5000), None).message
+    assert len(message) == MESSAGE_LIMIT

@@ -28,6 +28,8 @@ from finetune_trainer.errors import JobError
 
 T = TypeVar("T")
 
+RETRY_WAIT: tenacity.wait.wait_base = tenacity.wait_random_exponential(multiplier=2, max=30)
+"""Pause before a failed call is tried again."""
 _S3_TRANSIENT = ("NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "REQUEST_TIMEOUT", "INTERNAL_FAILURE", "THROTTLING")
 _S3_REFUSED = ("INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID", "UNRECOGNIZED_CLIENT", "EXPIRED_TOKEN")
 
@@ -186,7 +188,7 @@ def patiently(call: Callable[[], T], sleep: Callable[[float], None] = time.sleep
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
         stop=tenacity.stop_after_attempt(5),
-        wait=tenacity.wait_random_exponential(multiplier=2, max=30),
+        wait=RETRY_WAIT,
         sleep=sleep,
         reraise=True,
     )
@@ -220,7 +222,8 @@ def explained(error: Exception, uri: str, missing: Reason) -> JobError:
         return JobError(Reason.AUTHENTICATION_FAILED, f"{uri}: the credentials are not accepted")
     if status == 404 or isinstance(error, FileNotFoundError) or "NO_SUCH_BUCKET" in text or "NO_SUCH_KEY" in text:
         return JobError(missing, f"{uri} does not exist")
-    return JobError(Reason.STORAGE_UNAVAILABLE, f"{uri} cannot be read: {name}: {text.splitlines()[0] if text else 'no message'}")
+    reason = Reason.STORAGE_UNAVAILABLE if isinstance(error, OSError) or is_transient(error) else Reason.INTERNAL_ERROR
+    return JobError(reason, f"{uri} cannot be read: {name}: {text.splitlines()[0] if text else 'no message'}")
 
 
 def _http_status(error: BaseException) -> int | None:

@@ -177,6 +177,7 @@ def response(status: int) -> httpx2.Response:
         (FileNotFoundError("a"), False, Reason.DATASET_NOT_FOUND),
         (PermissionError("a"), False, Reason.AUTHENTICATION_FAILED),
         (OSError("Input/output error"), False, Reason.STORAGE_UNAVAILABLE),
+        (TypeError("of our own"), False, Reason.INTERNAL_ERROR),
         (JobError(Reason.INVALID_SPEC, "a"), False, Reason.INVALID_SPEC),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, Exception) else "",

@@ -170,7 +170,9 @@ def _s3(mounts: Mounts, secret: str | None) -> AbstractFileSystem:
         if endpoint:
             parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
             if parts.scheme not in ("http", "https") or not parts.netloc or parts.username:
-                raise JobError(Reason.INVALID_SPEC, f"the endpoint in the Secret {secret} must be http://host[:port] or https://host[:port]")
+                raise JobError(
+                    Reason.INVALID_SPEC, f"the endpoint in the Secret {secret} must be http://host[:port] or https://host[:port]"
+                )
             options |= {"endpoint_override": parts.netloc + parts.path.rstrip("/"), "scheme": parts.scheme}
             options.setdefault("region", "us-east-1")
     return ArrowFSWrapper(S3FileSystem(**options))

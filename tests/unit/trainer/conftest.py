@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.model_files import ModelFiles
 from tiny_models import byte_tokenizer, tiny_llama_config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finetune_trainer.methods.method import BaseModel
+from finetune_trainer.model_files import ModelFiles
 
 
 @pytest.fixture(scope="session")

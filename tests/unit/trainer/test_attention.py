@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from finetune_trainer.attention import NAME, choose_layout, forward_arguments
-from finetune_trainer.data.examples import Examples, join
-from finetune_trainer.data.tensors import collate
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -27,6 +24,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from finetune_trainer.attention import NAME, choose_layout, forward_arguments
+from finetune_trainer.data.examples import Examples, join
+from finetune_trainer.data.tensors import collate
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SIZES | {"num_key_value_heads": 2}

@@ -1,10 +1,13 @@
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from finetune_api.v1alpha1 import Training
 from finetune_trainer.data.batches import micro_batches, pack, plan_batches, rank_share
 from finetune_trainer.data.examples import Examples, join
-from hypothesis import given
-from hypothesis import strategies as st
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
@@ -47,7 +50,7 @@ def test_every_example_is_packed_once_and_no_row_overflows(lengths: list[int]) -
 def test_no_two_rows_could_be_one(lengths: list[int]) -> None:
     """The promise of any-fit packing, from which at most twice the rows needed follow."""
     totals = sorted(sum(lengths[example] for example in row) for row in pack(array(*lengths), 40))
-    assert all(first + second > 40 for first, second in zip(totals, totals[1:], strict=False))
+    assert all(first + second > 40 for first, second in itertools.pairwise(totals))
 
 
 def test_an_epoch_goes_through_all_rows_once_and_the_last_batch_may_be_smaller() -> None:

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from tiny_models import CHATML, byte_tokenizer
+from transformers import PreTrainedTokenizerFast
+
 from finetune_api.reasons import Reason
 from finetune_trainer.data.encoding import Encoded, Encoder, LossOn
 from finetune_trainer.data.formats import Conversation, Example, PromptCompletion, Text
 from finetune_trainer.data.rows import Fault, Place
 from finetune_trainer.errors import JobError
-from tiny_models import CHATML, byte_tokenizer
-from transformers import PreTrainedTokenizerFast
 
 HERE = Place("train.jsonl", 3)
 MARKED = (
@@ -20,7 +21,8 @@ REWRITING = (  # as reasoning models do: only the last assistant turn keeps its 
     "{% for message in messages %}[{{ message.role }}]{% if message.role == 'assistant' and loop.last %}<think></think>{% endif %}"
     "{{ message.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-SYSTEM_ONCE = "{% if messages[0].role != 'system' %}[system]Be kind.{% endif %}" + MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+SYSTEM_ONCE = "{% if messages[0].role != 'system' %}[system]Be kind.{% endif %}" + UNMARKED
 
 
 def chat(*turns: tuple[str, str], **more: object) -> Conversation:

@@ -3,6 +3,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+
 from finetune_api.reasons import Reason
 from finetune_trainer.data.examples import MANIFEST, Examples, Prepared, digest_of, join, open_prepared, read_manifest, write_prepared
 from finetune_trainer.errors import JobError

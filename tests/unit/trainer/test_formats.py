@@ -1,4 +1,5 @@
 import pytest
+
 from finetune_trainer.data.formats import Conversation, Fault, Format, PromptCompletion, Text, detect_format, example_from
 from finetune_trainer.data.rows import Place, Row
 
@@ -76,7 +77,11 @@ def test_keys_that_a_columnar_file_left_null_are_dropped() -> None:
         ),
         ("messages", {"messages": [{"role": "user"}, ASSISTANT]}, "messages[0].content is missing"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": {}}]}, "messages[1].content must be a string, not an object"),
-        ("messages", {"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content is empty, so there is nothing to learn from"),
+        (
+            "messages",
+            {"messages": [USER, {"role": "assistant", "content": " "}]},
+            "messages[1].content is empty, so there is nothing to learn from",
+        ),
         (
             "messages",
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tenacity
+
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ModelSource, SecretReference
 from finetune_trainer import sources
@@ -46,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.answer(with_body=False)
 
-    def answer(self, *, with_body: bool) -> None:
+    def answer(self, *, with_body: bool) -> None:  # noqa: PLR0911 - a table of routes
         path = self.path.partition("?")[0].strip("/")
         self.server.tokens.add(self.headers.get("Authorization"))
         if self.server.failures > 0:
@@ -104,7 +105,9 @@ def hub(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
-def fetch(tmp_path: Path, name: str = "owner/name", *, weights: bool = True, secret: bool = False, revision: str | None = None) -> ModelFiles:
+def fetch(
+    tmp_path: Path, name: str = "owner/name", *, weights: bool = True, secret: bool = False, revision: str | None = None
+) -> ModelFiles:
     reference = SecretReference(name="hub") if secret else None
     source = ModelSource(source=f"hf://{name}", secret_ref=reference, revision=revision)
     return fetch_model(source, Mounts(tmp_path), tmp_path / "cache", weights=weights)
@@ -150,7 +153,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, hub: Hub, name: str, revision
 
 def test_a_model_without_safetensors(tmp_path: Path, hub: Hub) -> None:
     del hub.files["model.safetensors"]
-    with pytest.raises(JobError, match="only pytorch_model.bin") as caught:
+    with pytest.raises(JobError, match=r"only pytorch_model\.bin") as caught:
         fetch(tmp_path, weights=False)
     assert caught.value.reason == Reason.UNSAFE_MODEL_FORMAT
 

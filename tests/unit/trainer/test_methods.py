@@ -3,17 +3,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import tiny_llama_config
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Method as MethodSpec
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import Method, method_for
 from finetune_trainer.methods.lora import target_modules
 from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
-
-from tiny_models import tiny_llama_config
 
 
 def tiny(**changes: object) -> PreTrainedModel:
@@ -31,7 +31,7 @@ def shake(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += torch.randn_like(parameter) * 0.1
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 INPUT = torch.tensor([[5, 6, 7, 8]])
@@ -155,7 +155,7 @@ def test_trained_parameters_come_back(spec: dict[str, object]) -> None:
 
 def test_a_checkpoint_of_another_rank_does_not_fit() -> None:
     state = trained_state(method(lora={"rank": 4}).apply(tiny(), seed=1))
-    with pytest.raises(JobError, match="another shape of base_model.*28 such") as caught:
+    with pytest.raises(JobError, match=r"another shape of base_model.*28 such") as caught:
         load_trained_state(method(lora={"rank": 8}).apply(tiny(), seed=1), state)
     assert caught.value.reason == Reason.CHECKPOINT_INCOMPATIBLE
 

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import job_manifest
+from transformers import LlamaConfig
+
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, ModelSource, parse_job
 from finetune_trainer.errors import JobError
@@ -12,9 +16,6 @@ from finetune_trainer.methods.method import trained_state
 from finetune_trainer.model import activation_bytes, check_model, load_model, longest_example, precision_for
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.sources import Mounts
-from safetensors.torch import load_file, save_file
-from tiny_models import job_manifest
-from transformers import LlamaConfig
 
 CPU = torch.device("cpu")
 
@@ -139,7 +140,7 @@ def no_tokenizer(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "has no configuration"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "has no tokenizer"),
     ],
-    ids=["unknown", "remote code", "no causal model", "quantised", "vocabulary", "impossible", "no tokenizer", "broken config", "broken tokenizer"],
+    ids=["unknown", "remote code", "encoder", "quantised", "vocabulary", "impossible", "no tokenizer", "broken config", "broken tokenizer"],
 )
 def test_models_that_the_head_refuses(tmp_path: Path, folder: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(folder)
@@ -165,7 +166,7 @@ def test_a_missing_weight_is_not_made_up(tmp_path: Path, folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(JobError, match="lacks the weight model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(JobError, match=r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(fetch(tmp_path), job(), CPU)
 
 

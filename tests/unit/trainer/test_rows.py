@@ -6,12 +6,13 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
+
 from finetune_api.reasons import Reason
 from finetune_trainer.data import rows as rows_module
 from finetune_trainer.data.rows import Fault, Row, read_rows
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
-from pyarrow import parquet
 
 
 def location(path: Path) -> Location:
@@ -168,7 +169,7 @@ def test_a_file_of_another_form(tmp_path: Path) -> None:
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(JobError, match="pvc://data/empty holds no file that ends in .jsonl"):
+    with pytest.raises(JobError, match=r"pvc://data/empty holds no file that ends in \.jsonl"):
         read(tmp_path / "empty")
 
 

@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.batches import rank_share
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.tensors import IGNORED, Layout, collate
 from finetune_trainer.model import CausalModel, has_plain_head
 from finetune_trainer.objectives.sft import CHUNK, Sft, linear_cross_entropy
-from torch.nn import functional
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 CPU = torch.device("cpu")
 
 

@@ -3,11 +3,12 @@ from pathlib import Path
 import fsspec
 import httpx2
 import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ConfigMapSource, DataSource
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location, Mounts, explained, files_under, is_transient, patiently, resolve, resolve_data
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 
 @pytest.fixture

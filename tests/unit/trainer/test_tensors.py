@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+
 from finetune_trainer.data.examples import join
 from finetune_trainer.data.tensors import IGNORED, collate
 

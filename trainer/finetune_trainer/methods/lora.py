@@ -85,8 +85,8 @@ def target_modules(model: torch.nn.Module, patterns: tuple[str, ...]) -> list[st
 def _linear_layers(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers but the output layer's. Conv1D is GPT-2's name for a linear layer."""
     head: object = cast("PreTrainedModel", model).get_output_embeddings()
-    modules = model.named_modules()
-    return [name for name, module in modules if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head]
+    linear = [(name, module) for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    return [name for name, module in linear if module is not head]
 
 
 def _last_part(name: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import structlog
 from aiohttp import web
 from kubernetes.aio.config import ConfigException
+from prometheus_client import disable_created_metrics
 
 from finetune_operator.cluster import ApiError, KubernetesCluster, connect
 from finetune_operator.election import LEASE_SECONDS, Election
@@ -37,6 +38,8 @@ STUCK_SECONDS = 180.0
 READY_SECONDS = 3.0
 """Longest wait for the API server when /readyz asks whether it can be reached."""
 CRD_RETRY_SECONDS = 5.0
+RESYNC_SECONDS = 600.0
+"""How often every job gets a turn whatever happens. A watch that breaks may miss a deletion."""
 
 log = structlog.get_logger("finetune_operator")
 
@@ -45,10 +48,11 @@ def main() -> NoReturn:
     """Run the operator until it is told to stop."""
     try:
         settings = settings_from(os.environ)
+        configure_logs(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"))
     except (ValueError, OSError) as error:
         print(f"finetune-operator: {error}", file=sys.stderr)  # noqa: T201 - logs are not set up yet
         sys.exit(EXIT_ENVIRONMENT)
-    configure_logs(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"))
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         asyncio.run(Operator(settings).run())
     except ConfigException as error:
@@ -82,7 +86,7 @@ class Operator:
                 self.election = Election(self._cluster.client, self.settings.operator_namespace, identity)
             # SIGTERM also counts while the CRD is not there yet.
             _on_signals(stop)
-            tasks = [asyncio.create_task(self._watch(stop)), asyncio.create_task(self._work())]
+            tasks = [asyncio.create_task(part) for part in (self._watch(stop), self._resync(), self._work())]
             if self.election:
                 tasks.append(asyncio.create_task(self.election.run(_lost_lead)))
             stopping = asyncio.create_task(stop.wait())
@@ -123,6 +127,18 @@ class Operator:
             await watch()
         finally:
             self._watching = False
+
+    async def _resync(self) -> None:
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            try:
+                keys = await self._cluster.job_keys(self.settings.watch_namespaces)
+            except ApiError as error:
+                log.warning("no resync this time", error=str(error))
+                continue
+            self.metrics.jobs.keep(keys)
+            for key in keys.values():
+                self.queue.add(key)
 
     async def _reconcile(self, key: JobKey) -> float | None:
         with structlog.contextvars.bound_contextvars(namespace=key.namespace, job=key.name), self.metrics.reconcile():
@@ -205,7 +221,12 @@ def installed_version() -> str:
 
 
 def configure_logs(level: str) -> None:
-    """One JSON object per line on standard output, from every library too, with the job that the line is about."""
+    """One JSON object per line on standard output, from every library too, with the job that the line is about.
+
+    Raises ValueError for a level that there is not.
+    """
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise ValueError(f"FINETUNE_LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, not {level!r}")
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,

@@ -235,15 +235,21 @@ class KubernetesCluster:
 
     async def jobs(self, namespace: str | None = None) -> list[dict[str, Any]]:
         """All jobs, of a namespace or of every one, as the API server has them."""
-        if namespace is not None:
-            return await self._list(KIND, namespace)
-        answer = await self._call("list", f"{KINDS[KIND].api}/{PLURAL}", KIND)
-        return list(answer["items"])
+        (path,) = _job_lists([namespace] if namespace else [])
+        return list((await self._call("list", path, KIND))["items"])
+
+    async def job_keys(self, namespaces: Sequence[str]) -> dict[str, JobKey]:
+        """Every job of these namespaces, or of all where none is named, by UID."""
+        found = {}
+        for path in _job_lists(namespaces):
+            answer = await self._call("list", path, KIND, accept=_METADATA_LIST)
+            for item in answer["items"]:
+                found[item["metadata"]["uid"]] = JobKey(item["metadata"]["namespace"], item["metadata"]["name"])
+        return found
 
     async def check(self, namespaces: Sequence[str]) -> None:
         """Ask for one job in each namespace (in all of them at once where none is named). Raises ApiError where that does not work."""
-        paths = [KINDS[KIND].path(namespace) for namespace in namespaces] or [f"{KINDS[KIND].api}/{PLURAL}"]
-        for path in paths:
+        for path in _job_lists(namespaces):
             await self._call("list", path, KIND, query=[("limit", "1")])
 
     async def login(self) -> dict[str, Any]:
@@ -313,6 +319,11 @@ _MANAGED = (("fieldManager", FIELD_MANAGER),)
 _APPLY = "application/apply-patch+yaml"
 _JSON = "application/json"
 _METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+
+def _job_lists(namespaces: Sequence[str]) -> list[str]:
+    """Paths of the lists of jobs in these namespaces, or of the one list of all."""
+    return [KINDS[KIND].path(namespace) for namespace in namespaces] or [f"{KINDS[KIND].api}/{PLURAL}"]
 
 
 def _api_error(code: int, data: bytes, what: str) -> ApiError:

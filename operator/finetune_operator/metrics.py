@@ -5,7 +5,7 @@ A job has at most SERIES_PER_JOB series; no label holds free text.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -156,6 +156,11 @@ class JobCollector(Collector):
         spec = {part: job.get("spec", {}).get(part) or {} for part in ("model", "method", "objective")}
         kept = {"metadata": {name: meta.get(name) for name in ("namespace", "name", "uid", "labels")}, "spec": spec}
         self._jobs[meta["uid"]] = {**kept, "status": job.get("status") or {}}
+
+    def keep(self, uids: Collection[str]) -> None:
+        """Forget jobs other than these: of one deleted while the watch was down nobody tells."""
+        for uid in self._jobs.keys() - set(uids):
+            del self._jobs[uid]
 
     def collect(self) -> Iterator[Metric]:
         """One metric per family. Only the leader tells of jobs, so that a sum over replicas counts each once."""

@@ -16,6 +16,8 @@ from tests.integration.api.forks import Fork, Forks
 ROOT = Path(__file__).parents[3]
 KEY = "a key of the tests, of 32 bytes or so"
 QUICK = {"FINETUNE_POLL_SECONDS": "0.5", "FINETUNE_RETRY_BASE_SECONDS": "0.1", "FINETUNE_LEADER_ELECTION": "false"}
+UNSCHEDULABLE_CPU = "1000"
+"""CPUs of every pod, so that a cluster that has a scheduler and nodes leaves the pods to be played."""
 
 
 class Operator:
@@ -35,6 +37,7 @@ class Operator:
             "FINETUNE_OPERATOR_NAMESPACE": namespace,
             "FINETUNE_HTTP_PORT": str(self.http_port),
             "FINETUNE_REPORT_PORT": str(report_port),
+            "FINETUNE_HEAD_CPU": UNSCHEDULABLE_CPU,
             **QUICK,
             **settings,
         }

@@ -5,11 +5,16 @@ The kill comes after the API server has carried the write out and before its ans
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import itertools
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import aiohttp
 from aiohttp import web
 
+Fault = int
+"""HTTP status that a request is answered with, or REFUSED: the connection is cut."""
+REFUSED = 1
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 _PASSED_ON = ("Authorization", "Content-Type", "Accept")
 
@@ -20,6 +25,10 @@ class Proxy:
     def __init__(self, server: str) -> None:
         self._server = server
         self.url = ""
+        self.used: set[tuple[str, str]] = set()
+        """Verb and resource, as RBAC names them, of each request."""
+        self._faults: Iterator[Fault] = iter(())
+        self._watches: set[asyncio.Task[None]] = set()
         self.writes: list[str] = []
         """Method, path and status of each write, in order."""
         self.reads = 0
@@ -45,19 +54,41 @@ class Proxy:
             finally:
                 await runner.cleanup()
 
+    def fail(self, *faults: Fault) -> None:
+        """Cut every watch, and answer so many requests from now on with these."""
+        self._faults = iter(faults)
+        for watch in self._watches:
+            watch.cancel()
+
+    @property
+    def failing(self) -> bool:
+        """Whether faults are left."""
+        self._faults, rest = itertools.tee(self._faults)
+        return next(rest, None) is not None
+
     async def _forward(self, request: web.Request) -> web.StreamResponse:
+        if fault := next(self._faults, None):
+            if fault == REFUSED and request.transport:
+                request.transport.abort()
+            return web.json_response({"reason": "Injected"}, status=fault, headers={"Retry-After": "1"} if fault == 429 else None)
+        watch = "watch=true" in request.query_string
+        if use := _use(request.method, request.path, watch):
+            self.used.add(use)
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         body = await request.read()
-        target = self._server + request.raw_path
-        async with self._session.request(request.method, target, data=body or None, headers=headers) as upstream:
+        async with self._session.request(request.method, self._server + request.raw_path, data=body or None, headers=headers) as upstream:
             if request.method in WRITES and "/leases" not in request.path:
                 return await self._answer_write(request, upstream)
-            self.reads += "watch=true" not in request.query_string
+            self.reads += not watch
             response = web.StreamResponse(status=upstream.status, headers={"Content-Type": upstream.headers.get("Content-Type", "")})
             await response.prepare(request)
-            with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # either side may end a watch
-                async for chunk in upstream.content.iter_any():
-                    await response.write(chunk)
+            stream = asyncio.create_task(_stream(upstream, response))
+            self._watches.add(stream)
+            try:
+                await asyncio.wait([stream])
+            finally:
+                stream.cancel()
+                self._watches.discard(stream)
             return response
 
     async def _answer_write(self, request: web.Request, upstream: aiohttp.ClientResponse) -> web.Response:
@@ -67,3 +98,22 @@ class Proxy:
             self.kill()
             await asyncio.Event().wait()  # until the connection is gone, which cancels this
         return web.Response(status=upstream.status, body=answer, headers={"Content-Type": upstream.headers.get("Content-Type", "")})
+
+
+async def _stream(upstream: aiohttp.ClientResponse, response: web.StreamResponse) -> None:
+    with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # either side may end a watch
+        async for chunk in upstream.content.iter_any():
+            await response.write(chunk)
+
+
+_VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+_PATH = re.compile(r"^/apis?/(?:[^/]+/)?v[^/]+/(?:namespaces/[^/]+/)?(?P<resource>[a-z]+)(?:/(?P<name>[^/]+)(?:/(?P<part>[a-z]+))?)?$")
+
+
+def _use(method: str, path: str, watch: bool) -> tuple[str, str] | None:
+    """Verb and resource of a request, as RBAC has them; None for discovery."""
+    found = _PATH.match(path)
+    if not found:
+        return None
+    resource = found["resource"] + (f"/{found['part']}" if found["part"] else "")
+    return _VERBS.get(method) or ("watch" if watch else "get" if found["name"] else "list"), resource

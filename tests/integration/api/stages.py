@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from tests.integration.api.apiserver import ApiServer, free_port
 from tests.integration.api.kube import CHILDREN, Kube, Object
-from tests.integration.api.operators import Operator
+from tests.integration.api.operators import UNSCHEDULABLE_CPU, Operator
 from tests.integration.api.players import Player, Script, success
 
 LIFE_SECONDS = 60
@@ -88,7 +88,7 @@ def job_manifest(**spec: object) -> Object:
             "model": {"source": "pvc://models/base"},
             "data": {"train": {"source": "pvc://data/train.jsonl"}},
             "method": {"lora": {}},
-            "compute": {"workers": {"min": 2, "max": 2}},
+            "compute": {"workers": {"min": 2, "max": 2}, "resourcesPerWorker": {"cpu": UNSCHEDULABLE_CPU}},
             "output": {"storage": "pvc://models/tuned"},
             **spec,
         },

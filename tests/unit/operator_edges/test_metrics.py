@@ -93,6 +93,16 @@ def test_job_that_is_gone_leaves_no_series(metrics: Metrics) -> None:
     assert empty == metrics.render().count(b'name="bot"') == 0
 
 
+def test_job_that_was_not_found_at_a_resync_leaves_no_series(metrics: Metrics) -> None:
+    other = {**JOB, "metadata": {**JOB["metadata"], "uid": "u-2", "name": "other"}}
+    metrics.jobs.see(JOB, gone=False)
+    metrics.jobs.see(other, gone=False)
+    metrics.jobs.keep({"u-2"})
+    told = metrics.render()
+    assert b'name="bot"' not in told
+    assert b'name="other"' in told
+
+
 def test_measure_that_a_status_no_longer_has_is_gone(metrics: Metrics) -> None:
     metrics.jobs.see(JOB, gone=False)
     metrics.jobs.see({**JOB, "status": {"phase": "Pending"}}, gone=False)

@@ -46,6 +46,7 @@ def test_every_log_line_is_json_with_the_job_it_is_about(capsys: pytest.CaptureF
         ({"FINETUNE_TOKEN_KEY_FILE": "/nowhere/key"}, "/nowhere/key"),
         ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_POLL_SECONDS": "soon"}, "FINETUNE_POLL_SECONDS must be a number, not 'soon'"),
         ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_HTTP_PORT": "0"}, "FINETUNE_HTTP_PORT must be larger than 0"),
+        ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_LOG_LEVEL": "loud"}, "FINETUNE_LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR"),
         ({"FINETUNE_TOKEN_KEY_FILE": "{short}"}, "fewer than 16 bytes"),
     ],
 )
@@ -59,7 +60,7 @@ def test_wrong_environment_is_one_line_and_exit_2(
     folder = tmp_path_factory.mktemp("keys")
     (folder / "key").write_text("a key of more than 16 bytes")
     (folder / "short").write_text("short")
-    for name in ("FINETUNE_TOKEN_KEY_FILE", "FINETUNE_POLL_SECONDS", "FINETUNE_HTTP_PORT"):
+    for name in ("FINETUNE_TOKEN_KEY_FILE", "FINETUNE_POLL_SECONDS", "FINETUNE_HTTP_PORT", "FINETUNE_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value.format(key=folder / "key", short=folder / "short"))

@@ -250,6 +250,17 @@ def test_the_wait_for_workers_begins_when_they_are_wanted() -> None:
     assert condition(late, "Failed") == ("True", "PreRunningDeadlineExceeded")
 
 
+def test_an_operator_that_was_away_blames_nothing_on_the_time_it_did_not_see() -> None:
+    starting = step(BEGUN, PENDING_HEAD, now=at(5))
+    assert starting.attempt.waiting_time == rfc3339(T0)
+    # Meanwhile the head has started, and wants workers: their time begins now.
+    wanting = step(starting, HEAD, report=make_report(), now=at(5000))
+    assert (wanting.phase, wanting.attempt.waiting_time) == ("Training", rfc3339(at(5000)))
+    # Or it has failed: that is the reason, and not that it once waited.
+    failed = step(starting, ended(137, "OOMKilled"), now=at(5000))
+    assert (failed.phase, failed.failure.reason, failed.attempt.failures) == ("Pending", "OOMKilled", 1)
+
+
 def test_a_refusal_is_said_until_what_was_refused_exists() -> None:
     quota = Waiting(Reason.FORBIDDEN, "exceeded quota: gpus")
     refused = step(BEGUN, refusal=quota)

@@ -3,22 +3,19 @@
 KUBECONFIG names the cluster (kind, k3d or any other); FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE name images that its nodes have.
 """
 
-import io
 import json
 import os
 import secrets
 import shutil
 import sys
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import helm_python
 import pytest
-from tests.e2e.kubectl import KINDS, Kubectl, KubectlError
-from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODEL, RELEASE, ROOT, SYSTEM
+from tests.e2e.kubectl import KINDS, Kubectl, KubectlError, wait_until
+from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODELS, RELEASE, ROOT, STORAGE, STORAGE_POD, SYSTEM
 
 from finetune_api import LABEL_JOB_UID
 
@@ -109,33 +106,27 @@ def _image(name: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def storage(kubectl: Kubectl, images: Images) -> Iterator[str]:
-    """The name of a running pod that sees the volume at /storage. The base model and the data are on it, and every user may write to it.
+    """The name of a running pod that sees the quickstart's volume at /storage. The base model and the data are on it.
 
-    The namespace is held to the restricted Pod Security Standard from then on.
+    They come there as the quickstart tells its users. The namespace is held to the restricted Pod Security Standard from then on.
     """
-    volume = _volume(kubectl)
-    kubectl.apply(_claim(volume), _storage_pod("loader", images.trainer, user=0))
-    kubectl("wait", "pod/loader", "--for=condition=Ready", "--timeout=180s", timeout=200)
-    kubectl.python("loader", _UNPACK, stdin=_archive({"tiny-llama": MODEL, "support": DATA}))
-    kubectl("delete", "pod", "loader", "--now")
+    volume = _volume(kubectl, images)
     kubectl("label", "namespace", kubectl.namespace, *RESTRICTED)
-    kubectl.apply(_storage_pod("reader", images.trainer, user=10001))
+    kubectl.apply_file(STORAGE)
+    kubectl("wait", f"pod/{STORAGE_POD}", "--for=condition=Ready", "--timeout=180s", timeout=200)
+    kubectl("cp", str(MODELS), f"{STORAGE_POD}:/storage/models")
+    kubectl("cp", str(DATA), f"{STORAGE_POD}:/storage/support")
+    kubectl("delete", "pod", STORAGE_POD)
+    kubectl.apply(_reader(images.trainer))
     kubectl("wait", "pod/reader", "--for=condition=Ready", "--timeout=120s", timeout=140)
     try:
         yield "reader"
     finally:
         kubectl.python("reader", _EMPTY)
-        kubectl("delete", "pod", "reader", "--now")
+        kubectl("delete", "pod", "reader")
         if volume:
             kubectl("delete", "persistentvolume", volume, "--wait=false")
 
-
-_UNPACK = """
-import os, sys, tarfile
-os.umask(0)
-os.chmod("/storage", 0o777)
-tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz").extractall("/storage")
-"""
 
 _EMPTY = """
 import pathlib, shutil
@@ -144,71 +135,54 @@ for path in pathlib.Path("/storage").iterdir():
 """
 
 
-def _volume(kubectl: Kubectl) -> str | None:
-    """A volume on the node's disk, where the cluster does not make volumes itself."""
+def _volume(kubectl: Kubectl, images: Images) -> str | None:
+    """A folder of the node as a volume that every user may write to, where the cluster does not make volumes itself."""
     classes = kubectl.get("storageclasses")["items"]
     default = "storageclass.kubernetes.io/is-default-class"
     if any(item["metadata"].get("annotations", {}).get(default) == "true" for item in classes):
         return None
     name = kubectl.namespace
+    folder = {"path": f"/var/tmp/{name}", "type": "DirectoryOrCreate"}
     spec = {
-        "capacity": {"storage": "2Gi"},
+        "capacity": {"storage": "1Gi"},
         "accessModes": ["ReadWriteOnce"],
         "persistentVolumeReclaimPolicy": "Retain",
         "storageClassName": "",
-        "hostPath": {"path": f"/var/tmp/{name}", "type": "DirectoryOrCreate"},
+        "claimRef": {"namespace": name, "name": CLAIM},
+        "hostPath": folder,
     }
     kubectl.apply({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": spec})
+    opener = _pod("opener", images.trainer, "import os; os.chmod('/storage', 0o777)", {"hostPath": folder}, user=0)
+    kubectl.apply(opener)
+    wait_until("the folder is open to all", lambda: kubectl.get("pod", "opener")["status"]["phase"] == "Succeeded", 120)
+    kubectl("delete", "pod", "opener")
     return name
 
 
-def _claim(volume: str | None) -> dict[str, Any]:
-    spec: dict[str, Any] = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
-    if volume:
-        spec |= {"storageClassName": "", "volumeName": volume}
-    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": CLAIM}, "spec": spec}
+def _reader(image: str) -> dict[str, Any]:
+    """A pod that waits to be told what to do."""
+    return _pod("reader", image, "import signal; signal.pause()", {"persistentVolumeClaim": {"claimName": CLAIM}}, user=10001)
 
 
-def _storage_pod(name: str, image: str, user: int) -> dict[str, Any]:
-    """A pod that waits to be told what to do; it keeps to the restricted standard unless its user is root."""
-    root = user == 0
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-            "terminationGracePeriodSeconds": 1,
-            "securityContext": {"runAsUser": user, "runAsNonRoot": not root, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [
-                {
-                    "name": name,
-                    "image": image,
-                    "imagePullPolicy": "IfNotPresent",
-                    "command": ["python", "-c", "import signal; signal.pause()"],
-                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                    "volumeMounts": [{"name": "storage", "mountPath": "/storage"}],
-                }
-            ],
-            "volumes": [{"name": "storage", "persistentVolumeClaim": {"claimName": CLAIM}}],
-        },
+def _pod(name: str, image: str, program: str, volume: dict[str, Any], user: int) -> dict[str, Any]:
+    """A pod that runs a Python program and sees a volume at /storage; it keeps to the restricted standard unless its user is root."""
+    container = {
+        "name": name,
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["python", "-c", program],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [{"name": "storage", "mountPath": "/storage"}],
     }
-
-
-def _archive(folders: dict[str, Path]) -> bytes:
-    """A tar file of folders, under the names that the volume gives them, readable by everyone."""
-
-    def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-        entry.mode = 0o777 if entry.isdir() else 0o666
-        entry.uid = entry.gid = 10001
-        return entry
-
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, folder in folders.items():
-            archive.add(folder, name, filter=readable)
-    return buffer.getvalue()
+    spec = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": 1,
+        "securityContext": {"runAsUser": user, "runAsNonRoot": user != 0, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container],
+        "volumes": [{"name": "storage", **volume}],
+    }
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
 
 
 @pytest.fixture(autouse=True)

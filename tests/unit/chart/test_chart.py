@@ -150,8 +150,10 @@ def test_crd_is_the_generated_one(chart: helm_python.Chart) -> None:
     assert rendered == yaml.safe_load((ROOT / "crds/finetunejobs.yaml").read_text())
 
 
-def test_crd_stays_when_the_chart_goes(chart: helm_python.Chart) -> None:
-    assert one(render(chart), "CustomResourceDefinition")["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+def test_jobs_and_their_key_stay_when_the_chart_goes(chart: helm_python.Chart) -> None:
+    for kind in "CustomResourceDefinition", "Secret":
+        assert one(render(chart), kind)["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+        assert "annotations" not in one(render(chart, {"crds": {"keep": False}}), kind)["metadata"]
     assert of_kind(render(chart, {"crds": {"enabled": False}}), "CustomResourceDefinition") == []
 
 
@@ -220,7 +222,9 @@ def test_operator_pod_keeps_to_the_restricted_standard(chart: helm_python.Chart,
         assert container["resources"]["requests"]["cpu"]
         assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
         assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
-        assert [port for port in container["ports"] if port["name"] == "http"] == [{"name": "http", "containerPort": 8080, "protocol": "TCP"}]
+        assert [port for port in container["ports"] if port["name"] == "http"] == [
+            {"name": "http", "containerPort": 8080, "protocol": "TCP"}
+        ]
 
 
 def environment(objects: list[dict[str, Any]]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 from finetune_trainer.environment import environment_from
 
@@ -20,6 +21,7 @@ def main(arguments: list[str]) -> int:
         from finetune_trainer.ray_cluster import become_worker
 
         become_worker(environment, environment.job())
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
     from finetune_trainer.head import run_head
 
     return run_head(environment)

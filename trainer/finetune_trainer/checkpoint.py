@@ -74,7 +74,7 @@ def newest(storage: Storage, config: Mapping[str, Any]) -> tuple[TrainingState |
 
     Raises JobError (CheckpointIncompatible) listing what differs, where it was made under another configuration.
     """
-    damaged = []
+    damaged: list[str] = []
     for name in _names(storage):
         state = _read(storage, name, config)
         if state is not None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ CARD = "README.md"
 
 
 def check_free(storage: Storage, job: FineTuneJob) -> None:
-    """Raise JobError (InvalidSpec) where the place of the artifact holds something that is not this job's: nothing of others is overwritten."""
+    """Raise JobError (InvalidSpec) where the artifact's place holds something of another's: it is not overwritten."""
     kind = "adapter" if job.spec.method.lora is not None else "model"
     if not storage.exists(kind):
         return
@@ -36,28 +37,32 @@ def check_free(storage: Storage, job: FineTuneJob) -> None:
         raise JobError(Reason.INVALID_SPEC, f"{storage.locate(kind)} holds the result of the job {whose}: use another output.storage")
 
 
-def publish(
-    storage: Storage,
-    own: Storage,
-    job: FineTuneJob,
-    base: BaseModel,
-    tokenizer: "PreTrainedTokenizerBase",
-    result: Result,
-    resolved: Resolved,
-    evaluation: Evaluation,
-) -> Artifact:
+@dataclass(frozen=True)
+class Publication:
+    """What is to be published, and what is known of it."""
+
+    job: FineTuneJob
+    base: BaseModel
+    tokenizer: "PreTrainedTokenizerBase"
+    result: Result
+    resolved: Resolved
+    evaluation: Evaluation
+
+
+def publish(publication: Publication, storage: Storage, own: Storage) -> Artifact:
     """Put the result in its place. Doing it again changes nothing. Raises JobError (PublishFailed, StorageFull, StorageUnavailable).
 
     `storage` is output.storage, `own` the job's folder in it, where the workers left the result.
     """
+    job, base, result, resolved = publication.job, publication.base, publication.result, publication.resolved
     published = read_manifest(storage, result.kind)
     if published is not None and published["job"] == _job(job) and published["resolved"] == resolved.to_json():
         return _artifact(storage, result, published)
     try:
         with own.folder(RESULT) as source, storage.new_folder(result.kind) as folder:
             shutil.copytree(source, folder, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST, CARD), dirs_exist_ok=True)
-            tokenizer.save_pretrained(folder)
-            (folder / CARD).write_text(model_card(job, base, result, resolved, evaluation), encoding="utf-8")
+            publication.tokenizer.save_pretrained(folder)
+            (folder / CARD).write_text(model_card(job, base, result, resolved, publication.evaluation), encoding="utf-8")
             write_manifest(
                 folder,
                 {
@@ -65,7 +70,7 @@ def publish(
                     "job": _job(job),
                     "base": {"name": base.name, "revision": base.revision},
                     "resolved": resolved.to_json(),
-                    "evaluation": evaluation.to_json(),
+                    "evaluation": publication.evaluation.to_json(),
                     "steps": result.steps,
                     "trainedTokens": result.trained_tokens,
                     "files": describe_files(folder),

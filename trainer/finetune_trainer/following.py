@@ -61,7 +61,7 @@ class Following:
         )
         if progress.stage == "Evaluate" and self._stage("Evaluate") == "Pending":
             self._reporter.start_stage("Evaluate", progress.message, workers_wanted=self._reporter.report.workers_wanted)
-        if progress.stage == "Train":
+        if progress.stage == "Train" and progress.step:
             self._console.progress(state, {name: metric.value for name, metric in metrics.items()})
         return self._stop.is_set()
 

@@ -16,7 +16,7 @@ from finetune_trainer.failures import failure_from, scrub
 from finetune_trainer.following import Following
 from finetune_trainer.ray_cluster import RayHead
 from finetune_trainer.report import Reporter, ReportServer
-from finetune_trainer.run import Attempt, InterruptedRun, run_stages
+from finetune_trainer.run import Attempt, InterruptedRunError, run_stages
 
 EXIT_CODES: dict[Outcome, int] = {"Succeeded": EXIT_SUCCEEDED, "Failed": EXIT_FAILED, "Interrupted": EXIT_INTERRUPTED}
 
@@ -44,7 +44,7 @@ def run_head(environment: Environment) -> int:
         console.say(f"job {job.metadata.namespace}/{job.metadata.name}, attempt {environment.attempt}")
         run_stages(attempt)
         reporter.finish("Succeeded", "the result is published")
-    except (InterruptedRun, KeyboardInterrupt):
+    except (InterruptedRunError, KeyboardInterrupt):
         reporter.finish("Interrupted", "stopped; the next attempt goes on from the last checkpoint")
     except Exception as error:
         failure = failure_from(error, running_stage(reporter.report))
@@ -66,7 +66,7 @@ def listen_for_stop(attempt: Attempt) -> None:
     def on_signal(number: int, frame: FrameType | None) -> None:
         attempt.stop.set()
         if running_stage(attempt.reporter.report) == "Prepare":
-            raise InterruptedRun
+            raise InterruptedRunError
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

@@ -26,7 +26,7 @@ from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
 from finetune_trainer.model import CausalModel
 from finetune_trainer.objectives import objective_for
-from finetune_trainer.optimisation import Gradients, adamw, learning_rate, load_moments, moments_of, step_seed
+from finetune_trainer.optimisation import Gradients, adamw, learning_rate, load_moments, moments_of, set_learning_rate, step_seed
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.result import Result, write_result
 from finetune_trainer.storage import Storage
@@ -77,11 +77,6 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
     gradients = Gradients((parameter for _, parameter in parameters), worker.device)
     checkpoints = task.storage.at(CHECKPOINTS)
 
-    def save(steps_done: int, trained_tokens: int) -> CheckpointRef:
-        state = checkpoint.TrainingState(steps_done, trained_tokens, trained_state(model.module), moments_of(optimizer, parameters))
-        uri = checkpoint.save(checkpoints, state, task.config, keep=spec.checkpoint.keep) if worker.leads else ""
-        return CheckpointRef(step=steps_done, uri=uri)
-
     # Go on from the newest complete checkpoint, or measure the untuned model and begin.
     state = _resume(checkpoints, task.config, worker)
     baseline = _baseline(task.storage, worker, lambda: measure(model, objective, held_out, training, worker), fresh=state is None)
@@ -89,19 +84,14 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         load_trained_state(model.module, state.parameters)
         load_moments(optimizer, parameters, state.moments)
     start, tokens = (state.step, state.trained_tokens) if state else (0, 0)
-    follow = _Follower(
-        listener, plan, WorkerProgress(group=group, start_step=start, step=start, total_steps=plan.total_steps), worker.leads
-    )
+    follow = _Follower(listener if worker.leads else None, plan, WorkerProgress(group=group, start_step=start, step=start))
     follow.checkpoint(CheckpointRef(step=start, uri=checkpoints.locate(checkpoint.name_of(start))) if state else None)
 
     model.module.train()
     preemptions = _Preemptions(worker)
     for step, micro in _ahead(lambda step: _micro_batches(data, plan, step, task, model, worker), range(start, plan.total_steps)):
-        batch = plan.batch(step)
+        batch, rate = plan.batch(step), learning_rate(step, plan.total_steps, training)
         torch.manual_seed(step_seed(training.seed, step, worker.rank))
-        rate = learning_rate(step, plan.total_steps, training)
-        for group_of_parameters in optimizer.param_groups:
-            group_of_parameters["lr"] = rate
 
         # Forward and backward over this worker's share; the sum is divided by the labels of the whole batch.
         gradients.zero()
@@ -113,12 +103,11 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         # One all-reduce carries the gradients, the loss and what rank 0 wants all to know.
         gradients.signals[1] = float(worker.leads and listener.stop_requested)
         gradients.signals[2] = float(worker.leads and preemptions.due())
-        for buffer in gradients.buffers:
-            worker.all_reduce(buffer)
+        gradients.sum_over(worker)
         norm = gradients.clip(training.max_grad_norm)
         mean, stop, ask, norm_before = torch.cat([gradients.signals, norm.view(1)]).tolist()
-        if not (math.isfinite(mean) and math.isfinite(norm_before)):
-            raise JobError(Reason.TRAINING_DIVERGED, f"step {step + 1}: the loss is {mean}, the norm of the gradients {norm_before}")
+        _check_finite(step + 1, mean, norm_before)
+        set_learning_rate(optimizer, rate)
         optimizer.step()
         done, tokens = step + 1, tokens + batch.tokens
         follow.step(done, batch.tokens, {"train/loss": mean, "train/learningRate": rate, "train/gradNorm": norm_before})
@@ -126,7 +115,8 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         # Save every so often, at a call to stop, when a worker is about to go, and at the end.
         due = done % spec.checkpoint.every_steps == 0 and done < plan.total_steps
         if (ask and preemptions.begin()) or stop or due or done == plan.total_steps:
-            follow.checkpoint(save(done, tokens))
+            saved = checkpoint.TrainingState(done, tokens, trained_state(model.module), moments_of(optimizer, parameters))
+            follow.checkpoint(_save(checkpoints, saved, task, worker))
         if stop and done < plan.total_steps:
             return False
         if due:
@@ -139,6 +129,19 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         write_result(task.storage, result, lambda folder: method.export(model.module, folder, task.base))
     follow.stage("Evaluate", "measured the tuned model")
     return True
+
+
+def _save(checkpoints: Storage, state: checkpoint.TrainingState, task: Task, worker: Worker) -> CheckpointRef | None:
+    """Rank 0 saves; the others go on and wait for it at the next step's all-reduce."""
+    if not worker.leads:
+        return None
+    return CheckpointRef(step=state.step, uri=checkpoint.save(checkpoints, state, task.config, keep=task.job.spec.checkpoint.keep))
+
+
+def _check_finite(step: int, loss: float, norm: float) -> None:
+    """Raise JobError (TrainingDiverged) before a broken gradient reaches a weight. All workers see the same numbers."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise JobError(Reason.TRAINING_DIVERGED, f"step {step}: the loss is {loss}, the norm of the gradients {norm}")
 
 
 def _resume(checkpoints: Storage, config: dict[str, Any], worker: Worker) -> checkpoint.TrainingState | None:
@@ -176,7 +179,7 @@ def _finite(losses: Losses, reason: Reason, whose: str) -> Losses:
 
 
 def _micro_batches(data: Prepared, plan: BatchPlan, step: int, task: Task, model: CausalModel, worker: Worker) -> list[MicroBatch]:
-    """This worker's part of a step, in the pieces that it computes at once."""
+    """What one worker has of a step, in the pieces that it computes at once."""
     lengths = data.train.lengths()
     share = rank_share(plan.batch(step).rows, lengths, worker.rank, worker.world)
     size, auto = task.job.spec.training.micro_batch_size, AUTO_TOKENS[worker.device.type]
@@ -186,7 +189,8 @@ def _micro_batches(data: Prepared, plan: BatchPlan, step: int, task: Task, model
 
 def _pinned(batch: MicroBatch) -> MicroBatch:
     """The same in page-locked memory, from which a GPU copies without waiting."""
-    return replace(batch, **{name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)})
+    tensors: dict[str, Any] = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)
 
 
 def _ahead(make: Callable[[int], list[MicroBatch]], steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -219,10 +223,11 @@ class _Preemptions:
 
 
 class _Follower:
-    """Tells the listener how far it is. Silent on all workers but the first."""
+    """Tells the listener how far it is; silent without one, as on all workers but the first."""
 
-    def __init__(self, listener: Listener, plan: BatchPlan, progress: WorkerProgress, leads: bool) -> None:
-        self._listener, self._plan, self._progress, self._leads = listener, plan, progress, leads
+    def __init__(self, listener: Listener | None, plan: BatchPlan, progress: WorkerProgress) -> None:
+        self._listener, self._plan = listener, plan
+        self._progress = progress.model_copy(update={"total_steps": plan.total_steps})
         self._metrics: dict[str, Metric] = {}
         self._begun = time.monotonic()
         self._tokens_left = int(plan.row_tokens.sum()) * plan.epochs - sum(plan.batch(step).tokens for step in range(progress.step))
@@ -260,6 +265,6 @@ class _Follower:
         self._post()
 
     def _post(self) -> None:
-        if self._leads:
+        if self._listener is not None:
             self._progress = self._progress.model_copy(update={"metrics": tuple(self._metrics.values())})
             self._listener.post(self._progress)

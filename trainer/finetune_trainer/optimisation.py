@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from finetune_api.v1alpha1 import Training
+from finetune_trainer.worker import Worker
 
 NamedParameters = list[tuple[str, torch.nn.Parameter]]
 
@@ -34,6 +35,12 @@ def adamw(parameters: NamedParameters, training: Training) -> torch.optim.AdamW:
     others = [parameter for _, parameter in parameters if parameter.ndim < 2]
     groups = [{"params": decaying, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, torch.Tensor]:
@@ -76,23 +83,22 @@ class Gradients:
             self._buffers.append((buffer, buffer[:start]))
         self.signals = self._buffers[0][0][-self.SIGNALS :]
 
-    @property
-    def buffers(self) -> list[torch.Tensor]:
-        """What is to be summed over the workers."""
-        return [buffer for buffer, _ in self._buffers]
-
     def zero(self) -> None:
         """Begin a step."""
         for buffer, _ in self._buffers:
             buffer.zero_()
 
+    def sum_over(self, worker: Worker) -> None:
+        """Replace gradients and signals by their sums over the workers."""
+        for buffer, _ in self._buffers:
+            worker.all_reduce(buffer)
+
     def clip(self, largest: float) -> torch.Tensor:
         """Scale all gradients so that their norm is at most `largest` (0: leave them). Returns the norm before."""
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(gradients, dtype=torch.float32) for _, gradients in self._buffers])
-        )
+        norms = [torch.linalg.vector_norm(gradients, dtype=torch.float32) for _, gradients in self._buffers]
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if largest > 0:
             scale = (largest / (norm + 1e-6)).clamp(max=1.0)
             for _, gradients in self._buffers:
                 gradients.mul_(scale)
-        return norm
+        return torch.as_tensor(norm)

@@ -74,14 +74,14 @@ class ProgressSender:
         progress = self._latest
         if progress is None:
             return True
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310 - the head's URL, always http
             f"{self._url}/progress",
             data=json.dumps(progress.to_json()).encode(),
             method="PUT",
             headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:  # noqa: S310 - the URL is the head's, http always
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:  # noqa: S310
                 self.stop_requested = bool(json.load(response).get("stop"))
         except (OSError, ValueError):
             return False

@@ -55,7 +55,6 @@ def head_command(environment: Environment, scratch: Path) -> list[str]:
         "--num-cpus=0",
         "--num-gpus=0",
         "--include-dashboard=false",
-        "--include-log-monitor=false",
         "--no-monitor",
     ]
 
@@ -74,9 +73,15 @@ def worker_command(environment: Environment, compute: Compute, scratch: Path) ->
 
 def _ray_start(environment: Environment) -> list[str]:
     """What head and workers share. Several local nodes share an address, so the system chooses their ports."""
-    ports = ["--min-worker-port=0", "--max-worker-port=0"] if environment.local else []
-    ray = Path(sys.executable).parent / "ray"
-    return [str(ray), "start", "--block", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_BYTES}", *ports]
+    return [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--block",
+        "--disable-usage-stats",
+        "--include-log-monitor=false",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        *(["--min-worker-port=0", "--max-worker-port=0"] if environment.local else []),
+    ]
 
 
 def ray_variables(environment: Environment) -> dict[str, str]:
@@ -156,6 +161,13 @@ def connect(environment: Environment) -> None:
         f"127.0.0.1:{environment.ray_port}" if environment.local else f"{socket.gethostbyname(socket.gethostname())}:{environment.ray_port}"
     )
     ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+
+
+def disconnect() -> None:
+    """Leave the cluster, so that workers that go from now on are no news."""
+    import ray
+
+    ray.shutdown()
 
 
 def wait_for_workers(compute: Compute, seconds: float, check: Callable[[], None], tell: Callable[[int], None]) -> int:

@@ -35,7 +35,7 @@ class Reporter:
     def __init__(self, job_uid: str, attempt: int, *, clock: Callable[[], str] = utc_now) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[], object]] = []
         self._report = Report(
             job_uid=job_uid, attempt=attempt, revision=1, stages=tuple(Stage(name=name, state="Pending") for name in STAGES)
         )
@@ -45,16 +45,16 @@ class Reporter:
         """The newest report."""
         return self._report
 
-    def listen(self, listener: Callable[[], None]) -> None:
+    def listen(self, listener: Callable[[], object]) -> None:
         """Have `listener` called, in the changing thread, after each change that grew the revision."""
         self._listeners.append(listener)
 
-    def update(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Report
         """Replace fields that the operator reads when it looks next."""
         with self._lock:
             self._report = self._report.model_copy(update=changes)
 
-    def announce(self, **changes: Any) -> None:
+    def announce(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Report
         """Replace fields that the operator should see at once."""
         with self._lock:
             self._report = self._report.model_copy(update={**changes, "revision": self._report.revision + 1})

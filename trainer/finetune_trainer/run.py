@@ -14,11 +14,11 @@ from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.evaluation.comparison import compare
-from finetune_trainer.export import check_free, publish
+from finetune_trainer.export import Publication, check_free, publish
 from finetune_trainer.following import Following
 from finetune_trainer.manifest import digest_of
 from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.ray_cluster import RayHead, connect, gpus_of, wait_for_workers
+from finetune_trainer.ray_cluster import RayHead, connect, disconnect, gpus_of, wait_for_workers
 from finetune_trainer.report import Reporter
 from finetune_trainer.result import RESULT, Result, read_result
 from finetune_trainer.sources import Mounts, resolve_storage
@@ -36,7 +36,7 @@ STOP_SECONDS = 55.0
 """After a call to stop, the workers have so long to save a checkpoint; the operator's grace period is longer."""
 
 
-class InterruptedRun(Exception):
+class InterruptedRunError(Exception):
     """The head was asked to stop, and has stopped."""
 
 
@@ -77,9 +77,9 @@ class Attempt:
         self.own.write_json(REPORT, self.reporter.report.to_json())
 
     def check_stop(self) -> None:
-        """Raise InterruptedRun where the head was asked to stop."""
+        """Raise InterruptedRunError where the head was asked to stop."""
         if self.stop.is_set():
-            raise InterruptedRun
+            raise InterruptedRunError
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Preparation:
 
 
 def run_stages(attempt: Attempt) -> None:
-    """All stages in order. Raises JobError, InterruptedRun, or what nobody expected."""
+    """All stages in order. Raises JobError, InterruptedRunError, or what nobody expected."""
     earlier = earlier_report(attempt)
     if earlier is not None and earlier.outcome == "Succeeded":
         repeat(attempt, earlier)
@@ -118,8 +118,11 @@ def repeat(attempt: Attempt, earlier: Report) -> None:
 
 
 def prepare(attempt: Attempt) -> Preparation:
-    """Check storage, model and data and write the tokenised data, so that a fault costs no worker. Done once: later attempts take the same."""
-    from finetune_trainer.data.examples import write_prepared
+    """Check storage, model and data and write the tokenised data, so that a fault costs no worker.
+
+    The data is prepared once: later attempts take the same, whatever has become of its source.
+    """
+    from finetune_trainer.data.examples import read_manifest, write_prepared
     from finetune_trainer.data.prepare import prepare_data, summary_of
     from finetune_trainer.model import check_model, longest_example
     from finetune_trainer.model_files import fetch_model
@@ -135,7 +138,7 @@ def prepare(attempt: Attempt) -> Preparation:
     tokenizer = check_model(files, job)
     attempt.console.say(f"model {files.base.name} at {files.revision}")
 
-    if not facts:
+    if not facts or read_manifest(own.location(PREPARED)) is None:
         prepared = prepare_data(job, tokenizer, attempt.mounts, longest_example(files))
         write_prepared(prepared, own.location(PREPARED))
         facts = {"revision": files.revision, "digest": prepared.digest, "data": summary_of(prepared).to_json()}
@@ -152,15 +155,14 @@ def prepare(attempt: Attempt) -> Preparation:
     resolved = Resolved(model_revision=files.revision, data_digest=facts["digest"], config_digest=digest_of(config))
     data = DataSummary.model_validate(facts["data"])
     attempt.reporter.update(resolved=resolved, data=data)
-    attempt.console.say(
-        f"data {data.train:,} examples to train on ({data.tokens:,} tokens), {data.validation:,} validation, {data.test:,} test, {data.rejected:,} left out"
-    )
+    counts = f"{data.train:,} examples to train on ({data.tokens:,} tokens), {data.validation:,} validation, {data.test:,} test"
+    attempt.console.say(f"data {counts}, {data.rejected:,} left out")
     attempt.check_stop()
     return Preparation(files.base, tokenizer, resolved, config)
 
 
 def train(attempt: Attempt, preparation: Preparation) -> Result:
-    """Ask for workers, train on them, and have them measure before and after. Raises InterruptedRun once a checkpoint is saved."""
+    """Ask for workers, train on them, and have them measure before and after. Raises InterruptedRunError once a checkpoint is saved."""
     compute, reporter = attempt.job.spec.compute, attempt.reporter
     reporter.start_stage("Train", "waiting for the workers", workers_wanted=compute.workers.max)
     from finetune_trainer.worker_group import fit  # while the workers start: torch and Ray Train take seconds to import
@@ -171,16 +173,17 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
         compute,
         attempt.job.spec.pre_running_deadline_seconds,
         attempt.check_stop,
-        lambda joined: attempt.console.say(f"workers {joined} of {compute.workers.max}"),
+        lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
     )
     attempt.following.workers_joined(nodes * gpus_of(compute))
     config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
     run = _Background(lambda: fit(compute, nodes, config, f"attempt-{attempt.environment.attempt}", attempt.scratch))
     run.wait(attempt.stop, _Periodically(KEEP_SECONDS, attempt.keep_report))
     attempt.following.workers_released()
+    disconnect()
     result = read_result(attempt.own, preparation.config)
     if result is None:
-        raise InterruptedRun
+        raise InterruptedRunError
     return result
 
 
@@ -189,9 +192,8 @@ def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -
     evaluation = compare(result.before, result.after)
     attempt.reporter.update(evaluation=evaluation)
     attempt.reporter.start_stage("Publish", "publishing the result", workers_wanted=0)
-    artifact = publish(
-        attempt.storage, attempt.own, attempt.job, preparation.base, preparation.tokenizer, result, preparation.resolved, evaluation
-    )
+    publication = Publication(attempt.job, preparation.base, preparation.tokenizer, result, preparation.resolved, evaluation)
+    artifact = publish(publication, attempt.storage, attempt.own)
     attempt.reporter.update(artifacts=(artifact,))
     attempt.console.say(f"published {artifact.uri} ({artifact.bytes:,} bytes, {artifact.digest})")
     for leftover in (PREPARED, RESULT):
@@ -226,7 +228,10 @@ class _Background:
             self._error = error
 
     def wait(self, stop: threading.Event, meanwhile: Callable[[], None]) -> None:
-        """Until the call returns; after a call to stop no longer than STOP_SECONDS. Raises what the call raised, InterruptedRun if it was stopped."""
+        """Until the call returns; after a call to stop no longer than STOP_SECONDS.
+
+        Raises what the call raised, and InterruptedRunError where it was stopped.
+        """
         asked: float | None = None
         while self._thread.is_alive():
             self._thread.join(timeout=0.2)
@@ -234,8 +239,8 @@ class _Background:
             if stop.is_set():
                 asked = asked or time.monotonic()
                 if time.monotonic() - asked > STOP_SECONDS:
-                    raise InterruptedRun
+                    raise InterruptedRunError
         if self._error is not None:
             if stop.is_set():
-                raise InterruptedRun from self._error
+                raise InterruptedRunError from self._error
             raise self._error

@@ -65,7 +65,7 @@ class Storage:
                 return []
             return sorted(PurePosixPath(entry["name"]).name for entry in self.fs.ls(path, detail=True) if entry["type"] == "directory")
 
-    def read_json(self, name: str) -> Any | None:
+    def read_json(self, name: str) -> Any | None:  # noqa: ANN401 - any JSON
         """The JSON value of a file; None where the file is absent or not JSON."""
         with storage_errors(self.locate(name)):
             try:
@@ -73,7 +73,7 @@ class Storage:
             except (FileNotFoundError, ValueError):
                 return None
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """Replace a file whole: a reader sees the old one or the new one."""
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
         with storage_errors(self.locate(name)):

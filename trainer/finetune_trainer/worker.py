@@ -1,4 +1,4 @@
-"""This process among those that train together. The loop sees nothing else of how they are connected."""
+"""One process among those that train together. The loop sees nothing else of how they are connected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

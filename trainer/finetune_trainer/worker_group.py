@@ -23,6 +23,7 @@ from finetune_trainer.storage import storage_at
 if TYPE_CHECKING:
     import torch
 
+    from finetune_trainer.progress import WorkerProgress
     from finetune_trainer.worker import Worker
 
 MAX_FAILURES = 3
@@ -58,10 +59,10 @@ def fit(compute: Compute, nodes: int, config: dict[str, Any], name: str, scratch
     trainer.fit()
 
 
-class EndOnFinalError(UserCallback):
+class EndOnFinalError(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Ends the run at an error that starting again cannot mend. Ray Train itself would try it again whatever it is."""
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Raise the first such error: an error of a callback ends the run."""
         for error in worker_exceptions.values():
             if is_final(error):
@@ -74,7 +75,7 @@ class _Following:
 
     stop_requested: bool = False
 
-    def post(self, progress: Any) -> None:
+    def post(self, progress: "WorkerProgress") -> None:
         """Nobody is told."""
 
 
@@ -113,7 +114,7 @@ def cache_folder(environment: Environment, job_uid: str) -> Path:
 
 
 def _this_worker() -> "Worker":
-    """This process in Ray's worker group."""
+    """The process as a part of Ray's worker group."""
     import torch.distributed
 
     from finetune_trainer.worker import Worker

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-
-from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, Report
+from peft import PeftModel
 from tests.integration.trainer.harness import Pods
 from tests.tiny_llama import make_tiny_llama, write_questions
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, Report
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -100,9 +102,6 @@ def test_a_job_goes_all_the_way(undisturbed: tuple[Pods, Report]) -> None:
 
 def test_the_adapter_is_what_peft_loads(inputs: Path, undisturbed: tuple[Pods, Report]) -> None:
     """The validation loss, worked out with nothing but transformers and peft, is the one in the report."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     _, report = undisturbed
     folder = report.artifacts[0].uri.removeprefix("file://")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -120,7 +119,7 @@ def test_the_adapter_is_what_peft_loads(inputs: Path, undisturbed: tuple[Pods, R
         count += len(completion)
     assert total / count == pytest.approx(losses(report)["validation/loss after"], abs=1e-4)
     card = Path(folder, "README.md").read_text()
-    assert "library_name: \"peft\"" in card
+    assert 'library_name: "peft"' in card
     assert f"{losses(report)['test/loss after']:.4f}" in card
 
 
@@ -201,8 +200,6 @@ def test_bad_data_costs_no_worker(inputs: Path, tmp_path: Path) -> None:
 
 def test_an_error_that_starting_again_cannot_mend_is_not_tried_again(inputs: Path, tmp_path: Path) -> None:
     """Weights that are no numbers are found by the workers. Ray Train would start them four times."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(inputs / "model")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))

@@ -1,6 +1,7 @@
 """Checkpoints: whole and proven, or not taken. Every kind of damage is done to the files themselves."""
 
 import errno
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,9 @@ def storage_in(folder: Path) -> Storage:
 
 def state_at(step: int) -> TrainingState:
     weights = torch.arange(12, dtype=torch.float32).reshape(3, 4) + step
-    return TrainingState(step, 100 * step, {"layer.weight": weights}, {"layer.weight/exp_avg": weights / 3, "layer.weight/step": torch.tensor(float(step))})
+    return TrainingState(
+        step, 100 * step, {"layer.weight": weights}, {"layer.weight/exp_avg": weights / 3, "layer.weight/step": torch.tensor(float(step))}
+    )
 
 
 @pytest.fixture
@@ -150,8 +153,6 @@ def test_a_full_disk_keeps_what_was_there(storage: Storage, monkeypatch: pytest.
 
 
 def test_the_manifest_lists_what_sha256sum_says(storage: Storage) -> None:
-    import hashlib
-
     checkpoint.save(storage, state_at(3), CONFIG, keep=1)
     folder = Path(storage.root) / "step-00000003"
     manifest = json.loads((folder / "manifest.json").read_text())

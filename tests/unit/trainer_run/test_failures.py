@@ -7,6 +7,7 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError
 from ray.train import TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from finetune_api.reasons import ADVICE, Reason
 from finetune_trainer.errors import JobError
@@ -15,8 +16,6 @@ from finetune_trainer.failures import MESSAGE_LIMIT, failure_from, is_final, scr
 
 def from_worker(error: Exception) -> TrainingFailedError:
     """As Ray Train raises it on the head: the workers' exceptions by rank, each with its traceback as text."""
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-
     wrapped = UserExceptionWithTraceback(error, "Traceback: ...")
     group = WorkerGroupError("rank 1 failed", {1: wrapped})
     return pickle.loads(pickle.dumps(group))  # noqa: S301 - it crosses processes
@@ -44,13 +43,9 @@ def test_each_error_has_its_reason_wherever_it_was_raised(error: Exception, reas
 
 
 def test_what_an_error_was_raised_from_counts() -> None:
-    try:
-        try:
-            raise JobError(Reason.MODEL_NOT_FOUND, "hf://a/b")
-        except JobError as cause:
-            raise RuntimeError("while doing something") from cause
-    except RuntimeError as error:
-        assert failure_from(error, "Prepare").message == "hf://a/b"
+    error = RuntimeError("while doing something")
+    error.__cause__ = JobError(Reason.MODEL_NOT_FOUND, "hf://a/b")
+    assert failure_from(error, "Prepare").message == "hf://a/b"
 
 
 def test_an_unknown_error_shows_its_kind_and_last_line() -> None:

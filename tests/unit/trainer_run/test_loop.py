@@ -11,10 +11,12 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
+from tests.tiny_llama import make_tiny_llama
+from transformers import AutoModelForCausalLM
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
-from finetune_trainer import checkpoint
+from finetune_trainer import checkpoint, loop
 from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.errors import JobError
 from finetune_trainer.loop import CHECKPOINTS, Task, train
@@ -24,7 +26,6 @@ from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.sources import Mounts
 from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
-from tests.tiny_llama import make_tiny_llama
 
 CONFIG = {"data": {"digest": "sha256:1"}}
 CPU = torch.device("cpu")
@@ -120,8 +121,6 @@ def test_it_learns_and_leaves_the_result(files: ModelFiles, tmp_path: Path) -> N
 
 def test_the_baseline_is_the_loss_of_the_model_as_it_came(files: ModelFiles, tmp_path: Path) -> None:
     """Worked out with transformers alone, one example at a time."""
-    from transformers import AutoModelForCausalLM
-
     run(files, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(files.folder).eval()
     total = count = 0.0
@@ -218,8 +217,6 @@ def test_two_workers_come_to_what_one_does(files: ModelFiles, tmp_path: Path, ba
 
 
 def test_a_loss_that_is_no_number_ends_it_with_the_step(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer import loop
-
     taken = []
 
     class BreaksAtTheFourth:
@@ -240,8 +237,6 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step(files: ModelFiles, tmp_p
 def test_a_preemption_saves_a_checkpoint_once_and_the_training_goes_on(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune_trainer import loop
-
     monkeypatch.setattr(loop, "PREEMPTION_SECONDS", 0.0)
     asked = []
 
@@ -251,7 +246,9 @@ def test_a_preemption_saves_a_checkpoint_once_and_the_training_goes_on(
 
     saved: list[int] = []
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda storage, state, *args, **kwargs: (saved.append(state.step), save(storage, state, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        checkpoint, "save", lambda storage, state, *args, **kwargs: (saved.append(state.step), save(storage, state, *args, **kwargs))[1]
+    )
     assert run(files, tmp_path, worker=Worker(preempted=preempted), epochs=2)
     total = saved[-1]
     assert saved == sorted({3, 4, *range(3, total, 3), total})

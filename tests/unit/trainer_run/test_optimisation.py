@@ -8,6 +8,7 @@ import torch
 
 from finetune_api.v1alpha1 import Training
 from finetune_trainer.optimisation import Gradients, adamw, learning_rate, load_moments, moments_of, step_seed
+from finetune_trainer.worker import Worker
 
 
 def training(**fields: Any) -> Training:
@@ -49,7 +50,9 @@ def test_backward_fills_the_buffers() -> None:
     named = two_parameters()
     gradients = Gradients([parameter for _, parameter in named], torch.device("cpu"))
     (named[0][1].sum() * 2 + named[1][1].sum().float() * 3).backward()
-    assert [buffer.tolist() for buffer in gradients.buffers] == [[2.0] * 6 + [0.0] * 3, [3.0] * 4]
+    summed: list[list[float]] = []
+    gradients.sum_over(Worker(all_reduce=lambda tensor: summed.append(tensor.tolist())))
+    assert summed == [[2.0] * 6 + [0.0] * 3, [3.0] * 4]
     gradients.zero()
     assert named[0][1].grad is not None
     assert named[0][1].grad.abs().sum() == 0

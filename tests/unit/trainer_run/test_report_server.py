@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.integration.trainer.harness import free_ports
 
 from finetune_api.status import Metric, Progress
 from finetune_trainer.progress import ProgressSender, WorkerProgress
 from finetune_trainer.report import Reporter, ReportServer
-from tests.integration.trainer.harness import free_ports
 
 TOKEN = "secret-of-this-attempt"
 
@@ -37,9 +37,9 @@ class Head:
     def call(self, path: str, *, token: str | None = TOKEN, body: Any = None) -> tuple[int, str]:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=headers, method="GET" if data is None else "PUT")
+        request = urllib.request.Request(self.url + path, data=data, headers=headers, method="GET" if data is None else "PUT")  # noqa: S310 - http always
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

@@ -1,0 +1,120 @@
+"""s3:// by pyarrow's client against an S3 of the tests' own."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tenacity
+from fake_s3 import FakeS3
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import DataSource, ModelSource, Output, SecretReference
+from finetune_trainer import sources
+from finetune_trainer.data.examples import Prepared, digest_of, join, open_prepared, write_prepared
+from finetune_trainer.data.rows import Row, read_rows
+from finetune_trainer.errors import JobError
+from finetune_trainer.model_files import fetch_model
+from finetune_trainer.sources import Mounts, files_under, resolve_data, resolve_storage
+from finetune_trainer.storage import MANIFEST, storage_at
+
+SECRET = SecretReference(name="s3")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+    server = FakeS3()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(sources, "RETRY_WAIT", tenacity.wait_none())
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def mounts(tmp_path: Path, s3: FakeS3) -> Mounts:
+    folder = tmp_path / "secrets" / "s3"
+    folder.mkdir(parents=True)
+    for key, value in {"accessKeyId": "id", "secretAccessKey": "hidden", "endpoint": s3.endpoint}.items():
+        (folder / key).write_text(value)
+    return Mounts(tmp_path)
+
+
+def rows(uri: str, mounts: Mounts) -> list[object]:
+    found = read_rows(resolve_data(DataSource(source=uri, secret_ref=SECRET), mounts))
+    return [row.columns["text"] if isinstance(row, Row) else str(row) for row in found]
+
+
+def test_a_file(s3: FakeS3, mounts: Mounts) -> None:
+    s3.objects["sets/train.jsonl"] = b'{"text": "a"}\n{"text": "b"}\n{'
+    problem = "the row is not JSON: Expecting property name enclosed in double quotes at column 2"
+    assert rows("s3://bucket/sets/train.jsonl", mounts) == ["a", "b", f"s3://bucket/sets/train.jsonl, line 3: {problem}"]
+
+
+def test_a_folder(s3: FakeS3, mounts: Mounts) -> None:
+    s3.objects |= {"sets/b.jsonl": b'{"text": "b"}', "sets/a/c.jsonl": b'{"text": "c"}', "sets/_SUCCESS": b"", "other.jsonl": b"{}"}
+    assert rows("s3://bucket/sets", mounts) == ["c", "b"]
+
+
+def test_what_is_not_there(s3: FakeS3, mounts: Mounts) -> None:
+    for uri in ("s3://bucket/no.jsonl", "s3://other/no.jsonl"):
+        with pytest.raises(JobError, match=f"{uri} does not exist") as caught:
+            rows(uri, mounts)
+        assert caught.value.reason == Reason.DATASET_NOT_FOUND
+
+
+def test_keys_that_are_not_accepted(s3: FakeS3, mounts: Mounts) -> None:
+    (mounts.root / "secrets" / "s3" / "accessKeyId").write_text("stranger")
+    with pytest.raises(JobError) as caught:
+        rows("s3://bucket/no.jsonl", mounts)
+    assert caught.value.reason == Reason.AUTHENTICATION_FAILED
+    assert "hidden" not in caught.value.message
+
+
+def test_prepared_data(s3: FakeS3, mounts: Mounts, tmp_path: Path) -> None:
+    train = join([(np.arange(5, dtype=np.int32), np.ones(5, np.bool_))])
+    prepared = Prepared(train, train, None, 0, digest_of({"train": train, "validation": train}))
+    folder = resolve_storage(Output(storage="s3://bucket/out", secret_ref=SECRET), mounts).child("prepared")
+    write_prepared(prepared, folder)
+    assert "out/prepared/prepared.json" in s3.objects
+    read = open_prepared(folder, tmp_path / "cache")
+    assert digest_of(read.splits()) == prepared.digest
+    assert files_under(folder)[0].uri == "s3://bucket/out/prepared/prepared.json"
+
+
+def test_a_model(s3: FakeS3, mounts: Mounts, tmp_path: Path, model_folder: Path) -> None:
+    s3.objects |= {f"models/tiny/{path.name}": path.read_bytes() for path in model_folder.iterdir()}
+    s3.objects["models/tiny/runs/pytorch_model.bin"] = b"pickle"
+    source = ModelSource(source="s3://bucket/models/tiny", secret_ref=SECRET)
+    head = fetch_model(source, mounts, tmp_path / "head", weights=False)
+    assert head.weights == ("model.safetensors",)
+    assert not (head.folder / "model.safetensors").exists()
+    worker = fetch_model(source, mounts, tmp_path / "worker", weights=True)
+    assert worker.revision == head.revision
+    assert (worker.folder / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+    assert not list(worker.folder.glob(".*.part"))
+
+
+def test_the_output_storage(s3: FakeS3, mounts: Mounts, tmp_path: Path) -> None:
+    """What checkpoints and publishing do: a folder is there with its manifest, and only with it."""
+    storage = storage_at(resolve_storage(Output(storage="s3://bucket/out", secret_ref=SECRET), mounts))
+    storage.check_writable()
+    storage.write_json("report.json", {"a": 1})
+    assert storage.read_json("report.json") == {"a": 1}
+    assert storage.read_json("other.json") is None
+    for text in ("first", "second"):
+        with storage.new_folder("checkpoints/step-1") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "state.safetensors").write_text(text)
+            (folder / MANIFEST).write_text("{}")
+    assert storage.folders("checkpoints") == ["step-1"]
+    with storage.folder("checkpoints/step-1") as copy:
+        assert (copy / "sub" / "state.safetensors").read_text() == "second"
+    storage.set_aside("checkpoints/step-1", "checkpoints/damaged-1")
+    assert not storage.exists(f"checkpoints/step-1/{MANIFEST}")
+    storage.remove("checkpoints/step-1")
+    assert storage.folders("checkpoints") == []
+    assert {key for key in s3.objects if not key.endswith("/")} == {"out/report.json"}

@@ -46,6 +46,7 @@ class StatusModel(BaseModel):
         validate_by_alias=True,
         validate_by_name=True,
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
     def to_json(self) -> dict[str, Any]:

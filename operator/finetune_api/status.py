@@ -1,8 +1,10 @@
 """The status of a FineTuneJob: everything `kubectl get` shows stands here. Times are RFC 3339 in UTC, durations seconds, sizes bytes."""
 
+import re
+from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from finetune_api.fields import StatusModel
 
@@ -11,8 +13,25 @@ TEXT_MAX = 1024
 Text = Annotated[str, Field(max_length=TEXT_MAX)]
 Name = Annotated[str, Field(max_length=253)]
 Uri = Annotated[str, Field(max_length=2048)]
-Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
-Count = Annotated[int, Field(ge=0)]
+
+
+def _time(value: str) -> str:
+    """The API server checks the form, and would refuse the whole status for one wrong time in a trainer's report."""
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", value):
+        raise ValueError("a time must be as in 2026-01-31T12:00:00Z")
+    datetime.fromisoformat(value)
+    return value
+
+
+def _count(value: int) -> int:
+    """The API server knows 64 bits; half of them leave room for sums."""
+    if value >= 2**53:
+        raise ValueError("a count must be smaller than 2**53")
+    return value
+
+
+Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"}), AfterValidator(_time)]
+Count = Annotated[int, Field(ge=0), AfterValidator(_count)]
 
 Phase = Literal["Pending", "Queued", "Preparing", "Training", "Evaluating", "Publishing", "Suspended", "Complete", "Failed"]
 StageName = Literal["Prepare", "Train", "Evaluate", "Publish"]

@@ -1,10 +1,13 @@
 """Raw objects as plain values. The messages are those of the kubelet and the scheduler."""
 
+import json
+
 import pytest
 from tests.builders import T0, UID, at, make_pod, make_report, raw_job, raw_pod, terminated
 
 from finetune_api import LABEL_ATTEMPT
-from finetune_api.report import termination_message
+from finetune_api.report import parse_report, termination_message
+from finetune_api.status import Metric, Stage, Usage
 from finetune_operator.observed import Observed, job_from, observe, pod_from
 
 UNSCHEDULABLE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
@@ -119,6 +122,26 @@ def test_the_last_word_of_a_head_outlives_it() -> None:
 def test_a_termination_message_that_is_a_log_is_no_report() -> None:
     head = make_pod(phase="Failed", containerStatuses=terminated(1, message="Traceback (most recent call last):"))
     assert Observed((head,)).report_of(UID, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ('"value":1.5', '"value":NaN'),
+        ('"value":1.5', '"value":1e999'),
+        ('"trainedTokens":7', '"trainedTokens":99999999999999999999'),
+        ("2026-01-01T00:00:00Z", "yesterday"),
+        ("2026-01-01T00:00:00Z", "2026-13-41T00:00:00Z"),
+    ],
+)
+def test_a_report_that_the_api_server_would_refuse_as_a_status_is_no_report(right, wrong) -> None:
+    """The head is a tenant's pod: what it says must not keep the operator from writing the status."""
+    stage = Stage(name="Train", state="Running", start_time="2026-01-01T00:00:00Z")
+    report = make_report(metrics=(Metric(name="train/loss", value=1.5),), usage=Usage(trained_tokens=7), stages=(stage,))
+    text = json.dumps(report.to_json(), separators=(",", ":"))
+    assert right in text
+    assert parse_report(text) == report
+    assert parse_report(text.replace(right, wrong)) is None
 
 
 def test_a_job_tells_what_is_wrong_with_its_spec_by_field() -> None:

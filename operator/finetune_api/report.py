@@ -1,6 +1,7 @@
 """What the trainer tells the operator: served by the head at GET /report, and at the end as the termination message and report.json."""
 
 import json
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -76,12 +77,20 @@ def parse_report(text: str | bytes) -> Report | None:
 
 
 def termination_message(report: Report) -> str:
-    """The report within the kubelet's limit: what report.json in the storage also says is left out first."""
+    """The report within the kubelet's limit: what report.json in the storage also says is left out first, then words of the failure."""
     for dropped in ((), ("metrics",), ("metrics", "stages"), ("metrics", "stages", "progress", "usage", "resolved"), _ALL_OPTIONAL):
-        text = json.dumps({key: value for key, value in report.to_json().items() if key not in dropped}, separators=(",", ":"))
+        text = _json_without(report, dropped)
         if len(text.encode()) <= TERMINATION_MESSAGE_BYTES:
             return text
-    return text
+    shorter = report.failure and report.failure.model_copy(update={"message": report.failure.message[:_FEW_CHARACTERS], "hint": None})
+    return _json_without(report.model_copy(update={"failure": shorter}), _ALL_OPTIONAL)
 
 
+def _json_without(report: Report, dropped: Collection[str]) -> str:
+    fields = {key: value for key, value in report.to_json().items() if key not in dropped}
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+
+
+_FEW_CHARACTERS = 500
+"""Of a failure's message, where it is too long in bytes: a character takes up to four, and up to six in JSON."""
 _ALL_OPTIONAL = ("metrics", "stages", "progress", "usage", "resolved", "data", "checkpoints", "evaluation", "artifacts", "message")

@@ -1,0 +1,138 @@
+"""Publishing: what stands in the folder, whose it is, and that doing it twice changes nothing."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from fsspec.implementations.local import LocalFileSystem
+
+from finetune_api.reasons import Reason
+from finetune_api.status import Resolved
+from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation import compare
+from finetune_trainer.export import Publication, check_free, publish
+from finetune_trainer.methods.method import BaseModel
+from finetune_trainer.model_card import model_card
+from finetune_trainer.result import Result, read_result, write_result
+from finetune_trainer.storage import Storage
+
+CONFIG = {"data": {"digest": "sha256:d"}}
+RESOLVED = Resolved(model_revision="c0ffee", data_digest="sha256:d", config_digest="sha256:c")
+
+
+class Tokenizer:
+    """Stands for a transformers tokenizer: all that publishing asks of one."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def job(name: str = "bot", uid: str = "u1", method: dict[str, Any] | None = None) -> FineTuneJob:
+    spec = {
+        "model": {"source": "hf://owner/base"},
+        "data": {"train": {"source": "pvc://data/train.jsonl"}},
+        "method": method or {"lora": {"rank": 8}},
+        "output": {"storage": "pvc://models/bot"},
+    }
+    metadata = {"name": name, "namespace": "team", "uid": uid}
+    return parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec})
+
+
+def publication(own: Storage, *, kind: Literal["adapter", "model"] = "adapter", **of_job: Any) -> Publication:
+    """A publication whose result the workers have left."""
+
+    def export(folder: Path) -> Literal["adapter", "model"]:
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        (folder / "README.md").write_text("peft's own card")
+        return kind
+
+    result = Result(
+        steps=10, trained_tokens=1000, before={"validation": 2.0, "test": 3.0}, after={"validation": 1.0, "test": 1.5}, config=CONFIG
+    )
+    write_result(own, result, export)
+    left = read_result(own, CONFIG)
+    assert left is not None
+    base = BaseModel("owner/base", "c0ffee", "bfloat16")
+    return Publication(job(**of_job), base, Tokenizer(), left, RESOLVED, compare(left.before, left.after))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(LocalFileSystem(), str(tmp_path / "out"), "pvc://models/bot")
+
+
+def test_the_folder_holds_weights_tokenizer_card_and_evidence(storage: Storage, tmp_path: Path) -> None:
+    artifact = publish(publication(storage.at("own")), storage, storage.at("own"))
+    folder = tmp_path / "out" / "adapter"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_model.safetensors", "manifest.json", "tokenizer.json"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["job"] == {"namespace": "team", "name": "bot", "uid": "u1"}
+    assert manifest["resolved"]["dataDigest"] == "sha256:d"
+    assert (artifact.kind, artifact.uri) == ("adapter", "pvc://models/bot/adapter")
+    assert artifact.bytes == sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
+    assert read_result(storage.at("own"), CONFIG) is not None, "what the workers left must stay whole until the job is done"
+
+
+def test_publishing_again_changes_nothing(storage: Storage, tmp_path: Path) -> None:
+    own = storage.at("own")
+    first = publish(publication(own), storage, own)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "adapter").iterdir()}
+    assert publish(publication(own), storage, own) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "adapter").iterdir()} == before
+
+
+def test_a_later_job_of_the_same_name_replaces_its_own(storage: Storage) -> None:
+    own = storage.at("own")
+    publish(publication(own), storage, own)
+    check_free(storage, job(uid="u2"))
+    publish(publication(own, uid="u2"), storage, own)
+    assert storage.read_json("adapter/manifest.json")["job"]["uid"] == "u2"  # type: ignore[index]
+
+
+def test_another_jobs_result_is_not_overwritten(storage: Storage) -> None:
+    publish(publication(storage.at("own")), storage, storage.at("own"))
+    with pytest.raises(JobError, match="the result of the job team/bot") as caught:
+        check_free(storage, job(name="other"))
+    assert caught.value.reason == Reason.INVALID_SPEC
+    check_free(storage, job(name="other", method={"full": {}}))
+
+
+def test_files_of_people_are_not_overwritten(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    with pytest.raises(JobError, match="files that no job published"):
+        check_free(storage, job())
+
+
+def test_a_result_of_another_configuration_or_not_whole_is_none(storage: Storage, tmp_path: Path) -> None:
+    own = storage.at("own")
+    publication(own)
+    assert read_result(own, {"data": {"digest": "sha256:other"}}) is None
+    (tmp_path / "out" / "own" / "result" / "adapter_model.safetensors").write_bytes(b"weight5")
+    assert read_result(own, CONFIG) is None
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_the_card_is_what_the_hub_reads(storage: Storage, kind: Literal["adapter", "model"]) -> None:
+    given = publication(storage.at("own"), kind=kind, method={"lora": {"rank": 8}} if kind == "adapter" else {"full": {}})
+    card = model_card(given.job, given.base, given.result, given.resolved, given.evaluation)
+    _, head, body = card.split("---\n", 2)
+    metadata = yaml.safe_load(head)
+    assert metadata["base_model"] == "owner/base"
+    assert metadata["base_model_relation"] == ("adapter" if kind == "adapter" else "finetune")
+    assert metadata["library_name"] == ("peft" if kind == "adapter" else "transformers")
+    measures = {measure["name"]: measure["value"] for measure in metadata["model-index"][0]["results"][0]["metrics"]}
+    # The perplexity is e to the power of the loss.
+    assert measures == {"validation/loss": 1.0, "validation/perplexity": 2.718282, "test/loss": 1.5, "test/perplexity": 4.481689}
+    assert "| test/loss | 3.0000 | 1.5000 |" in body
+    assert "revision='c0ffee'" in body if kind == "adapter" else "AutoModelForCausalLM" in body
+    snippet = body.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+
+
+def test_a_loss_too_large_for_a_perplexity_has_none() -> None:
+    results = {result.metric: result for result in compare({"validation": 1e6}, {"validation": 0.0}).results}
+    assert results["validation/perplexity"].baseline is None
+    assert results["validation/perplexity"].value == 1.0

@@ -1,0 +1,106 @@
+"""What the head makes of the workers' progress."""
+
+import threading
+
+import pytest
+
+from finetune_api.report import Report
+from finetune_api.status import CheckpointRef, Metric, Progress
+from finetune_trainer.console import Console, duration, progress_line
+from finetune_trainer.following import Following
+from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.report import Reporter
+
+
+class Head:
+    """A head without server and workers."""
+
+    def __init__(self) -> None:
+        self.reporter = Reporter("u", 2, clock=lambda: "t")
+        self.stop = threading.Event()
+        self.following = Following(self.reporter, Console(), self.stop)
+        self.reporter.start_stage("Train", "waiting", workers_wanted=2)
+
+    @property
+    def report(self) -> Report:
+        return self.reporter.report
+
+    def hear(self, group: str, start: int, step: int, **more: object) -> bool:
+        return self.following.take(WorkerProgress(group=group, start_step=start, step=step, total_steps=200, **more))  # type: ignore[arg-type]
+
+
+def test_progress_becomes_the_report_without_a_new_revision() -> None:
+    head = Head()
+    before = head.report.revision
+    checkpoint = CheckpointRef(step=50, uri="pvc://a/b")
+    loss = Metric(name="train/loss", value=1.5, step=51)
+    assert head.hear("a", 0, 51, epoch=0.5, tokens_per_second=100.0, eta_seconds=9, metrics=(loss,), checkpoint=checkpoint) is False
+    assert head.report.revision == before
+    progress = head.report.progress
+    assert progress is not None
+    assert (progress.percent, progress.step, progress.total_steps, progress.epoch, progress.eta_seconds) == (25, 51, 200, 0.5, 9)
+    assert head.report.metrics == (loss,)
+    assert head.report.checkpoints is not None
+    assert head.report.checkpoints.latest == checkpoint
+    assert head.report.message == "step 51 of 200"
+
+
+def test_a_new_group_that_goes_on_from_a_checkpoint_has_lost_what_came_after_it() -> None:
+    head = Head()
+    head.hear("a", 0, 57, trained_tokens=570)
+    head.hear("b", 50, 50)
+    head.hear("b", 50, 62, trained_tokens=120)
+    head.hear("c", 60, 60)
+    assert head.report.lost_steps == 7 + 2
+    assert head.report.resumed_step is None
+    assert head.report.usage is not None
+    assert head.report.usage.trained_tokens == 570 + 120
+
+
+def test_an_attempt_that_goes_on_counts_what_the_one_before_lost() -> None:
+    head = Head()
+    head.following.begin(Report(job_uid="u", attempt=1, progress=Progress(step=83, total_steps=200)))
+    head.hear("a", 80, 81)
+    assert (head.report.resumed_step, head.report.lost_steps) == (80, 3)
+
+
+def test_workers_that_still_load_change_nothing() -> None:
+    head = Head()
+    head.following.take(WorkerProgress(group="a"))
+    assert head.report.resumed_step is None
+    assert head.report.lost_steps == 0
+
+
+def test_evaluation_is_a_stage_once() -> None:
+    head = Head()
+    head.hear("a", 0, 200, stage="Evaluate", message="measuring")
+    revision = head.report.revision
+    assert [stage.state for stage in head.report.stages] == ["Succeeded", "Succeeded", "Running", "Pending"]
+    assert head.report.workers_wanted == 2
+    head.hear("a", 0, 200, stage="Evaluate", message="measured")
+    assert head.report.revision == revision
+
+
+def test_the_call_to_stop_is_passed_on() -> None:
+    head = Head()
+    head.stop.set()
+    assert head.hear("a", 0, 1) is True
+
+
+def test_metrics_of_earlier_progress_stay() -> None:
+    head = Head()
+    head.hear("a", 0, 10, metrics=(Metric(name="validation/loss", value=2.0, step=10),))
+    head.hear("a", 0, 11, metrics=(Metric(name="train/loss", value=1.0, step=11),))
+    assert {metric.name: metric.value for metric in head.report.metrics} == {"validation/loss": 2.0, "train/loss": 1.0}
+
+
+def test_the_line_for_people() -> None:
+    progress = Progress(step=120, total_steps=600, tokens_per_second=2310.4, eta_seconds=180)
+    metrics = {"train/loss": 1.2345, "train/learningRate": 1.8e-4}
+    assert progress_line(progress, metrics) == "step 120/600  loss 1.234  lr 1.8e-04  2,310 tok/s  eta 3 min"
+    assert progress_line(Progress(step=0, total_steps=600), {}) == "step 0/600"
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (7500, "2 h 5 min")])
+def test_a_time_as_people_say_it(seconds: int, words: str) -> None:
+    assert duration(seconds) == words

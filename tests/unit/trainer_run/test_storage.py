@@ -1,0 +1,128 @@
+"""A name in the storage is complete or not there, on a file system and in an object store."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from finetune_api.reasons import Reason
+from finetune_trainer.errors import JobError
+from finetune_trainer.storage import Storage
+
+
+@pytest.fixture(params=["file system", "object store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """fsspec's memory file system stands for an object store: files only, and no rename of folders."""
+    if request.param == "file system":
+        return Storage(LocalFileSystem(), str(tmp_path / "root"), f"file://{tmp_path}/root")
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    return Storage(MemoryFileSystem(), "/bucket/root", "s3://bucket/root")
+
+
+def fill(storage: Storage, name: str, text: str) -> None:
+    with storage.new_folder(name) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text(text)
+        (folder / "manifest.json").write_text(json.dumps({"text": text}))
+
+
+def test_a_new_folder_is_there_when_it_is_left(storage: Storage) -> None:
+    fill(storage, "a/b", "one")
+    assert storage.folders("a") == ["b"]
+    assert storage.read_json("a/b/manifest.json") == {"text": "one"}
+    with storage.folder("a/b") as folder:
+        assert (folder / "sub" / "file").read_text() == "one"
+    assert storage.locate("a/b").endswith("root/a/b")
+
+
+def test_a_folder_is_replaced_whole(storage: Storage) -> None:
+    fill(storage, "adapter", "one")
+    fill(storage, "adapter", "two")
+    assert storage.read_json("adapter/manifest.json") == {"text": "two"}
+    assert storage.folders() == ["adapter"]
+
+
+def test_a_folder_that_was_not_finished_is_not_there(storage: Storage) -> None:
+    fill(storage, "adapter", "one")
+
+    def fill_half() -> None:
+        with storage.new_folder("adapter") as folder:
+            (folder / "manifest.json").write_text("{}")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fill_half()
+    assert storage.read_json("adapter/manifest.json") == {"text": "one"}
+    assert storage.folders() == ["adapter"]
+
+
+def test_in_an_object_store_the_manifest_comes_last_and_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    MemoryFileSystem.store.clear()
+    storage = Storage(MemoryFileSystem(), "/bucket/root", "s3://bucket/root")
+    fill(storage, "adapter", "one")
+    put: list[str] = []
+
+    def cut(local: str, remote: str, **_: object) -> None:
+        put.append(remote)
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(storage.fs, "put_file", cut)
+    with pytest.raises(JobError, match="reset") as caught:
+        fill(storage, "adapter", "two")
+    assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
+    assert put == ["/bucket/root/adapter/sub/file"]
+    assert storage.read_json("adapter/manifest.json") is None
+
+
+def test_a_file_is_replaced_whole(storage: Storage) -> None:
+    assert storage.read_json("report.json") is None
+    storage.write_json("report.json", {"a": 1})
+    storage.write_json("report.json", {"a": 2})
+    assert storage.read_json("report.json") == {"a": 2}
+
+
+def test_what_is_no_json_is_not_there(storage: Storage) -> None:
+    storage.fs.makedirs(storage.root, exist_ok=True)
+    storage.fs.pipe_file(f"{storage.root}/report.json", b'{"a": ')
+    assert storage.read_json("report.json") is None
+
+
+def test_what_is_set_aside_counts_no_more(storage: Storage) -> None:
+    fill(storage, "step-1", "one")
+    storage.set_aside("step-1", "damaged-step-1")
+    assert storage.read_json("step-1/manifest.json") is None
+
+
+def test_removed_is_removed_and_twice_is_fine(storage: Storage) -> None:
+    fill(storage, "step-1", "one")
+    storage.remove("step-1")
+    storage.remove("step-1")
+    assert storage.folders() == []
+
+
+def test_a_writable_storage_passes_and_keeps_nothing(storage: Storage) -> None:
+    storage.check_writable()
+    assert not storage.exists(".finetune/.writable")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, Reason.STORAGE_FULL),
+        (errno.EROFS, Reason.STORAGE_UNAVAILABLE),
+        (errno.EACCES, Reason.STORAGE_UNAVAILABLE),
+    ],
+)
+def test_a_storage_that_cannot_be_written_says_why(storage: Storage, monkeypatch: pytest.MonkeyPatch, number: int, reason: Reason) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, "refused by the test")
+
+    monkeypatch.setattr(storage.fs, "pipe_file", refuse)
+    with pytest.raises(JobError) as caught:
+        storage.check_writable()
+    assert caught.value.reason == reason
+    assert storage.uri in caught.value.message

@@ -32,7 +32,8 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 demo: install  ## tune the quickstart's model on this machine and ask it three questions, before and after
-	@$(BIN)/python examples/demo.py
+	$(BIN)/finetune local examples/quickstart.yaml --claim quickstart/models=examples/models --config-map support-data=examples/data/support
+	$(BIN)/python examples/ask.py --base examples/models/tiny-llama --adapter examples/.finetune/claims/quickstart/out/adapter
 
 test: install  ## all tests that this machine can run; says what it left out and why
 	$(BIN)/python -m pytest -m 'not cluster'
@@ -60,4 +61,4 @@ bench: $(VENV)/.bench  ## measure: trainer beside TRL, API writes per job, opera
 	$(BIN)/python -m tests.bench
 
 clean:  ## remove the virtual environment and what runs left here
-	rm -rf $(VENV) .finetune .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .finetune examples/.finetune examples/*.status.yaml .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

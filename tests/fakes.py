@@ -166,6 +166,7 @@ class FakeKubelet:
     """Each step that was done, in order: one that was done twice stands twice."""
     _stages: dict[str, str] = field(default_factory=dict)
     _steps: dict[str, int] = field(default_factory=dict)
+    _resumed: dict[str, int] = field(default_factory=dict)
 
     def step(self) -> None:
         """Some time passes for all pods."""
@@ -194,7 +195,7 @@ class FakeKubelet:
         uid, attempt = head["metadata"]["uid"], int(head["metadata"]["labels"][LABEL_ATTEMPT])
         stage = self._stages.setdefault(uid, "Prepare")
         if uid not in self._steps:
-            self._steps[uid] = self.saved
+            self._steps[uid] = self._resumed[uid] = self.saved
         elif stage == "Prepare":
             self._stages[uid] = "Train"
         elif stage == "Train" and self._workers(attempt) >= 2:
@@ -219,6 +220,7 @@ class FakeKubelet:
     def _report(self, head: Object, **given: Any) -> None:
         meta, stage = head["metadata"], self._stages[head["metadata"]["uid"]]
         step = self._steps[meta["uid"]]
+        own = step - self._resumed[meta["uid"]]
         report = Report(
             **{
                 "job_uid": meta["labels"][LABEL_JOB_UID],
@@ -227,7 +229,7 @@ class FakeKubelet:
                 "workers_wanted": 2 if stage == "Train" else 0,
                 "message": f"step {step} of {self.total_steps}",
                 "progress": Progress(step=step, total_steps=self.total_steps, percent=100 * step // self.total_steps),
-                "usage": Usage(gpu_seconds=2.0 * step, trained_tokens=100 * step),
+                "usage": Usage(gpu_seconds=2.0 * own, trained_tokens=100 * own),
                 **given,
             }
         )

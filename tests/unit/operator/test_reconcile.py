@@ -5,7 +5,7 @@ from tests.builders import SETTINGS, UID, Clock, raw_job
 from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, drive
 
 from finetune_api.reasons import Reason
-from finetune_api.status import Failure, Status
+from finetune_api.status import Failure, Status, Usage
 from finetune_operator.reconcile import reconcile
 
 
@@ -120,40 +120,59 @@ async def test_the_whole_way_costs_few_writes() -> None:
     assert patches <= 12
 
 
-async def test_a_crash_after_any_write_does_no_harm() -> None:
-    undisturbed, kubelet = world()
-    await drive(undisturbed, kubelet)
-    for number in range(1, len(undisturbed.writes) + 1):
-        cluster, kubelet = world()
-        cluster.crash_after = number
-        await drive(cluster, kubelet)
-        assert cluster.crash_after is None, "the operator did not come as far as this write"
-        assert outcome(cluster.status) == outcome(undisturbed.status)
-        assert list(cluster.objects) == [("Pod", "bot-1-head")]
-        assert sorted(set(cluster.made)) == sorted(cluster.made), f"made twice after a crash at write {number}"
-        assert kubelet.trained == [1, 2, 3, 4]
+async def _whole_life(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
+    await drive(cluster, kubelet)
 
 
-async def test_a_crash_after_any_write_of_a_job_that_is_suspended_and_resumed() -> None:
-    async def live(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
-        await drive(cluster, kubelet, until=lambda: kubelet.trained == [1])
-        cluster.edit_spec(suspend=True)
-        await drive(cluster, kubelet)
-        assert (cluster.status.phase, cluster.objects) == ("Suspended", {})
-        cluster.edit_spec(suspend=False)
-        await drive(cluster, kubelet)
+async def _suspended_and_resumed(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
+    await drive(cluster, kubelet, until=lambda: kubelet.trained == [1])
+    cluster.edit_spec(suspend=True)
+    await drive(cluster, kubelet)
+    assert (cluster.status.phase, cluster.objects) == ("Suspended", {})
+    cluster.edit_spec(suspend=False)
+    await drive(cluster, kubelet)
 
+
+async def _fails_once(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
+    kubelet.script = {1: Failure(stage="Train", reason="GPUOutOfMemory", message="CUDA out of memory", retryable=True)}
+    await drive(cluster, kubelet)
+
+
+async def _fails_for_good(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
+    kubelet.script = {1: Failure(stage="Train", reason="TrainingDiverged", message="loss is NaN", retryable=False)}
+    await drive(cluster, kubelet)
+
+
+async def _loses_its_head(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
+    await drive(cluster, kubelet, until=lambda: kubelet.trained == [1, 2])
+    kubelet.vanish(cluster.objects["Pod", "bot-1-head"])
+    await drive(cluster, kubelet)
+
+
+LIVES = {
+    "all goes well": (_whole_life, 1, [1, 2, 3, 4]),
+    "suspended and resumed": (_suspended_and_resumed, 2, [1, 2, 3, 4]),
+    "an attempt fails": (_fails_once, 2, [1, 2, 3, 4]),
+    "the job fails": (_fails_for_good, 1, []),
+    "the head is lost": (_loses_its_head, 2, [1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize(("live", "attempts", "trained"), LIVES.values(), ids=LIVES)
+async def test_a_crash_after_any_write_does_no_harm(live, attempts, trained) -> None:
     undisturbed, kubelet = world()
     await live(undisturbed, kubelet)
-    assert undisturbed.status.attempt.number == 2
+    assert (undisturbed.status.attempt.number, kubelet.trained) == (attempts, trained)
+    assert list(undisturbed.objects) == [("Pod", f"bot-{attempts}-head")]
     for number in range(1, len(undisturbed.writes) + 1):
         cluster, kubelet = world()
         cluster.crash_after = number
         await live(cluster, kubelet)
+        assert cluster.crash_after is None, "the operator did not come as far as this write"
         assert outcome(cluster.status) == outcome(undisturbed.status), f"after a crash at write {number}"
-        assert list(cluster.objects) == [("Pod", "bot-2-head")]
-        assert sorted(set(cluster.made)) == sorted(cluster.made)
-        assert kubelet.trained == [1, 2, 3, 4]
+        assert list(cluster.objects) == list(undisturbed.objects)
+        assert sorted(set(cluster.made)) == sorted(cluster.made), f"made twice after a crash at write {number}"
+        assert kubelet.trained == trained
 
 
 async def test_a_job_that_is_suspended_after_a_crash_leaves_no_secret() -> None:
@@ -216,7 +235,8 @@ async def test_a_lost_head_costs_a_preemption_and_the_next_attempt_goes_on() -> 
     attempt = cluster.status.attempt
     assert (attempt.number, attempt.failures, attempt.preemptions, attempt.end_reason) == (2, 0, 1, "HeadLost")
     assert kubelet.trained == [1, 2, 3, 3, 4]
-    # Step 3 was paid for twice: 3 steps in attempt 1 as last reported, and steps 3 and 4 counted by attempt 2 as its own state of 4.
+    # Two steps of each attempt were reported: the first one's third went with its head.
+    assert cluster.status.usage == Usage(gpu_seconds=8.0, trained_tokens=400)
     assert list(cluster.objects) == [("Pod", "bot-2-head")]
 
 

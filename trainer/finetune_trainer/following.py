@@ -1,11 +1,11 @@
 """What the head makes of the workers' progress: the report, the lines for people, the call to stop."""
 
-import threading
 import time
 
 from finetune_api.report import Report
 from finetune_api.status import Checkpoints, Progress, Usage
 from finetune_trainer.console import Console
+from finetune_trainer.interruption import Interruption
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.report import Reporter, utc_now
 
@@ -13,8 +13,8 @@ from finetune_trainer.report import Reporter, utc_now
 class Following:
     """Follows the worker groups of one attempt. `take` is called by the HTTP server's thread, the rest by the head's main thread."""
 
-    def __init__(self, reporter: Reporter, console: Console, stop: threading.Event) -> None:
-        self._reporter, self._console, self._stop = reporter, console, stop
+    def __init__(self, reporter: Reporter, console: Console, interruption: Interruption) -> None:
+        self._reporter, self._console, self._interruption = reporter, console, interruption
         self._group: str | None = None
         self._furthest = 0
         self._lost_steps = 0
@@ -63,7 +63,7 @@ class Following:
             self._reporter.start_stage("Evaluate", progress.message, workers_wanted=self._reporter.report.workers_wanted)
         if progress.stage == "Train" and progress.step:
             self._console.progress(state, {name: metric.value for name, metric in metrics.items()})
-        return self._stop.is_set()
+        return self._interruption.requested
 
     def _begin_group(self, group: str, start_step: int) -> None:
         """Another worker group has loaded its state: what was done after the checkpoint that it goes on from is lost."""

@@ -2,11 +2,8 @@
 
 import os
 import shutil
-import signal
-import threading
 import traceback
 from pathlib import Path
-from types import FrameType
 
 from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, Outcome, Report, termination_message
 from finetune_api.status import Failure, StageName
@@ -14,9 +11,10 @@ from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.failures import failure_from, scrub
 from finetune_trainer.following import Following
+from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.ray_cluster import RayHead
 from finetune_trainer.report import Reporter, ReportServer
-from finetune_trainer.run import Attempt, InterruptedRunError, run_stages
+from finetune_trainer.run import Attempt, run_stages
 
 EXIT_CODES: dict[Outcome, int] = {"Succeeded": EXIT_SUCCEEDED, "Failed": EXIT_FAILED, "Interrupted": EXIT_INTERRUPTED}
 
@@ -32,63 +30,37 @@ def run_head(environment: Environment) -> int:
 
     scratch = scratch_folder(job.metadata.uid, environment.attempt)
     reporter = Reporter(job.metadata.uid, environment.attempt)
-    stop = threading.Event()
-    following = Following(reporter, console, stop)
+    interruption = Interruption()
+    following = Following(reporter, console, interruption)
     # Ray starts while the data is checked; it is the first child, before there are threads.
     ray_head = RayHead(environment, scratch)
-    attempt = Attempt(environment, job, reporter, console, ray_head, following, stop)
-    server = ReportServer(reporter, environment.token(), environment.report_port, following.take)
+    attempt = Attempt(environment, job, reporter, console, ray_head, following, interruption)
     try:
-        server.start()
-        listen_for_stop(attempt)
+        interruption.listen()
+        ReportServer(reporter, environment.token(), environment.report_port, following.take).start()
         console.say(f"job {job.metadata.namespace}/{job.metadata.name}, attempt {environment.attempt}")
         run_stages(attempt)
+        interruption.ignore()
         reporter.finish("Succeeded", "the result is published")
-    except (InterruptedRunError, KeyboardInterrupt):
+    except InterruptedRunError:
         reporter.finish("Interrupted", "stopped; the next attempt goes on from the last checkpoint")
     except Exception as error:
         failure = failure_from(error, running_stage(reporter.report))
         if failure.reason == "InternalError":
             console.say(scrub("".join(traceback.format_exception(error))))
         reporter.finish("Failed", failure.message, failure)
-    finally:
-        ignore_stop()
-        keep(attempt)
-        ray_head.stop()
-        console.close()
-        shutil.rmtree(scratch, ignore_errors=True)
-    return _end(environment, reporter.report, console)
-
-
-def listen_for_stop(attempt: Attempt) -> None:
-    """Hear SIGTERM and Ctrl-C: where there is nothing to save the attempt ends at once, while workers train it first has them save."""
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        attempt.stop.set()
-        if running_stage(attempt.reporter.report) == "Prepare":
-            raise InterruptedRunError
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-
-
-def ignore_stop() -> None:
-    """From now on the attempt ends anyway."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interruption.ignore()
+    attempt.keep_report()
+    console.close()
+    code = _end(environment, reporter.report, console)
+    ray_head.stop()
+    shutil.rmtree(scratch, ignore_errors=True)
+    return code
 
 
 def running_stage(report: Report) -> StageName | None:
     """The stage that runs."""
     return next((stage.name for stage in report.stages if stage.state == "Running"), None)
-
-
-def keep(attempt: Attempt) -> None:
-    """Leave the report in the storage. Where that fails, the termination message still says how it ended."""
-    try:
-        attempt.keep_report()
-    except Exception as error:
-        attempt.console.say(f"the report could not be kept in the storage: {scrub(str(error))}")
 
 
 def _end(environment: Environment, report: Report, console: Console) -> int:

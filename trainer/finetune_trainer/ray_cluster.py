@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ class RayHead:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=ray_variables(environment),
+                start_new_session=True,  # a Ctrl-C is for this process, which then says what is to be done
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - before any other thread is started
             )
 
@@ -138,13 +140,9 @@ class RayHead:
         raise JobError(Reason.INTERNAL_ERROR, f"the Ray head did not start: {' / '.join(words[-3:])}")
 
     def stop(self) -> None:
-        """End Ray's processes."""
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """End Ray's processes; the kernel ends those below. Nothing in them is worth a farewell."""
+        self._process.kill()
+        self._process.wait()
 
 
 def _end_with_parent() -> None:
@@ -153,33 +151,28 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def connect(environment: Environment) -> None:
-    """Make this process the driver of the cluster."""
+@contextmanager
+def driver(environment: Environment) -> Iterator[None]:
+    """Be the driver of the cluster. Left before the cluster ends: Ray kills a driver whose cluster is gone."""
     import ray
 
-    address = (
-        f"127.0.0.1:{environment.ray_port}" if environment.local else f"{socket.gethostbyname(socket.gethostname())}:{environment.ray_port}"
-    )
-    ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    address = "127.0.0.1" if environment.local else socket.gethostbyname(socket.gethostname())
+    ray.init(address=f"{address}:{environment.ray_port}", log_to_driver=False, logging_level="WARNING")
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def disconnect() -> None:
-    """Leave the cluster, so that workers that go from now on are no news."""
-    import ray
-
-    ray.shutdown()
-
-
-def wait_for_workers(compute: Compute, seconds: float, check: Callable[[], None], tell: Callable[[int], None]) -> int:
+def wait_for_workers(compute: Compute, seconds: float, tell: Callable[[int], None]) -> int:
     """The number of worker nodes that the training starts with: all that were asked for, or enough of them after a while.
 
-    `check` is called often and may raise; `tell` hears how many have joined. Raises JobError (WorkersLost) after `seconds` with too few.
+    `tell` hears how many have joined. Raises JobError (WorkersLost) after `seconds` with too few.
     """
     started = time.monotonic()
     enough_since: float | None = None
     joined = -1
     while True:
-        check()
         now, before = time.monotonic(), joined
         joined = sum(1 for node in _nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0)
         if joined != before:

@@ -4,21 +4,25 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.reasons import Reason
 from finetune_api.report import Report, parse_report
 from finetune_api.status import DataSummary, Resolved
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
+from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.comparison import compare
 from finetune_trainer.export import Publication, check_free, publish
+from finetune_trainer.failures import scrub
 from finetune_trainer.following import Following
+from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.manifest import digest_of
 from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.ray_cluster import RayHead, connect, disconnect, gpus_of, wait_for_workers
+from finetune_trainer.ray_cluster import RayHead, driver, gpus_of, wait_for_workers
 from finetune_trainer.report import Reporter
 from finetune_trainer.result import RESULT, Result, read_result
 from finetune_trainer.sources import Mounts, resolve_storage
@@ -36,10 +40,6 @@ STOP_SECONDS = 55.0
 """After a call to stop, the workers have so long to save a checkpoint; the operator's grace period is longer."""
 
 
-class InterruptedRunError(Exception):
-    """The head was asked to stop, and has stopped."""
-
-
 @dataclass
 class Attempt:
     """One attempt of one job, as the head sees it."""
@@ -50,7 +50,7 @@ class Attempt:
     console: Console
     ray_head: RayHead
     following: Following
-    stop: threading.Event = field(default_factory=threading.Event)
+    interruption: Interruption
 
     @property
     def mounts(self) -> Mounts:
@@ -73,13 +73,11 @@ class Attempt:
         return scratch_folder(self.job.metadata.uid, self.environment.attempt)
 
     def keep_report(self) -> None:
-        """Leave the report in the storage, for people and for the next attempt. Raises JobError."""
-        self.own.write_json(REPORT, self.reporter.report.to_json())
-
-    def check_stop(self) -> None:
-        """Raise InterruptedRunError where the head was asked to stop."""
-        if self.stop.is_set():
-            raise InterruptedRunError
+        """Leave the report in the storage, for people and for the next attempt. It is not worth failing for."""
+        try:
+            self.own.write_json(REPORT, self.reporter.report.to_json())
+        except Exception as error:
+            self.console.say(f"the report could not be kept in the storage: {scrub(str(error))}")
 
 
 @dataclass(frozen=True)
@@ -157,38 +155,42 @@ def prepare(attempt: Attempt) -> Preparation:
     attempt.reporter.update(resolved=resolved, data=data)
     counts = f"{data.train:,} examples to train on ({data.tokens:,} tokens), {data.validation:,} validation, {data.test:,} test"
     attempt.console.say(f"data {counts}, {data.rejected:,} left out")
-    attempt.check_stop()
     return Preparation(files.base, tokenizer, resolved, config)
 
 
 def train(attempt: Attempt, preparation: Preparation) -> Result:
     """Ask for workers, train on them, and have them measure before and after. Raises InterruptedRunError once a checkpoint is saved."""
-    compute, reporter = attempt.job.spec.compute, attempt.reporter
+    compute, reporter, interruption = attempt.job.spec.compute, attempt.reporter, attempt.interruption
     reporter.start_stage("Train", "waiting for the workers", workers_wanted=compute.workers.max)
     from finetune_trainer.worker_group import fit  # while the workers start: torch and Ray Train take seconds to import
 
     attempt.ray_head.wait_ready()
-    connect(attempt.environment)
-    nodes = wait_for_workers(
-        compute,
-        attempt.job.spec.pre_running_deadline_seconds,
-        attempt.check_stop,
-        lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
-    )
-    attempt.following.workers_joined(nodes * gpus_of(compute))
-    config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
-    run = _Background(lambda: fit(compute, nodes, config, f"attempt-{attempt.environment.attempt}", attempt.scratch))
-    run.wait(attempt.stop, _Periodically(KEEP_SECONDS, attempt.keep_report))
-    attempt.following.workers_released()
-    disconnect()
+    with driver(attempt.environment):
+        interruption.listen()
+        nodes = wait_for_workers(
+            compute,
+            attempt.job.spec.pre_running_deadline_seconds,
+            lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
+        )
+        # From here on there is something to save: the workers hear of a call to stop with their next progress.
+        interruption.at_once = False
+        attempt.following.workers_joined(nodes * gpus_of(compute))
+        config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
+        run = _Background(lambda: fit(compute, nodes, config, f"attempt-{attempt.environment.attempt}", attempt.scratch))
+        try:
+            run.wait(interruption, _Periodically(KEEP_SECONDS, attempt.keep_report))
+        finally:
+            attempt.following.workers_released()
     result = read_result(attempt.own, preparation.config)
     if result is None:
-        raise InterruptedRunError
+        interruption.check()
+        raise JobError(Reason.EVALUATION_FAILED, f"{attempt.own.locate(RESULT)} is not whole")
     return result
 
 
 def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -> None:
     """Compare, and put the result in its place. No worker is needed any more."""
+    attempt.interruption.at_once = False
     evaluation = compare(result.before, result.after)
     attempt.reporter.update(evaluation=evaluation)
     attempt.reporter.start_stage("Publish", "publishing the result", workers_wanted=0)
@@ -227,7 +229,7 @@ class _Background:
         except BaseException as error:
             self._error = error
 
-    def wait(self, stop: threading.Event, meanwhile: Callable[[], None]) -> None:
+    def wait(self, interruption: Interruption, meanwhile: Callable[[], None]) -> None:
         """Until the call returns; after a call to stop no longer than STOP_SECONDS.
 
         Raises what the call raised, and InterruptedRunError where it was stopped.
@@ -236,11 +238,11 @@ class _Background:
         while self._thread.is_alive():
             self._thread.join(timeout=0.2)
             meanwhile()
-            if stop.is_set():
+            if interruption.requested:
                 asked = asked or time.monotonic()
                 if time.monotonic() - asked > STOP_SECONDS:
                     raise InterruptedRunError
         if self._error is not None:
-            if stop.is_set():
+            if interruption.requested:
                 raise InterruptedRunError from self._error
             raise self._error

@@ -1,13 +1,12 @@
 """What the head makes of the workers' progress."""
 
-import threading
-
 import pytest
 
 from finetune_api.report import Report
 from finetune_api.status import CheckpointRef, Metric, Progress
 from finetune_trainer.console import Console, duration, progress_line
 from finetune_trainer.following import Following
+from finetune_trainer.interruption import Interruption
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.report import Reporter
 
@@ -17,8 +16,8 @@ class Head:
 
     def __init__(self) -> None:
         self.reporter = Reporter("u", 2, clock=lambda: "t")
-        self.stop = threading.Event()
-        self.following = Following(self.reporter, Console(), self.stop)
+        self.interruption = Interruption()
+        self.following = Following(self.reporter, Console(), self.interruption)
         self.reporter.start_stage("Train", "waiting", workers_wanted=2)
 
     @property
@@ -83,7 +82,7 @@ def test_evaluation_is_a_stage_once() -> None:
 
 def test_the_call_to_stop_is_passed_on() -> None:
     head = Head()
-    head.stop.set()
+    head.interruption.requested = True
     assert head.hear("a", 0, 1) is True
 
 

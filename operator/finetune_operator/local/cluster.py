@@ -192,7 +192,7 @@ class LocalCluster:
                 self._remove_pod(pod["metadata"]["name"])
         for config_map in self._state.config_maps():
             if config_map["metadata"]["labels"].get(LABEL_JOB_NAME) == job_name:
-                remove(self._state.secret(config_map["metadata"]["name"]))
+                remove(self._state.secret(_secret_beside(config_map)))
                 remove(self._state.config_map(config_map["metadata"]["name"]))
 
     # Pods.
@@ -203,13 +203,14 @@ class LocalCluster:
         folder.mkdir(parents=True, exist_ok=True)
         attempt = str(manifest["metadata"]["labels"][LABEL_ATTEMPT])
         pod = {**manifest, "metadata": {**manifest["metadata"], "uid": str(uuid.uuid4()), "creationTimestamp": _now()}}
-        extra = self._extra(manifest)
-        _write_json(folder / "process.json", {"tmp": extra["TMPDIR"]})
+        extra, mark = self._extra(manifest), processes.new_mark()
+        _write_json(folder / "process.json", {**mark.to_json(), "tmp": extra["TMPDIR"]})
+        self._write_pod({**pod, "status": {"phase": "Pending"}})
         try:
             plan = launch(manifest, self._state, lambda port: self._port(attempt, port), self._machine.env, extra, self._machine.programs)
             for path in plan.folders:
                 path.mkdir(parents=True, exist_ok=True)
-            started = await processes.start(plan.command, plan.env, folder, self._state.log(name))
+            started = await processes.start(plan.command, plan.env, folder, self._state.log(name), mark)
         except (OSError, ValueError) as error:
             self._record_end(pod, EXIT_NOT_STARTED, f"cannot be started: {error}")
             return
@@ -338,6 +339,12 @@ _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _SHORT_TMP = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()  # noqa: S108 - below it a folder is made for this user only
 _TMP_NAME = re.compile(rf"{re.escape(_SHORT_TMP)}/ft[0-9a-f]{{6}}")
 _RAYS_OWN_PORTS = {8265, 10001, 52365, *range(10002, 20000)}
+
+
+def _secret_beside(config_map: Raw) -> str:
+    """Name of the Secret of the attempt that a ConfigMap belongs to."""
+    meta = config_map["metadata"]
+    return secret_name(meta["labels"][LABEL_JOB_NAME], meta["ownerReferences"][0]["uid"], int(meta["labels"][LABEL_ATTEMPT]))
 
 
 def data_of(manifest: Mapping[str, Any]) -> dict[str, bytes]:

@@ -30,9 +30,9 @@ class Mark:
     """What a later run knows a pod's processes by."""
 
     value: str
-    pid: int
-    """First process, and the session of all that it started."""
-    started: float
+    pid: int = 0
+    """First process, and the session of all that it started; 0 before the start."""
+    started: float = 0.0
     """When the first process started, in seconds since 1970: tells it from a later one with its number."""
 
     def to_json(self) -> dict[str, Any]:
@@ -56,25 +56,29 @@ class Started:
     mark: Mark
 
 
-async def start(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Started:
+def new_mark() -> Mark:
+    """A mark to write down before the start, so that a process is found even where this program is killed right after starting it."""
+    return Mark(secrets.token_hex(16))
+
+
+async def start(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path, mark: Mark) -> Started:
     """Start a command in a session of its own; output goes to the end of `log`. Raises OSError where it cannot be started."""
-    value = secrets.token_hex(16)
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(
             *command,
-            env={**env, MARK: value},
+            env={**env, MARK: mark.value},
             cwd=cwd,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
-    return Started(process, Mark(value, process.pid, _start_time(process.pid) or time.time()))
+    return Started(process, Mark(mark.value, process.pid, _start_time(process.pid) or time.time()))
 
 
 def alive(mark: Mark) -> bool:
     """Whether the first process runs still."""
-    started = _start_time(mark.pid)
+    started = _start_time(mark.pid) if mark.pid else None
     return started is not None and abs(started - mark.started) < _SAME_START_SECONDS
 
 
@@ -102,7 +106,7 @@ async def wait(mark: Mark, seconds: float) -> bool:
 
 def members(mark: Mark) -> list[psutil.Process]:
     """The processes of a pod that run now."""
-    session = None if _reused(mark) else mark.pid
+    session = None if mark.pid == 0 or _reused(mark) else mark.pid
     own = [process for process in psutil.process_iter() if _belongs(process, mark.value, session)]
     found = {process.pid: process for process in own}
     for process in own:

@@ -36,7 +36,9 @@ async def eventually(condition, seconds=20.0):
 async def tree(tmp_path):
     """A process with a child in its session, one in another session, and one whose environment was emptied."""
     told = tmp_path / "pids"
-    started = await processes.start([sys.executable, "-c", TREE, str(told)], dict(os.environ), tmp_path, tmp_path / "log")
+    started = await processes.start(
+        [sys.executable, "-c", TREE, str(told)], dict(os.environ), tmp_path, tmp_path / "log", processes.new_mark()
+    )
     assert await eventually(told.exists)
     yield started, [int(pid) for pid in told.read_text().split()]
     await processes.sweep(started.mark)
@@ -75,8 +77,17 @@ async def test_a_later_run_knows_the_processes_by_what_was_written(tree):
     assert gone(pids)
 
 
+async def test_processes_are_found_by_the_mark_that_was_written_before_the_start(tree):
+    started, pids = tree
+    early = Mark(started.mark.value)
+    assert not processes.alive(early)
+    # One of the children has an empty environment, and its parent is known by the mark.
+    assert {process.pid for process in processes.members(early)} == {started.process.pid, *pids}
+    assert processes.members(processes.new_mark()) == []
+
+
 async def test_a_stranger_with_the_same_number_is_left_alone(tmp_path):
-    stranger = await processes.start(["sleep", "600"], dict(os.environ), tmp_path, tmp_path / "log")
+    stranger = await processes.start(["sleep", "600"], dict(os.environ), tmp_path, tmp_path / "log", processes.new_mark())
     try:
         old = Mark("another mark", stranger.process.pid, stranger.mark.started - 60)
         assert not processes.alive(old)
@@ -104,14 +115,14 @@ async def test_waiting_has_an_end(tree):
 async def test_output_goes_to_the_end_of_the_log(tmp_path):
     log = tmp_path / "log"
     log.write_text("before\n")
-    started = await processes.start(["sh", "-c", "echo out; echo err >&2"], dict(os.environ), tmp_path, log)
+    started = await processes.start(["sh", "-c", "echo out; echo err >&2"], dict(os.environ), tmp_path, log, processes.new_mark())
     assert await started.process.wait() == 0
     assert log.read_text() == "before\nout\nerr\n"
 
 
 async def test_a_program_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        await processes.start([str(tmp_path / "absent")], {}, tmp_path, Path(os.devnull))
+        await processes.start([str(tmp_path / "absent")], {}, tmp_path, Path(os.devnull), processes.new_mark())
 
 
 @pytest.mark.parametrize("raw", [{}, {"value": "v"}, {"value": "v", "pid": "x", "started": 1}, {"value": "v", "pid": 1, "started": None}])

@@ -139,10 +139,8 @@ def files_under(location: Location) -> tuple[Location, ...]:
     Raises FileNotFoundError, and JobError where a symbolic link leads out of the folder.
     """
     files = location.filesystem
-    if files.isfile(location.path):
+    if files.info(location.path)["type"] == "file":  # not isfile, which takes a refusal for an absence
         return (location,)
-    if not files.exists(location.path):
-        raise FileNotFoundError(location.uri)
     root = location.local_path()
     found = []
     for path in sorted(files.find(location.path)):
@@ -213,10 +211,11 @@ def is_transient(error: BaseException) -> bool:
 
 def explained(error: Exception, uri: str, missing: Reason) -> JobError:
     """What to tell the user about a failure to read a place. `missing` is the reason where there is nothing."""
-    status, text, name = _http_status(error), str(error), type(error).__name__
     if isinstance(error, JobError):
         return error
-    if name == "GatedRepoError" or status == 403 or "ACCESS_DENIED" in text or isinstance(error, PermissionError):
+    status, text, name = _http_status(error), str(error), type(error).__name__
+    is_gated = "GatedRepoError" in (name, type(error.__cause__).__name__)
+    if is_gated or status == 403 or "ACCESS_DENIED" in text or isinstance(error, PermissionError):
         return JobError(Reason.AUTHENTICATION_FAILED, f"{uri}: access is denied")
     if status == 401 and name == "RepositoryNotFoundError":
         return JobError(missing, f"{uri} does not exist, or secretRef names no token that may read it")

@@ -1,13 +1,16 @@
 """s3:// by pyarrow's client against an S3 of the tests' own."""
 
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tenacity
 from fake_s3 import FakeS3
+from pyarrow import parquet
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DataSource, ModelSource, Output, SecretReference
@@ -57,6 +60,13 @@ def test_a_file(s3: FakeS3, mounts: Mounts) -> None:
 def test_a_folder(s3: FakeS3, mounts: Mounts) -> None:
     s3.objects |= {"sets/b.jsonl": b'{"text": "b"}', "sets/a/c.jsonl": b'{"text": "c"}', "sets/_SUCCESS": b"", "other.jsonl": b"{}"}
     assert rows("s3://bucket/sets", mounts) == ["c", "b"]
+
+
+def test_parquet_is_read_from_its_end(s3: FakeS3, mounts: Mounts) -> None:
+    buffer = io.BytesIO()
+    parquet.write_table(pa.table({"text": ["a", "b"]}), buffer)
+    s3.objects["sets/train.parquet"] = buffer.getvalue()
+    assert rows("s3://bucket/sets/train.parquet", mounts) == ["a", "b"]
 
 
 def test_what_is_not_there(s3: FakeS3, mounts: Mounts) -> None:

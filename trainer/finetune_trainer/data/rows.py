@@ -15,6 +15,7 @@ from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location, explained, files_under, patiently
 
+_BLOCK = 1 << 20
 FORMS = (".jsonl", ".json", ".csv", ".parquet")
 ROW_BYTES = 16 << 20
 """Largest row; a longer one is a file of another form, or a mistake."""
@@ -92,9 +93,35 @@ def _read_file(file: Location, form: str) -> Iterator[Row | Fault]:
     reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[form]
     try:
         with patiently(lambda: file.filesystem.open(file.path, "rb")) as stream:
-            yield from reader(stream, file.uri)
+            yield from reader(stream if file.local_path() else io.BufferedReader(_Raw(stream), _BLOCK), file.uri)
     except OSError as error:
         raise explained(error, file.uri, Reason.DATASET_NOT_FOUND) from error
+
+
+class _Raw(io.RawIOBase):
+    """A remote file as Python's own buffers take it: those of the file systems differ, and some read a line as long as it is."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """Parquet is read from its end."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """The new place."""
+        self._stream.seek(offset, whence)
+        return self._stream.tell()
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
+        """Bytes read."""
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _jsonl(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:

@@ -15,7 +15,7 @@ class Head:
     """A head without server and workers."""
 
     def __init__(self) -> None:
-        self.reporter = Reporter("u", 2, clock=lambda: "t")
+        self.reporter = Reporter("u", 2, clock=lambda: "2026-01-01T00:00:00Z")
         self.interruption = Interruption()
         self.following = Following(self.reporter, Console(), self.interruption)
         self.reporter.start_stage("Train", "waiting", workers_wanted=2)

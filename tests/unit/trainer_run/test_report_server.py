@@ -146,13 +146,14 @@ def test_metrics_need_no_token_and_show_what_is_known(head: Head) -> None:
 
 
 def test_a_stage_ends_those_before_it() -> None:
-    times = iter(["t0", "t1", "t2", "t3"])
+    first, second, third = (f"2026-01-01T00:00:0{second}Z" for second in range(3))
+    times = iter([first, second, third])
     reporter = Reporter("u", 1, clock=lambda: next(times))
     reporter.start_stage("Prepare", "", workers_wanted=0)
     reporter.start_stage("Train", "", workers_wanted=2)
     assert [(stage.name, stage.state, stage.start_time, stage.end_time) for stage in reporter.report.stages] == [
-        ("Prepare", "Succeeded", "t0", "t1"),
-        ("Train", "Running", "t1", None),
+        ("Prepare", "Succeeded", first, second),
+        ("Train", "Running", second, None),
         ("Evaluate", "Pending", None, None),
         ("Publish", "Pending", None, None),
     ]
@@ -162,7 +163,7 @@ def test_a_stage_ends_those_before_it() -> None:
 
 
 def test_an_interrupted_stage_has_no_end() -> None:
-    reporter = Reporter("u", 1, clock=lambda: "t")
+    reporter = Reporter("u", 1, clock=lambda: "2026-01-01T00:00:00Z")
     reporter.start_stage("Train", "", workers_wanted=2)
     reporter.finish("Interrupted", "stopped")
     assert [stage.state for stage in reporter.report.stages] == ["Succeeded", "Running", "Pending", "Pending"]

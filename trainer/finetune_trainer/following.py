@@ -66,7 +66,11 @@ class Following:
         return self._interruption.requested
 
     def _begin_group(self, group: str, start_step: int) -> None:
-        """Another worker group has loaded its state: what was done after the checkpoint that it goes on from is lost."""
+        """Another worker group has loaded its state: what was done after the checkpoint that it goes on from is lost.
+
+        From here on there is something to save: a call to stop is passed on to the workers.
+        """
+        self._interruption.at_once = False
         lost = max(0, self._furthest - start_step)
         self._lost_steps += lost
         self._earlier_tokens += self._latest_tokens

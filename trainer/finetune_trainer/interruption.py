@@ -13,7 +13,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
+        """Whether the call came."""
         self.at_once = True
+        """Whether there is nothing to save, so that the head may end right where it is."""
 
     def listen(self) -> None:
         """Hear the signals from now on. Called again after anything that takes them for itself, as Ray does."""

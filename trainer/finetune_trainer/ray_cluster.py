@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from finetune_trainer.errors import JobError
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Ray's shared memory on each node: nothing of size passes through it."""
 START_SECONDS = 120.0
+LEAVE_SECONDS = 10.0
 SETTLE_SECONDS = 30.0
 """With enough workers for the start, the others are waited for this long."""
 _PR_SET_PDEATHSIG = 1
@@ -161,7 +163,10 @@ def driver(environment: Environment) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        # In a thread of its own: where another thread still waits for workers that are gone, it may take for ever.
+        leaving = threading.Thread(target=ray.shutdown, name="leave", daemon=True)
+        leaving.start()
+        leaving.join(timeout=LEAVE_SECONDS)
 
 
 def wait_for_workers(compute: Compute, seconds: float, tell: Callable[[int], None]) -> int:

@@ -172,8 +172,6 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
             attempt.job.spec.pre_running_deadline_seconds,
             lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
         )
-        # From here on there is something to save: the workers hear of a call to stop with their next progress.
-        interruption.at_once = False
         attempt.following.workers_joined(nodes * gpus_of(compute))
         config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
         run = _Background(lambda: fit(compute, nodes, config, f"attempt-{attempt.environment.attempt}", attempt.scratch))

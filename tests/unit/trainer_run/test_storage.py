@@ -5,19 +5,24 @@ import json
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import fs as arrow
 
 from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
 from finetune_trainer.storage import Storage
 
 
-@pytest.fixture(params=["file system", "object store"])
+@pytest.fixture(params=["file system", "object store", "arrow"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """fsspec's memory file system stands for an object store: files only, and no rename of folders."""
+    """fsspec's memory file system stands for an object store, which renames no folders; arrow's interface is the one that S3 is reached by."""
     if request.param == "file system":
         return Storage(LocalFileSystem(), str(tmp_path / "root"), f"file://{tmp_path}/root")
+    if request.param == "arrow":
+        (tmp_path / "root").mkdir()
+        return Storage(ArrowFSWrapper(arrow.LocalFileSystem()), str(tmp_path / "root"), "s3://bucket/root")
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     return Storage(MemoryFileSystem(), "/bucket/root", "s3://bucket/root")

@@ -17,7 +17,7 @@ from finetune_trainer.storage import Storage
 
 @pytest.fixture(params=["file system", "object store", "arrow"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """fsspec's memory file system stands for an object store, which renames no folders; arrow's interface is the one that S3 is reached by."""
+    """fsspec's memory file system stands for an object store; arrow's interface is the one that S3 is reached by."""
     if request.param == "file system":
         return Storage(LocalFileSystem(), str(tmp_path / "root"), f"file://{tmp_path}/root")
     if request.param == "arrow":

@@ -97,6 +97,20 @@ def test_the_token_is_in_the_secret_alone() -> None:
     assert found == ["Secret"]
 
 
+def test_a_second_job_of_a_name_has_a_secret_of_its_own() -> None:
+    status = Status(attempt=Attempt(number=1))
+    first, second = (make_job(uid=uid, status=status) for uid in ("u-1", "u-2"))
+    names = []
+    for job in (first, second):
+        objects = desired_objects(job, status, SETTINGS)
+        (secret,) = (each["metadata"]["name"] for each in objects if each["kind"] == "Secret")
+        (head,) = (each for each in objects if each["kind"] == "Pod")
+        (mounted,) = (volume["secret"]["secretName"] for volume in head["spec"]["volumes"] if volume["name"] == "token")
+        names.append(secret)
+        assert secret == mounted
+    assert len(set(names)) == 2
+
+
 def test_names_are_dns_labels_for_the_longest_job() -> None:
     sizes = {"compute": {"workers": {"min": 1, "max": 1024}}, "training": {"globalBatchSize": 1024}}
     job = make_job(name="x" * 48, status=Status(attempt=Attempt(number=99), workers_wanted=1024), **sizes)
@@ -114,6 +128,8 @@ def test_nothing_is_wanted_between_attempts(attempt: Attempt) -> None:
     assert desired_objects(job, job.status, SETTINGS) == ()
 
 
+SECRET = "bot-1-c53e4c4d"
+"""printf %s 5f7c0e2e-0000-4000-8000-000000000001 | sha256sum | head -c 8"""
 RUNNING = Status(attempt=Attempt(number=1, start_time="2026-01-01T00:00:00Z", head_seen=True), workers_wanted=2)
 ENDED = RUNNING.model_copy(update={"attempt": RUNNING.attempt.model_copy(update={"end_time": "2026-01-01T00:01:00Z"}), "workers_wanted": 0})
 
@@ -130,14 +146,14 @@ def test_only_what_is_missing_is_applied() -> None:
 
 def test_without_a_head_everything_is_applied_again() -> None:
     """The operator may have ended anywhere before it made the head."""
-    assert names_missing(RUNNING)[:5] == ["ConfigMap bot-1", "Secret bot-1", "Service bot-1", "NetworkPolicy bot-1", "Pod bot-1-head"]
+    assert names_missing(RUNNING)[:5] == ["ConfigMap bot-1", f"Secret {SECRET}", "Service bot-1", "NetworkPolicy bot-1", "Pod bot-1-head"]
 
 
 def test_a_secret_that_went_with_an_older_job_of_the_same_name_is_made_again() -> None:
-    message = 'MountVolume.SetUp failed for volume "token" : secret "bot-1" not found'
+    message = 'MountVolume.SetUp failed for volume "token" : secret "bot-1-c53e4c4d" not found'
     event = {"involvedObject": {"uid": "uid-of-bot-1-head"}, "reason": "FailedMount", "message": message, "metadata": {}}
     head = pod_from(raw_pod(phase="Pending"), [event])
-    assert "Secret bot-1" in names_missing(RUNNING.model_copy(update={"workers_wanted": 0}), head)
+    assert f"Secret {SECRET}" in names_missing(RUNNING.model_copy(update={"workers_wanted": 0}), head)
 
 
 def removed(status: Status, *pods, anchors=(), seconds: float = 0) -> list[Removal]:
@@ -170,7 +186,10 @@ def test_the_head_goes_before_its_workers_so_that_they_save_a_checkpoint() -> No
 
 
 def test_the_attempts_objects_go_after_its_pods_and_the_config_map_last() -> None:
-    assert removed(ENDED, anchors=[1]) == [Removal(kind, "bot-1") for kind in ("Secret", "Service", "NetworkPolicy", "ConfigMap")]
+    assert removed(ENDED, anchors=[1]) == [
+        Removal("Secret", SECRET),
+        *(Removal(kind, "bot-1") for kind in ("Service", "NetworkPolicy", "ConfigMap")),
+    ]
 
 
 def test_a_pod_on_a_node_that_is_gone_is_not_waited_for() -> None:

@@ -78,7 +78,7 @@ async def test_the_status_is_written_before_anything_is_made() -> None:
     assert cluster.writes == [
         "patch status",
         "apply ConfigMap bot-1",
-        "apply Secret bot-1",
+        "apply Secret bot-1-c53e4c4d",
         "apply Service bot-1",
         "apply NetworkPolicy bot-1",
         "apply Pod bot-1-head",

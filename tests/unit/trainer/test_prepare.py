@@ -10,6 +10,8 @@ from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.prepare import prepare_data, summary_of
 from finetune_trainer.errors import JobError
+from finetune_trainer.model import check_model, longest_example
+from finetune_trainer.model_files import fetch_model
 from finetune_trainer.sources import Mounts
 
 
@@ -149,3 +151,20 @@ def test_the_digest_is_of_what_is_learnt(tmp_path: Path, prepare) -> None:
     assert prepare().digest == base
     write_jsonl(tmp_path / "train.jsonl", pair(1), pair(3))
     assert prepare().digest != base
+
+
+def test_the_quickstarts_model_and_data() -> None:
+    """The files of the repository, whose chat template marks what is generated."""
+    examples = Path(__file__).parents[3] / "examples"
+    splits = {split: {"source": f"file://{examples}/data/support/{split}.jsonl"} for split in ("train", "validation", "test")}
+    spec = parse_job(job_manifest(model={"source": f"file://{examples}/models/tiny-llama"}, data=splits), local=True)
+    mounts = Mounts(Path("/nowhere"), local=True)
+    files = fetch_model(spec.spec.model, mounts, Path("/nowhere"), weights=False)
+    tokenizer = check_model(files, spec)
+    prepared = prepare_data(spec, tokenizer, mounts, longest_example(files))
+    assert prepared.rejected == 0
+    for split, examples_of_split in prepared.splits().items():
+        rows = [json.loads(line) for line in (examples / "data" / "support" / f"{split}.jsonl").read_text().splitlines()]
+        for index, row in enumerate(rows):
+            tokens, labelled = examples_of_split.example(index)
+            assert tokenizer.decode(tokens[labelled].tolist()) == row["messages"][-1]["content"] + tokenizer.eos_token

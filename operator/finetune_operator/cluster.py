@@ -1,7 +1,7 @@
 """The Kubernetes API: the only client code of the operator. Reads a job and what belongs to it, writes its status and its objects.
 
 Every call has a time limit, and what the client may repeat without harm (GET, PUT, DELETE) it repeats with backoff;
-a POST or PATCH that fails is left to the next reconcile. RULES is all that is asked of the API server, so also what RBAC must grant.
+a POST or PATCH that fails is left to the next reconcile. What is asked of the API server at all stands in `kinds`.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,9 +18,10 @@ import aiohttp_retry
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import load_incluster_config, load_kube_config
 
-from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL, VERSION
+from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL
 from finetune_api.report import REPORT_PORT, Report, parse_report
 from finetune_api.status import Status
+from finetune_operator.kinds import KINDS
 from finetune_operator.observed import Pod
 from finetune_operator.port import Conflict, Event, JobKey, RawJob, Refused
 
@@ -37,51 +37,6 @@ EVENT_PODS = 3
 """Pending pods whose Events are read; the others wait for the same things."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Where the API server keeps the objects of a kind, and what the operator does with them."""
-
-    api: str
-    plural: str
-    verbs: tuple[str, ...]
-
-    def path(self, namespace: str, name: str = "") -> str:
-        """Path of an object, or of the kind's list in a namespace."""
-        return f"{self.api}/namespaces/{namespace}/{self.plural}" + (f"/{name}" if name else "")
-
-
-# A server-side apply that makes an object needs create beside patch.
-KINDS: Mapping[str, Kind] = {
-    KIND: Kind(f"/apis/{GROUP}/{VERSION}", PLURAL, ("get", "list", "watch", "delete")),
-    "Pod": Kind("/api/v1", "pods", ("list", "watch", "create", "patch", "delete")),
-    "ConfigMap": Kind("/api/v1", "configmaps", ("list", "create", "patch", "delete")),
-    "Service": Kind("/api/v1", "services", ("create", "patch", "delete")),
-    "Secret": Kind("/api/v1", "secrets", ("create", "delete")),
-    "Event": Kind("/api/v1", "events", ("list", "create")),
-    "NetworkPolicy": Kind("/apis/networking.k8s.io/v1", "networkpolicies", ("create", "patch", "delete")),
-}
-
-Rule = dict[str, list[str]]
-
-
-def required_rules() -> list[Rule]:
-    """The RBAC rules that the operator needs in each namespace whose jobs it runs, as a Role writes them."""
-    rules = [_rule(kind.api, kind.plural, kind.verbs) for kind in KINDS.values()]
-    # The finalizers subresource is asked for by clusters that check blockOwnerDeletion (OwnerReferencesPermissionEnforcement).
-    own = [_rule(f"/apis/{GROUP}/{VERSION}", f"{PLURAL}/{part}", ("update",)) for part in ("status", "finalizers")]
-    return rules + own
-
-
-def required_lease_rules() -> list[Rule]:
-    """The RBAC rules that leader election needs in the operator's own namespace."""
-    return [_rule("/apis/coordination.k8s.io/v1", "leases", ("get", "create", "update"))]
-
-
-def _rule(api: str, resource: str, verbs: Sequence[str]) -> Rule:
-    group = api.split("/")[2] if api.startswith("/apis/") else ""
-    return {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
 
 
 class ApiError(Exception):
@@ -186,34 +141,52 @@ class KubernetesCluster:
             raise
 
     async def apply(self, manifest: Mapping[str, Any]) -> None:
-        """Make the object or bring it in line, by server-side apply. A Secret is only ever created, since Secrets must not be read.
+        """Make the object, or bring in line the one that was made before. Pods and Secrets stay as they were made.
 
-        Raises Refused where the cluster does not want the object: a quota, a policy, a missing permission.
+        Raises Refused where the cluster does not want the object (a quota, a policy, a missing permission), and where its name is
+        taken by an object of somebody else's, such as that of a deleted job of the same name: what is not ours is never changed.
         """
         kind, namespace, name = manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         what = f"{kind} {namespace}/{name}"
         try:
-            if kind == "Secret":
-                await self._call("create", KINDS[kind].path(namespace), what, body=manifest, query=_MANAGED)
-            else:
-                query = [*_MANAGED, ("force", "true")]
-                await self._call("patch", KINDS[kind].path(namespace, name), what, body=manifest, query=query, media=_APPLY)
+            await self._call("create", KINDS[kind].path(namespace), what, body=manifest, query=_MANAGED)
         except ApiError as error:
-            if error.status == 409 and error.reason == "AlreadyExists":
-                return
-            if error.status in (400, 403, 404, 409, 422):
+            if error.reason == "AlreadyExists":
+                await self._bring_in_line(manifest, what)
+            elif error.status in _REFUSALS:
                 raise Refused(error.reason, str(error)) from error
-            raise
+            else:
+                raise
+
+    async def _bring_in_line(self, manifest: Mapping[str, Any], what: str) -> None:
+        kind, meta = manifest["kind"], manifest["metadata"]
+        if kind == "Secret":
+            return  # its name follows from the job's UID, so it is this job's
+        path = KINDS[kind].path(meta["namespace"], meta["name"])
+        existing = await self._get_or_none(path, what)
+        if existing is None or _owner(existing) != _owner(manifest):
+            raise Refused("AlreadyExists", f"cannot create {what}: one that is not this job's exists, or is just going")
+        if kind != "Pod":
+            await self._call("patch", path, what, body=manifest, query=[*_MANAGED, ("force", "true")], media=_APPLY)
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
-        """Delete an object, or only the one with this UID. Its absence is no error. A pod gets its own grace period, or `grace` seconds."""
+        """Delete an object, or only the one with this UID. Its absence is no error. A pod gets its own grace period, or `grace` seconds.
+
+        Where no UID is given, an object that no job owns is left alone.
+        """
+        path, what = KINDS[kind].path(namespace, name), f"{kind} {namespace}/{name}"
+        if uid is None and kind != "Secret":
+            existing = await self._get_or_none(path, what)
+            if existing is None or _owner(existing) is None:
+                return
+            uid = existing["metadata"]["uid"]
         options: dict[str, Any] = {"propagationPolicy": "Background"}
         if uid is not None:
             options["preconditions"] = {"uid": uid}
         if grace is not None:
             options["gracePeriodSeconds"] = grace
         try:
-            await self._call("delete", KINDS[kind].path(namespace, name), f"{kind} {namespace}/{name}", body=options)
+            await self._call("delete", path, what, body=options)
         except ApiError as error:
             if error.status not in (404, 409):  # 409: an object of another UID, so this one is gone
                 raise
@@ -313,12 +286,20 @@ class KubernetesCluster:
         return dict(json.loads(data))
 
 
+_REFUSALS = (400, 403, 404, 409, 422)
+"""What the server will answer again unless something changes: a quota, a policy, a permission, a namespace that goes."""
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "update": "PUT", "delete": "DELETE"}
 _TIMEOUT = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=5)
 _MANAGED = (("fieldManager", FIELD_MANAGER),)
 _APPLY = "application/apply-patch+yaml"
 _JSON = "application/json"
 _METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+
+def _owner(manifest: Mapping[str, Any]) -> str | None:
+    """UID of the job that controls an object; None where none does."""
+    owners = manifest["metadata"].get("ownerReferences") or ()
+    return next((owner["uid"] for owner in owners if owner["kind"] == KIND and owner.get("controller")), None)
 
 
 def _job_lists(namespaces: Sequence[str]) -> list[str]:

@@ -3,7 +3,9 @@
 Everything of attempt N of job J is named J-N or J-N-..., and belongs to the job, so that deleting the job deletes it all.
 """
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -53,14 +55,17 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
     name = f"{job.name}-{number}"
     meta = {"name": name, "namespace": job.namespace, "labels": _labels(job, number), "ownerReferences": [_owner(job)]}
     image = status.resolved.trainer_image if status.resolved and status.resolved.trainer_image else settings.trainer_image
-    head = ("head", head_pod(name, job.namespace, job.spec, image, settings))
-    workers = [("worker", worker_pod(name, job.namespace, index, job.spec, image, settings)) for index in range(status.workers_wanted)]
+    secret = secret_name(job.name, job.uid, number)
+    head = ("head", head_pod(name, secret, job.namespace, job.spec, image, settings))
+    workers = [
+        ("worker", worker_pod(name, secret, job.namespace, index, job.spec, image, settings)) for index in range(status.workers_wanted)
+    ]
     return (
         _config_map(meta, job, job.spec),
         {
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": meta,
+            "metadata": {**meta, "name": secret},
             "type": "Opaque",
             "stringData": {TOKEN_KEY: settings.token(job.uid, number)},
         },
@@ -68,6 +73,14 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
         _network_policy(meta, job, settings),
         *(_owned_pod(meta, role, pod, job) for role, pod in (head, *workers)),
     )
+
+
+def secret_name(job_name: str, uid: str, attempt: int) -> str:
+    """Name of an attempt's Secret. It follows from the job's UID too: whose Secret it is must be plain from its name alone.
+
+    The operator may not read Secrets, so it could not tell one of its own from a user's, or from that of a deleted job of the same name.
+    """
+    return f"{job_name}-{attempt}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
 
 
 def missing(desired: tuple[Manifest, ...], status: Status, observed: Observed) -> tuple[Manifest, ...]:
@@ -88,7 +101,7 @@ def _without_its_own(head: Pod) -> bool:
     return (
         waiting is not None
         and waiting.reason in (Reason.SECRET_NOT_FOUND, Reason.CONFIG_MAP_NOT_FOUND)
-        and f'"{attempt_name}"' in waiting.message
+        and re.search(rf'"{re.escape(attempt_name)}(-[0-9a-f]{{8}})?"', waiting.message) is not None
     )
 
 
@@ -101,7 +114,13 @@ def surplus(
     pods = tuple(removal for pod in observed.pods if (removal := look.removal(pod)) is not None)
     needed = {pod.attempt for pod in observed.alive} | ({status.attempt.number} if status.attempt.running else set())
     idle = sorted(observed.anchors - needed)
-    return (*pods, *(Removal(kind, f"{job.name}-{number}") for number in idle for kind in ATTEMPT_KINDS))
+    return (*pods, *(removal for number in idle for removal in _removals(job, number)))
+
+
+def _removals(job: Job, attempt: int) -> tuple[Removal, ...]:
+    """The objects of an attempt beside its pods, in the order in which they go."""
+    names = {"Secret": secret_name(job.name, job.uid, attempt)}
+    return tuple(Removal(kind, names.get(kind, f"{job.name}-{attempt}")) for kind in ATTEMPT_KINDS)
 
 
 @dataclass(frozen=True)

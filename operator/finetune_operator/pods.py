@@ -33,10 +33,10 @@ WORKER_REQUESTS: Mapping[str, str] = {"cpu": "500m", "memory": "2Gi"}
 """Requests of a worker whose job does not name them."""
 
 
-def head_pod(name: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
+def head_pod(name: str, token_secret: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
     """The head of an attempt: runs the stages, needs no GPU."""
     sizes = {"cpu": settings.head_cpu, "memory": settings.head_memory}
-    container = _container("head", name, namespace, spec, image, settings)
+    container = _container("head", name, token_secret, namespace, spec, image, settings)
     container |= {
         "resources": {"requests": sizes, "limits": sizes},
         "ports": [{"name": "report", "containerPort": REPORT_PORT, "protocol": "TCP"}],
@@ -47,16 +47,16 @@ def head_pod(name: str, namespace: str, spec: Spec, image: str, settings: Settin
             "failureThreshold": 3,
         },
     }
-    return _pod(f"{name}-head", name, container, spec, settings)
+    return _pod(f"{name}-head", name, token_secret, container, spec, settings)
 
 
-def worker_pod(name: str, namespace: str, index: int, spec: Spec, image: str, settings: Settings) -> Manifest:
+def worker_pod(name: str, token_secret: str, namespace: str, index: int, spec: Spec, image: str, settings: Settings) -> Manifest:
     """One worker of an attempt: holds the GPUs."""
     # Server-side apply of older API servers takes quantities as strings only.
     limits = {name: str(quantity) for name, quantity in spec.compute.resources_per_worker.items()}
-    container = _container("worker", name, namespace, spec, image, settings)
+    container = _container("worker", name, token_secret, namespace, spec, image, settings)
     container["resources"] = {"requests": {**WORKER_REQUESTS, **limits}, "limits": limits}
-    pod = _pod(f"{name}-worker-{index}", name, container, spec, settings)
+    pod = _pod(f"{name}-worker-{index}", name, token_secret, container, spec, settings)
     if spec.compute.node_selector:
         pod["spec"]["nodeSelector"] = dict(spec.compute.node_selector)
     asked = [toleration.model_dump(mode="json", by_alias=True, exclude_none=True) for toleration in spec.compute.tolerations]
@@ -64,7 +64,7 @@ def worker_pod(name: str, namespace: str, index: int, spec: Spec, image: str, se
     return pod
 
 
-def _pod(pod_name: str, attempt_name: str, container: Manifest, spec: Spec, settings: Settings) -> Manifest:
+def _pod(pod_name: str, attempt_name: str, token_secret: str, container: Manifest, spec: Spec, settings: Settings) -> Manifest:
     secrets = [{"name": name} for name in settings.image_pull_secrets]
     return {
         "apiVersion": "v1",
@@ -98,7 +98,7 @@ def _pod(pod_name: str, attempt_name: str, container: Manifest, spec: Spec, sett
                 for state in ("not-ready", "unreachable")
             ],
             "containers": [container],
-            "volumes": [volume for volume, _ in _volumes(attempt_name, spec)],
+            "volumes": [volume for volume, _ in _volumes(attempt_name, token_secret, spec)],
         },
     }
 
@@ -107,7 +107,7 @@ def _toleration(state: str) -> Manifest:
     return {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": UNREACHABLE_SECONDS}
 
 
-def _container(role: str, name: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
+def _container(role: str, name: str, token_secret: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
     return {
         "name": role,
         "image": image,
@@ -122,7 +122,7 @@ def _container(role: str, name: str, namespace: str, spec: Spec, image: str, set
         },
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [mount for _, mount in _volumes(name, spec)],
+        "volumeMounts": [mount for _, mount in _volumes(name, token_secret, spec)],
     }
 
 
@@ -147,11 +147,11 @@ def _env(name: str, namespace: str, settings: Settings) -> dict[str, str]:
     }
 
 
-def _volumes(name: str, spec: Spec) -> list[tuple[Manifest, Manifest]]:
+def _volumes(name: str, token_secret: str, spec: Spec) -> list[tuple[Manifest, Manifest]]:
     """Each volume with its mount: what every pod has, then what the job names."""
     return [
         _mounted("job", {"configMap": {"name": name}}, JOB_FOLDER, read_only=True),
-        _mounted("token", _secret(name), TOKEN_FOLDER, read_only=True),
+        _mounted("token", _secret(token_secret), TOKEN_FOLDER, read_only=True),
         _mounted("home", {"emptyDir": {}}, HOME),
         _mounted("tmp", {"emptyDir": {"sizeLimit": TMP_LIMIT}}, "/tmp"),  # noqa: S108 - the pod's own
         _mounted("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": SHM_LIMIT}}, "/dev/shm"),  # noqa: S108 - the pod's own

@@ -29,6 +29,7 @@ from finetune_operator.local.pods import TERMINATION_LOG, ended_status, exit_cod
 from finetune_operator.local.processes import EXIT_NOT_STARTED, Mark, Started
 from finetune_operator.local.state import JobFile, State, remove, write_private
 from finetune_operator.observed import Pod
+from finetune_operator.plan import secret_name
 from finetune_operator.port import Conflict, Event, JobKey, RawJob
 
 REPORT_SECONDS = 3.0

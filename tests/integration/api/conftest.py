@@ -15,7 +15,7 @@ from tests.integration.api.kube import AnswerError, Kube, Object
 from tests.integration.api.players import NODE
 from tests.integration.api.stages import NewStage, Stage
 
-from finetune_operator.cluster import required_lease_rules, required_rules
+from finetune_operator.kinds import required_lease_rules, required_rules
 
 CRD = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
 

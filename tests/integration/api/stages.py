@@ -53,6 +53,11 @@ class Stage:
         """Wait until the job has ended, one way or the other."""
         return await self.wait_for_job(lambda job: is_true(job, "Complete") or is_true(job, "Failed"), "ended", *operators)
 
+    async def told(self) -> list[str]:
+        """Reasons of the Events about the job, one for each Event."""
+        events = await self.kube.list("Event", self.namespace)
+        return [event["reason"] for event in events if event["involvedObject"]["kind"] == "FineTuneJob"]
+
     async def children(self) -> list[str]:
         """What exists in the namespace that an operator can have made, as kind/name."""
         names = []

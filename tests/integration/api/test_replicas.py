@@ -22,7 +22,7 @@ async def test_two_operators_at_once_do_no_harm(stage: Stage) -> None:
     assert job["status"]["phase"] == "Complete"
     assert job["status"]["attempt"]["number"] == 1
     assert sorted(name for name, _ in player.created) == ["tune-1-head", "tune-1-worker-0", "tune-1-worker-1"]
-    reasons = [event["reason"] for event in await stage.kube.list("Event", stage.namespace)]
+    reasons = await stage.told()
     assert len(reasons) == len(set(reasons)), "a transition was told twice"
 
 

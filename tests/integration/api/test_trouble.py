@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.integration.api.kube import Kube, Object
+from tests.integration.api.kube import CHILDREN, Kube, Object
 from tests.integration.api.players import endless, failed, success
 from tests.integration.api.stages import Stage, is_true
 
@@ -49,7 +49,7 @@ async def test_missing_reference_is_named(stage: Stage, message: str, reason: st
 
 
 async def test_missing_claim_is_named(stage: Stage) -> None:
-    words = 'persistentvolumeclaim "models" not found'
+    words = 'persistentvolumeclaim "data" not found'
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
     async with stage.player().playing() as player, stage.operator().running() as operator:
         player.hold = lambda pod: True
@@ -134,14 +134,41 @@ async def test_job_is_deleted_after_its_time_to_live(stage: Stage) -> None:
                     break
 
 
-async def test_job_of_a_deleted_name_starts_anew(stage: Stage) -> None:
+async def test_job_of_a_deleted_name_starts_anew_and_takes_over_nothing(stage: Stage) -> None:
     async with stage.player(endless).playing() as player, stage.operator().running() as operator:
         first = await stage.apply()
         await player.wait_for(lambda pods: len(pods) == 3)
-        await stage.kube.delete("FineTuneJob", stage.namespace, "tune")
         player.script = success
+        await stage.kube.delete("FineTuneJob", stage.namespace, "tune")
         second = await stage.apply()
+        if not stage.server.collects_garbage:
+            await _collect(stage, first["metadata"]["uid"])
         job = await stage.wait_for_end(operator)
-    assert second["metadata"]["uid"] != first["metadata"]["uid"]
+    assert job["metadata"]["uid"] == second["metadata"]["uid"] != first["metadata"]["uid"]
     assert job["status"]["phase"] == "Complete"
     assert job["status"]["attempt"]["number"] == 1
+    assert job["status"]["attempt"]["preemptions"] == 0
+    assert sorted(name for name, _ in player.created) == sorted(["tune-1-head", "tune-1-worker-0", "tune-1-worker-1"] * 2)
+
+
+async def _collect(stage: Stage, owner: str) -> None:
+    """Delete what a deleted job owned, as a controller manager would."""
+    for kind in CHILDREN:
+        for child in await stage.kube.list(kind, stage.namespace):
+            if owner in [reference["uid"] for reference in child["metadata"].get("ownerReferences", ())]:
+                await stage.kube.delete(kind, stage.namespace, child["metadata"]["name"])
+
+
+async def test_service_of_a_user_is_neither_changed_nor_deleted(stage: Stage) -> None:
+    ports = [{"port": 80, "protocol": "TCP"}]
+    mine = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "tune-1"}, "spec": {"ports": ports}}
+    before = await stage.kube.create("Service", mine, stage.namespace)
+    async with stage.player().playing() as player, stage.operator().running() as operator:
+        await stage.apply()
+        job = await stage.wait_for_job(lambda job: _ready(job).get("reason") == "Forbidden", "Forbidden", operator)
+        assert f"Service {stage.namespace}/tune-1" in _ready(job)["message"]
+        await stage.kube.patch("FineTuneJob", stage.namespace, "tune", {"spec": {"suspend": True}})
+        await stage.wait_for_job(lambda job: is_true(job, "Suspended"), "suspended", operator)
+        await stage.wait_for_children()
+        assert not player.created
+    assert (await stage.kube.get("Service", stage.namespace, "tune-1") or {})["metadata"]["uid"] == before["metadata"]["uid"]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from finetune_api.status import Attempt, Status
-from finetune_operator.cluster import required_lease_rules, required_rules
+from finetune_operator.kinds import required_lease_rules, required_rules
 from finetune_operator.observed import job_from
 from finetune_operator.plan import desired_objects
 from finetune_operator.settings import Settings, settings_from

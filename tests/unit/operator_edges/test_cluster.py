@@ -14,15 +14,8 @@ from aiohttp import web
 
 from finetune_api.report import Report
 from finetune_api.status import Condition, Status
-from finetune_operator.cluster import (
-    REPORT_BYTES,
-    ApiError,
-    KubernetesCluster,
-    connect,
-    event_manifest,
-    required_lease_rules,
-    required_rules,
-)
+from finetune_operator.cluster import REPORT_BYTES, ApiError, KubernetesCluster, connect, event_manifest
+from finetune_operator.kinds import required_lease_rules, required_rules
 from finetune_operator.observed import Pod
 from finetune_operator.port import Conflict, Event, JobKey, Refused
 
@@ -154,22 +147,63 @@ async def test_status_of_a_job_that_changed_or_went_is_a_conflict(
         await cluster.patch_status(JOB, Status())
 
 
-async def test_apply_is_forced_server_side_apply(server: FakeServer, cluster: KubernetesCluster) -> None:
-    server.will("PATCH", "/api/v1/namespaces/team/pods/bot-1-head", (201, {}))
-    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "team", "name": "bot-1-head"}}
-    await cluster.apply(manifest)
+def owned(kind: str, name: str, owner: str = "u-1") -> dict[str, Any]:
+    owners = [{"kind": "FineTuneJob", "name": "bot", "uid": owner, "controller": True}]
+    return {
+        "apiVersion": "v1",
+        "kind": kind,
+        "metadata": {"namespace": "team", "name": name, "uid": f"uid-of-{name}", "ownerReferences": owners},
+    }
+
+
+EXISTS = (409, {"reason": "AlreadyExists", "message": "there"})
+SERVICES = "/api/v1/namespaces/team/services"
+PODS = "/api/v1/namespaces/team/pods"
+
+
+async def test_object_is_created_by_its_manager(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("POST", SERVICES, (201, {}))
+    await cluster.apply(owned("Service", "bot-1"))
     (asked,) = server.asked
+    assert asked.query == {"fieldManager": "finetune-operator"}
+    assert asked.body == owned("Service", "bot-1")
+
+
+async def test_own_object_that_exists_is_brought_in_line_by_server_side_apply(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("POST", SERVICES, EXISTS)
+    server.will("GET", f"{SERVICES}/bot-1", (200, owned("Service", "bot-1")))
+    server.will("PATCH", f"{SERVICES}/bot-1", (200, {}))
+    await cluster.apply(owned("Service", "bot-1"))
+    asked = server.asked[-1]
     assert asked.query == {"fieldManager": "finetune-operator", "force": "true"}
     assert asked.headers["Content-Type"] == "application/apply-patch+yaml"
-    assert asked.body == manifest
+    assert asked.body == owned("Service", "bot-1")
+
+
+async def test_own_pod_that_exists_stays_as_it_is(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("POST", PODS, EXISTS)
+    server.will("GET", f"{PODS}/bot-1-head", (200, owned("Pod", "bot-1-head")))
+    await cluster.apply(owned("Pod", "bot-1-head"))
+    assert [asked.method for asked in server.asked] == ["POST", "GET"]
+
+
+@pytest.mark.parametrize(
+    "existing",
+    [owned("Pod", "bot-1-head", owner="u-0"), {"metadata": {"name": "bot-1-head", "uid": "x"}}],
+    ids=["of a deleted job of the same name", "of a user"],
+)
+async def test_object_of_somebody_else_is_never_touched(server: FakeServer, cluster: KubernetesCluster, existing: dict[str, Any]) -> None:
+    server.will("POST", PODS, EXISTS)
+    server.will("GET", f"{PODS}/bot-1-head", (200, existing))
+    with pytest.raises(Refused, match="Pod team/bot-1-head: one that is not this job's exists"):
+        await cluster.apply(owned("Pod", "bot-1-head"))
+    assert [asked.method for asked in server.asked] == ["POST", "GET"]
 
 
 async def test_secret_is_created_and_one_that_exists_is_left_alone(server: FakeServer, cluster: KubernetesCluster) -> None:
-    manifest = {"apiVersion": "v1", "kind": "Secret", "metadata": {"namespace": "team", "name": "bot-1"}, "stringData": {"token": "t"}}
-    path = "/api/v1/namespaces/team/secrets"
-    server.will("POST", path, (201, {}), (409, {"reason": "AlreadyExists", "message": "there"}))
-    await cluster.apply(manifest)
-    await cluster.apply(manifest)
+    server.will("POST", "/api/v1/namespaces/team/secrets", (201, {}), EXISTS)
+    await cluster.apply(owned("Secret", "bot-1-c0ffee00"))
+    await cluster.apply(owned("Secret", "bot-1-c0ffee00"))
     assert [asked.method for asked in server.asked] == ["POST", "POST"]
 
 
@@ -178,21 +212,31 @@ async def test_object_that_the_cluster_does_not_want_is_refused_in_its_words(
     server: FakeServer, cluster: KubernetesCluster, status: int
 ) -> None:
     words = 'pods "bot-1-head" is forbidden: exceeded quota: gpus, requested: pods=1, used: pods=4, limited: pods=4'
-    server.will("PATCH", "/api/v1/namespaces/team/pods/bot-1-head", (status, {"reason": "Forbidden", "message": words}))
+    server.will("POST", PODS, (status, {"reason": "Forbidden", "message": words}))
     with pytest.raises(Refused) as refused:
-        await cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "team", "name": "bot-1-head"}})
+        await cluster.apply(owned("Pod", "bot-1-head"))
     assert refused.value.reason == "Forbidden"
-    assert refused.value.message == f"cannot patch Pod team/bot-1-head: {words}"
+    assert refused.value.message == f"cannot create Pod team/bot-1-head: {words}"
 
 
 async def test_delete_names_uid_and_grace_and_absence_is_no_error(server: FakeServer, cluster: KubernetesCluster) -> None:
     await cluster.delete("Pod", "team", "bot-1-head", uid="p-1", grace=0)
-    server.will("DELETE", "/api/v1/namespaces/team/services/bot-1", (409, {"reason": "Conflict", "message": "another UID"}))
-    await cluster.delete("Service", "team", "bot-1", uid="s-1")
+    server.will("DELETE", f"{PODS}/bot-1-worker-0", (409, {"reason": "Conflict", "message": "another UID"}))
+    await cluster.delete("Pod", "team", "bot-1-worker-0", uid="p-2")
     await cluster.delete_job(JOB)
     first, _, job = (asked.body for asked in server.asked)
     assert first == {"propagationPolicy": "Background", "preconditions": {"uid": "p-1"}, "gracePeriodSeconds": 0}
     assert job["preconditions"] == {"uid": "u-1"}
+
+
+async def test_delete_by_name_spares_what_no_job_owns(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("GET", f"{SERVICES}/bot-1", (200, owned("Service", "bot-1")), (200, {"metadata": {"uid": "of a user"}}))
+    server.will("DELETE", f"{SERVICES}/bot-1", (200, {}))
+    await cluster.delete("Service", "team", "bot-1")
+    await cluster.delete("Service", "team", "bot-1")
+    await cluster.delete("NetworkPolicy", "team", "bot-1")
+    assert [asked.method for asked in server.asked] == ["GET", "DELETE", "GET", "GET"]
+    assert server.asked[1].body["preconditions"] == {"uid": "uid-of-bot-1"}
 
 
 async def test_event_that_was_told_already_or_cannot_be_is_no_error(
@@ -224,7 +268,7 @@ async def test_read_is_tried_again_and_a_create_is_not(
     server.asked.clear()
     server.will("POST", "/api/v1/namespaces/team/secrets", (503, {"reason": "ServiceUnavailable", "message": "later"}))
     with pytest.raises(ApiError, match="cannot create Secret team/bot-1: later"):
-        await cluster.apply({"kind": "Secret", "metadata": {"namespace": "team", "name": "bot-1"}})
+        await cluster.apply(owned("Secret", "bot-1"))
     assert len(server.asked) == 1
     assert calls == [("list", 200), ("create", 503)]
 
@@ -293,6 +337,7 @@ def test_rules_have_no_wildcard_and_never_read_secrets() -> None:
     verbs = {resource: set(rule["verbs"]) for rule in rules for resource in rule["resources"]}
     assert verbs["secrets"] == {"create", "delete"}
     assert verbs["finetunejobs"] == {"get", "list", "watch", "delete"}
+    assert verbs["pods"] == {"get", "list", "watch", "create", "delete"}
     assert verbs["finetunejobs/status"] == {"update"}
     assert verbs["leases"] == {"get", "create", "update"}
     groups = {resource: rule["apiGroups"] for rule in rules for resource in rule["resources"]}

@@ -28,8 +28,7 @@ def model_card(job: FineTuneJob, base: BaseModel, result: Result, resolved: Reso
         ("Configuration digest", f"`{resolved.config_digest}`"),
         ("Job", f"{job.metadata.namespace}/{job.metadata.name} (`{job.metadata.uid}`)"),
     ]
-    kind = f"A LoRA adapter for [{base.name}]" if is_adapter else f"A fine-tuned copy of [{base.name}]"
-    link = f"(https://huggingface.co/{base.name})" if base.revision else ""
+    origin = f"[{base.name}](https://huggingface.co/{base.name})" if base.revision else f"`{base.name}`"
     return "\n".join(
         [
             "---",
@@ -38,7 +37,7 @@ def model_card(job: FineTuneJob, base: BaseModel, result: Result, resolved: Reso
             "",
             f"# {job.metadata.name}",
             "",
-            f"{kind}{link}.".replace("[", "").replace("]", "") if not link else f"{kind}{link}.",
+            f"{'A LoRA adapter for' if is_adapter else 'A fine-tuned copy of'} {origin}.",
             "",
             "## Evaluation",
             "",

@@ -32,8 +32,7 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 demo: install  ## tune the quickstart's model on this machine and ask it three questions, before and after
-	$(BIN)/finetune local examples/quickstart.yaml --claim quickstart/models=examples/models --config-map support-data=examples/data/support
-	$(BIN)/python examples/ask.py --base examples/models/tiny-llama --adapter examples/.finetune/claims/quickstart/out/adapter
+	@$(BIN)/python examples/demo.py
 
 test: install  ## all tests that this machine can run; says what it left out and why
 	$(BIN)/python -m pytest -m 'not cluster'

@@ -4,6 +4,7 @@ Only transformers' own architectures and only safetensors are loaded: no code an
 """
 
 import json
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from finetune_trainer.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,9 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
     Raises JobError (ModelInvalid) where weights are missing or damaged.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # one line for each percent in a pod's log
+    disable_progress_bar()  # one line for each percent in a pod's log
     method = method_for(job.spec.method)
     precision = precision_for(job.spec.training.precision, device)
     try:
@@ -122,6 +126,8 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
         raise JobError(Reason.MODEL_INVALID, f"{files.base.name} lacks the weight {sorted(loading['missing_keys'])[0]}")
     transformer.to(device)
     layout = choose_layout(transformer)
+    if layout == "padded" and job.spec.training.packing:
+        log.warning("%s cannot keep packed examples apart; its rows are computed one example a line", files.base.name)
     plain_head = has_plain_head(transformer, layout)
     if device.type == "cuda" and not _activations_fit(transformer.config.get_text_config(), job, device, precision):
         transformer.activation_checkpointing_enable({"use_reentrant": False})

@@ -53,8 +53,10 @@ def test_jsonl(tmp_path: Path) -> None:
         (b"true", "the row is a truth value, not an object"),
         (b"null", "the row is null, not an object"),
         (b"[" * 100_000, "the row is nested too deeply"),
+        (b'{"n": ' + b"1" * 10_000 + b"}", "the row holds a number of thousands of digits"),
+        (b'{"text": "\\ud83d"}', "the row holds half a character (an unpaired \\ud800 to \\udfff)"),
     ],
-    ids=["cut off", "not json", "not utf-8", "array", "string", "number", "boolean", "null", "nested"],
+    ids=["cut off", "not json", "not utf-8", "array", "string", "number", "boolean", "null", "nested", "digits", "half a character"],
 )
 def test_a_bad_line_is_told_and_the_next_is_read(tmp_path: Path, row: bytes, problem: str) -> None:
     lines = read_bytes(tmp_path, "a.jsonl", b'{"text": "a"}\n' + row + b'\n{"text": "c"}\n')
@@ -90,7 +92,7 @@ def test_json_that_is_jsonl_is_read_as_such(tmp_path: Path) -> None:
         (b'[{"text": "a"},\n{"text": }]', "pvc://data/a.json, line 2: the file is not JSON: Expecting value at column 10"),
         (b'[{"text": "a"},\n{"text": "\xff"}]', "pvc://data/a.json, line 2: the file is not UTF-8 (byte 27)"),
         (b'{"rows": []}', "pvc://data/a.json holds an object, not an array of objects"),
-        (b"[" * 100_000, "pvc://data/a.json is nested too deeply"),
+        (b"[" * 100_000, "pvc://data/a.json, line 1: the file is nested too deeply"),
         (b"[]", "pvc://data/a.json has no rows"),
         (b"", "pvc://data/a.json has no rows"),
     ],
@@ -137,7 +139,31 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_parquet_that_is_none(tmp_path: Path) -> None:
-    assert refused(tmp_path, "a.parquet", b"hello").startswith("pvc://data/a.parquet is not a parquet file that can be read: ")
+    assert refused(tmp_path, "a.parquet", b"hello").startswith(
+        "pvc://data/a.parquet is not a parquet file that can be read (after row 0): "
+    )
+
+
+def test_parquet_that_is_damaged(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": [f"text {number}" for number in range(5000)]}), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[1000:3000] = b"\xff" * 2000
+    assert "a.parquet is not a parquet file that can be read" in refused(tmp_path, "a.parquet", bytes(content))
+
+
+def test_parquet_whose_text_is_none(tmp_path: Path) -> None:
+    column = pa.array([b"a", b"\xff"], pa.binary()).view(pa.utf8())
+    parquet.write_table(pa.table({"text": column}), tmp_path / "b.parquet")
+    assert "not a parquet file" in refused(tmp_path, "a.parquet", (tmp_path / "b.parquet").read_bytes())
+
+
+def test_a_whole_pair_of_escapes_is_one_character(tmp_path: Path) -> None:
+    row = read_bytes(tmp_path, "a.jsonl", b'{"text": "\\ud83d\\ude00"}')
+    assert json.loads(row[0].removeprefix("1: ")) == {"text": "\U0001f600"}
+
+
+def test_half_a_character_in_json(tmp_path: Path) -> None:
+    assert "row 1: the row holds half a character" in read_bytes(tmp_path, "a.json", b'[{"text": "\\ude00"}]')[0]
 
 
 def test_a_folder_is_read_in_the_order_of_its_files(tmp_path: Path) -> None:

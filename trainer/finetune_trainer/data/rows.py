@@ -16,6 +16,8 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location, explained, files_under, patiently
 
 _BLOCK = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HALF_CHARACTER = b"\\ud"
 FORMS = (".jsonl", ".json", ".csv", ".parquet")
 ROW_BYTES = 16 << 20
 """Largest row; a longer one is a file of another form, or a mistake."""
@@ -134,25 +136,49 @@ def _jsonl(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(ROW_BYTES)
         elif line.strip():
-            yield _json_row(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place)
+            yield _json_row(line, place)
+
+
+class _BadJsonError(Exception):
+    """Bytes that are no JSON: the line, from 1, and what is wrong, as the rest of a sentence."""
+
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def _parsed(content: bytes) -> object:
+    """The JSON value. Raises _BadJsonError."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))  # decoded here: json would guess at UTF-16
+    except UnicodeDecodeError as error:
+        raise _BadJsonError(content[: error.start].count(b"\n") + 1, f"is not UTF-8 (byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise _BadJsonError(error.lineno, f"is not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:
+        raise _BadJsonError(1, "holds a number of thousands of digits") from error
+    except RecursionError as error:
+        raise _BadJsonError(1, "is nested too deeply") from error
 
 
 def _json_row(line: bytes, place: Place) -> Row | Fault:
     try:
-        value = json.loads(line.rstrip().decode())  # decoded here: json would guess at UTF-16
-    except UnicodeDecodeError as error:
-        return Fault(place, f"the row is not UTF-8 (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return Fault(place, f"the row is not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return Fault(place, "the row is nested too deeply")
-    return _object_row(value, place)
+        value = _parsed(line.rstrip())
+    except _BadJsonError as error:
+        return Fault(place, f"the row {error}")
+    return _object_row(value, place, may_be_broken=_HALF_CHARACTER in line.lower())
 
 
-def _object_row(value: object, place: Place) -> Row | Fault:
-    if isinstance(value, dict):
-        return Row(place, value)
-    return Fault(place, f"the row is {kind_of(value)}, not an object")
+def _object_row(value: object, place: Place, *, may_be_broken: bool) -> Row | Fault:
+    """The row, if it is an object. Half a character, as an escape that was cut in two leaves it, is no text that could be written again."""
+    if not isinstance(value, dict):
+        return Fault(place, f"the row is {kind_of(value)}, not an object")
+    if may_be_broken:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Fault(place, "the row holds half a character (an unpaired \\ud800 to \\udfff)")
+    return Row(place, value)
 
 
 def _json(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
@@ -160,28 +186,20 @@ def _json(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
     content = stream.read(JSON_BYTES + 1)
     if len(content) > JSON_BYTES:
         raise JobError(Reason.DATASET_INVALID, f"{file} is larger than {JSON_BYTES >> 30} GiB; write it as .jsonl")
-    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
-        try:
-            json.loads(content)
-        except ValueError:
-            yield from _jsonl(io.BytesIO(content), file)
-            return
     if not content.strip():
         return
     try:
-        value = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise JobError(Reason.DATASET_INVALID, f"{file}, line {line}: the file is not UTF-8 (byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        problem = f"{file}, line {error.lineno}: the file is not JSON: {error.msg} at column {error.colno}"
-        raise JobError(Reason.DATASET_INVALID, problem) from error
-    except RecursionError as error:
-        raise JobError(Reason.DATASET_INVALID, f"{file} is nested too deeply") from error
+        value = _parsed(content)
+    except _BadJsonError as error:
+        if content.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"{":
+            yield from _jsonl(io.BytesIO(content), file)
+            return
+        raise JobError(Reason.DATASET_INVALID, f"{file}, line {error.line}: the file {error}") from error
     if not isinstance(value, list):
         raise JobError(Reason.DATASET_INVALID, f"{file} holds {kind_of(value)}, not an array of objects")
+    may_be_broken = _HALF_CHARACTER in content.lower()
     for number, item in enumerate(value, 1):
-        yield _object_row(item, Place(file, number, "row"))
+        yield _object_row(item, Place(file, number, "row"), may_be_broken=may_be_broken)
 
 
 def _csv(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
@@ -223,8 +241,12 @@ def _parquet(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
             for columns in batch.to_pylist():
                 number += 1
                 yield Row(Place(file, number, "row"), columns)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise JobError(Reason.DATASET_INVALID, f"{file} is not a parquet file that can be read: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow tells of damaged content, too, by an OSError, but by one that no system call made.
+        if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+            raise
+        problem = f"{file} is not a parquet file that can be read (after row {number}): {str(error).splitlines()[0]}"
+        raise JobError(Reason.DATASET_INVALID, problem) from error
 
 
 def kind_of(value: object) -> str:

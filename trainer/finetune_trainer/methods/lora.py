@@ -1,6 +1,7 @@
 """Low-rank updates beside frozen weights (Hu et al. 2021), by PEFT, whose folders the ecosystem loads."""
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -37,7 +38,8 @@ class Lora:
             lora_dropout=self.spec.dropout,
             target_modules=target_modules(model, self.spec.target_modules),
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks for what transformers has renamed
             torch.manual_seed(seed)
             try:
                 wrapped: torch.nn.Module = get_peft_model(model, config)

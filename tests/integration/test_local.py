@@ -99,7 +99,9 @@ class Quickstart:
 
 @pytest.fixture
 def quickstart(tmp_path: Path) -> Iterator[Quickstart]:
-    found = Quickstart(tmp_path)
+    folder = tmp_path / "my job ü (1)"
+    folder.mkdir()
+    found = Quickstart(folder)
     yield found
     for process in found.processes():
         process.kill()

@@ -124,6 +124,10 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# Written in C where PyYAML was built with libyaml; the file is read several times a second.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 class JobFile:
     """The job with its status, in a file that a person can read and a later run goes on from."""
 
@@ -133,7 +137,7 @@ class JobFile:
     def load(self) -> dict[str, Any] | None:
         """The stored object, or None where there is none. Raises StateError where the file holds something else."""
         try:
-            job = yaml.safe_load(self.path.read_text())
+            job = yaml.load(self.path.read_text(), Loader=_Loader)  # noqa: S506 - a safe loader
         except FileNotFoundError:
             return None
         except (OSError, ValueError, yaml.YAMLError) as error:

@@ -61,6 +61,9 @@ def flat_attention(  # noqa: PLR0913, PLR0917 - the signature that transformers 
     """
     _check_supported(module, query, attention_mask, document_lengths, others)
     assert document_lengths is not None  # noqa: S101 - checked above
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings in float32 make queries and keys float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _has_kernel(query, key, value) and document_bounds is not None and not dropout:
         return _by_kernel(query, key, value, scaling, sliding_window, max(document_lengths), document_bounds), None
     parts = zip(*(torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)

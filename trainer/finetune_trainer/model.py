@@ -19,6 +19,7 @@ from finetune_trainer.data.tensors import Layout
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import method_for
 from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.sources import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -113,6 +114,7 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
             files.folder,
             config=_read_config(files),
             dtype=precision if method.freezes_base else torch.float32,
+            device_map={"": device},  # straight to where they are computed with, not by way of this machine's memory
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -121,10 +123,11 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's or the network's fault, not the model's
+            raise explained(error, files.base.name, Reason.MODEL_NOT_FOUND) from error
         raise _invalid(files, "cannot be loaded", error) from error
     if loading["missing_keys"]:
         raise JobError(Reason.MODEL_INVALID, f"{files.base.name} lacks the weight {sorted(loading['missing_keys'])[0]}")
-    transformer.to(device)
     layout = choose_layout(transformer)
     if layout == "padded" and job.spec.training.packing:
         log.warning("%s cannot keep packed examples apart; its rows are computed one example a line", files.base.name)

@@ -1,5 +1,7 @@
 """The loss against torch's and transformers' own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,20 @@ def test_a_head_that_is_more_than_a_linear_layer_is_computed_by_the_model(make: 
     assert not wrapped.plain_head
     loss = Sft().loss(wrapped, collate(data, [(0, 1, 2, 3)], wrapped.layout))
     torch.testing.assert_close(loss.total, reference(model, data), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32 weights", "bfloat16 weights"])
+def test_bfloat16_computation_stays_near_the_exact_loss(base: torch.dtype) -> None:
+    """Both ways of computing in bfloat16: weights kept in float32 (full tuning) and in bfloat16 (a frozen base)."""
+    data = examples()
+    expected = reference(llama(), data)
+    wrapped = causal(llama().to(base))
+    assert (wrapped.layout, wrapped.plain_head) == ("flat", True)
+    loss = Sft().loss(replace(wrapped, precision=torch.bfloat16), collate(data, [(0, 1), (2, 3)], "flat"))
+    assert loss.total.dtype == torch.float32
+    torch.testing.assert_close(loss.total, expected, rtol=1e-2, atol=0)
+    loss.total.backward()
+    assert {parameter.grad.dtype for parameter in wrapped.trained_parameters()} == {base}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

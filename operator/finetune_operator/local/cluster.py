@@ -187,7 +187,9 @@ class LocalCluster:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def forget_pods(self, job_name: str) -> None:
-        """Remove what the ended pods of the job left, and the ConfigMaps and Secrets of its attempts; logs stay."""
+        """Remove what the ended pods of the job left, their logs, and the ConfigMaps and Secrets of its attempts."""
+        for path in self._state.logs_of(job_name):
+            path.unlink(missing_ok=True)
         for pod in self._pods():
             if pod["metadata"]["labels"][LABEL_JOB_NAME] == job_name:
                 self._remove_pod(pod["metadata"]["name"])

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -54,6 +55,11 @@ class State:
     def log(self, pod: str) -> Path:
         """What a pod has written; it stays when the pod goes."""
         return self.root / "logs" / f"{pod}.log"
+
+    def logs_of(self, job: str) -> list[Path]:
+        """The logs of all pods that a job has had."""
+        name = re.compile(rf"{re.escape(job)}-\d+-(head|worker-\d+)\.log")
+        return [path for path in (self.root / "logs").iterdir() if name.fullmatch(path.name)]
 
     def prepare(self) -> None:
         """Make the folders that are missing. Raises OSError."""

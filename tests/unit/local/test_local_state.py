@@ -49,6 +49,13 @@ def test_a_file_that_no_run_wrote_is_refused(tmp_path, text):
         JobFile(path).load()
 
 
+def test_the_logs_of_a_job_are_not_those_of_another(state):
+    names = ["a-1-head", "a-1-worker-0", "a-12-worker-10", "a-1-1-head", "b-1-head", "a-head", "xa-1-head"]
+    for name in names:
+        state.log(name).touch()
+    assert {path.stem for path in state.logs_of("a")} == {"a-1-head", "a-1-worker-0", "a-12-worker-10"}
+
+
 def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
     own = tmp_path / "own"
     own.mkdir()

@@ -65,7 +65,7 @@ def flat_attention(  # noqa: PLR0913, PLR0917 - the signature that transformers 
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _has_kernel(query, key, value) and document_bounds is not None and not dropout:
-        return _by_kernel(query, key, value, scaling, sliding_window, max(document_lengths), document_bounds), None
+        return by_kernel(query, key, value, scaling, sliding_window, max(document_lengths), document_bounds), None
     parts = zip(*(torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [_one_document(*part, dropout=dropout, scaling=scaling, window=sliding_window) for part in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
@@ -112,7 +112,7 @@ def _has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     )
 
 
-def _by_kernel(
+def by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

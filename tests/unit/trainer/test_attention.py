@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from finetune_trainer.attention import NAME, choose_layout, forward_arguments
+from finetune_trainer.attention import NAME, by_kernel, choose_layout, forward_arguments
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.tensors import collate
 
@@ -130,3 +130,24 @@ def test_activation_checkpointing_keeps_the_boundaries() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model(**arguments).logits.square().sum().backward()
     torch.testing.assert_close(model.lm_head.weight.grad, expected)
+
+
+def test_the_kernels_call_has_the_right_form() -> None:
+    """Its shapes, on the `meta` device: 10 tokens in two documents, 4 query heads over 2 key heads."""
+    query, key = (torch.empty(1, heads, 10, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    for window in (None, 3):
+        assert by_kernel(query, key, key, 0.25, window, 6, bounds).shape == (1, 10, 4, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a CUDA device")
+@pytest.mark.parametrize("make", [ISOLATED["llama"], ISOLATED["mistral, window of 3"]], ids=["llama", "mistral"])
+@torch.no_grad()
+def test_the_kernel_agrees_with_examples_alone(make: object) -> None:
+    model = model_of(make).to("cuda", torch.bfloat16)
+    examples = documents(7, 1, 12, 2)
+    assert choose_layout(model) == "flat"
+    packed = model(**forward_arguments(collate(examples, [(0, 1, 2, 3)], "flat").to("cuda"))).logits[0]
+    expected = computed_alone(model.float().cpu(), examples)
+    torch.testing.assert_close(packed.float().cpu(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))

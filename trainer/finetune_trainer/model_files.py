@@ -44,7 +44,9 @@ def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bo
     """
     secret = source.secret_ref.name if source.secret_ref else None
     if source.source.startswith("hf://"):
-        return _from_hub(source, revision or source.revision, hub_token(mounts, secret), cache, weights=weights)
+        # On one machine the user's own cache serves all pods and later jobs; a pod's cache goes with the pod.
+        folder = None if mounts.local else cache / "hub"
+        return _from_hub(source, revision or source.revision, hub_token(mounts, secret), folder, weights=weights)
     place = resolve(source.source, mounts, secret)
     try:
         files = patiently(lambda: files_under(place))
@@ -62,7 +64,7 @@ def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bo
     return ModelFiles(local, base, _fingerprint(place, names, local), _matching(names, WEIGHTS))
 
 
-def _from_hub(source: ModelSource, revision: str | None, token: str | None, cache: Path, *, weights: bool) -> ModelFiles:
+def _from_hub(source: ModelSource, revision: str | None, token: str | None, cache: Path | None, *, weights: bool) -> ModelFiles:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one line for each percent in a pod's log
     from huggingface_hub import HfApi, snapshot_download
@@ -77,7 +79,7 @@ def _from_hub(source: ModelSource, revision: str | None, token: str | None, cach
         wanted = [*OTHERS, *(WEIGHTS if weights else ())]
         folder = patiently(
             lambda: snapshot_download(
-                name, revision=info.sha, token=access, cache_dir=cache / "hub", allow_patterns=wanted, ignore_patterns=["*/*"]
+                name, revision=info.sha, token=access, cache_dir=cache, allow_patterns=wanted, ignore_patterns=["*/*"]
             )
         )
     except Exception as error:

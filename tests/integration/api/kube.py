@@ -76,9 +76,11 @@ class Kube:
         path = self._path(kind, namespace, name) + (f"/{part}" if part else "")
         return await self._call("PATCH", path, body, "application/merge-patch+json")
 
-    async def delete(self, kind: str, namespace: str, name: str, grace: int | None = None) -> None:
-        """Delete the object; its absence is no error."""
-        options = {} if grace is None else {"gracePeriodSeconds": grace}
+    async def delete(self, kind: str, namespace: str, name: str, grace: int | None = None, uid: str | None = None) -> None:
+        """Delete the object, or only the one with this UID; its absence is no error."""
+        options: Object = {} if grace is None else {"gracePeriodSeconds": grace}
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
         try:
             await self._call("DELETE", self._path(kind, namespace, name), options)
         except AnswerError as error:

@@ -179,7 +179,7 @@ class Player:
         with contextlib.suppress(AnswerError):  # the pod may go at any time
             if meta.get("deletionTimestamp"):
                 self._end_head(meta["uid"])
-                await self.kube.delete("Pod", self.namespace, name, grace=0)
+                await self.kube.delete("Pod", self.namespace, name, grace=0, uid=meta["uid"])
             elif meta["uid"] not in self._played and not self.hold(pod):
                 self._played.add(meta["uid"])
                 if not pod["spec"].get("nodeName"):

@@ -39,7 +39,8 @@ class ModelFiles:
 def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bool, revision: str | None = None) -> ModelFiles:
     """Bring the model's files to this machine: all (workers), or all but the weights (head).
 
-    `revision` is what the head resolved, so that every worker gets the same. A folder on a volume is used where it is.
+    `revision` is what the head resolved: every worker and every later attempt gets the same, or is refused where the files have changed.
+    A folder on a volume is used where it is.
     Raises JobError (ModelNotFound, UnsafeModelFormat, ModelInvalid, AuthenticationFailed, SecretNotFound, StorageUnavailable).
     """
     secret = source.secret_ref.name if source.secret_ref else None
@@ -60,8 +61,11 @@ def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bo
     else:
         for name in _matching(names, WEIGHTS):
             _check_safetensors(local / name, f"{source.source}/{name}")
+    fingerprint = _fingerprint(place, names, local)
+    if revision is not None and revision != fingerprint:
+        raise JobError(Reason.MODEL_INVALID, f"the files of {source.source} have changed since the job began")
     base = BaseModel(name=source.source.removeprefix("file://"), dtype=_dtype(local))
-    return ModelFiles(local, base, _fingerprint(place, names, local), _matching(names, WEIGHTS))
+    return ModelFiles(local, base, fingerprint, _matching(names, WEIGHTS))
 
 
 def _from_hub(source: ModelSource, revision: str | None, token: str | None, cache: Path | None, *, weights: bool) -> ModelFiles:

@@ -53,6 +53,9 @@ def test_the_fingerprint_tells_models_apart(tmp_path: Path, folder: Path) -> Non
     weights["model.norm.weight"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert fetch(tmp_path).revision != first
+    with pytest.raises(JobError, match="have changed since the job began") as caught:
+        fetch_model(ModelSource(source="pvc://models/tiny"), Mounts(tmp_path), tmp_path, weights=True, revision=first)
+    assert caught.value.reason == Reason.MODEL_INVALID
 
 
 def test_what_lies_below_the_folder_is_not_the_model(tmp_path: Path, folder: Path) -> None:

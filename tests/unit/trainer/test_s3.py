@@ -102,7 +102,7 @@ def test_a_model(s3: FakeS3, mounts: Mounts, tmp_path: Path, model_folder: Path)
     head = fetch_model(source, mounts, tmp_path / "head", weights=False)
     assert head.weights == ("model.safetensors",)
     assert not (head.folder / "model.safetensors").exists()
-    worker = fetch_model(source, mounts, tmp_path / "worker", weights=True)
+    worker = fetch_model(source, mounts, tmp_path / "worker", weights=True, revision=head.revision)
     assert worker.revision == head.revision
     assert (worker.folder / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
     assert not list(worker.folder.glob(".*.part"))

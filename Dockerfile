@@ -26,19 +26,13 @@ COPY trainer /src/trainer
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist /src
 
 
-# The user has a name and a home because torch and the hub's client ask for them. The uid is a number so that runAsNonRoot can check it.
-FROM ${BASE_IMAGE} AS base
+# The user has a name and a home because torch and the hub's client ask for them; USER is a number so that runAsNonRoot can check it.
+FROM ${BASE_IMAGE} AS operator
 RUN groupadd --gid 10001 finetune \
     && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/finetune --shell /usr/sbin/nologin finetune \
     && python -m venv --without-pip /opt/venv
-ENV PATH=/opt/venv/bin:$PATH \
-    HOME=/home/finetune \
-    PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/venv/bin:$PATH HOME=/home/finetune PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /home/finetune
-
-
-FROM base AS operator
 COPY constraints.txt /opt/finetune/
 COPY --from=requirements /src/operator.txt /opt/finetune/requirements.txt
 RUN pip --python /opt/venv/bin/python install --no-cache-dir -c /opt/finetune/constraints.txt -r /opt/finetune/requirements.txt
@@ -57,9 +51,15 @@ LABEL org.opencontainers.image.title="finetune-operator" \
       org.opencontainers.image.revision="${REVISION}"
 
 
-FROM base AS trainer
+FROM ${BASE_IMAGE} AS trainer
+RUN groupadd --gid 10001 finetune \
+    && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/finetune --shell /usr/sbin/nologin finetune \
+    && python -m venv --without-pip /opt/venv
+ENV PATH=/opt/venv/bin:$PATH HOME=/home/finetune PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /home/finetune
 COPY constraints.txt /opt/finetune/
 COPY --from=requirements /src/trainer.txt /opt/finetune/requirements.txt
+# The import is a check that the stack fits together.
 RUN pip --python /opt/venv/bin/python install --no-cache-dir -c /opt/finetune/constraints.txt -r /opt/finetune/requirements.txt \
     && python -c "import torch, ray.train, transformers, peft"
 COPY --from=wheel /dist /opt/finetune/

@@ -4,7 +4,9 @@ import asyncio
 import signal
 
 import pytest
+from tests.integration.api.apiserver import kubeconfig_through
 from tests.integration.api.players import endless, success
+from tests.integration.api.proxy import Proxy
 from tests.integration.api.stages import Stage
 
 pytestmark = [pytest.mark.api, pytest.mark.asyncio(loop_scope="session")]
@@ -75,3 +77,14 @@ async def test_operator_without_its_key_says_which_variable_is_wrong(stage: Stag
     async with stage.operator(FINETUNE_TOKEN_KEY_FILE="/nowhere/key").running() as operator:
         assert await operator.exited() == 2
     assert "/nowhere/key" in operator.log.read_text()
+
+
+async def test_operator_that_comes_before_its_crd_waits_for_it(stage: Stage) -> None:
+    async with Proxy(stage.server.url).serving() as proxy, stage.player().playing():
+        kubeconfig = kubeconfig_through(stage.folder / "kubeconfig", proxy.url, stage.server.operator_kubeconfig)
+        proxy.fail(404)  # as for a kind that is not there
+        async with stage.operator(kubeconfig).running() as operator:
+            assert await operator.wait_until_ready() == "leads\n"
+            assert "waiting for the API server, the CRD" in operator.log.read_text()
+            await stage.apply()
+            assert (await stage.wait_for_end(operator))["status"]["phase"] == "Complete"

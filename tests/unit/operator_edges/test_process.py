@@ -1,12 +1,18 @@
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
 import structlog
+from aiohttp.test_utils import make_mocked_request
+from kubernetes.aio.client import ApiClient, Configuration
 
 from finetune_operator import election
-from finetune_operator.__main__ import EXIT_ENVIRONMENT, configure_logs, main
+from finetune_operator.__main__ import EXIT_ENVIRONMENT, STUCK_SECONDS, Operator, configure_logs, main
+from finetune_operator.election import Election
+from finetune_operator.port import JobKey
+from finetune_operator.settings import Settings
 
 
 @pytest.fixture
@@ -71,6 +77,35 @@ def test_wrong_environment_is_one_line_and_exit_2(
     assert told.startswith("finetune-operator: ")
     assert words in told
     assert len(told.splitlines()) == 1
+
+
+async def probe(operator: Operator, path: str) -> tuple[int, str]:
+    """What the kubelet is told; asked of the handlers, without a port."""
+    response = await (operator._healthz if path == "/healthz" else operator._readyz)(make_mocked_request("GET", path))
+    return response.status, response.text or ""
+
+
+async def test_operator_is_healthy_until_a_reconcile_is_stuck() -> None:
+    operator = Operator(Settings())
+    operator._begun[JobKey("team", "quick")] = time.monotonic()
+    assert await probe(operator, "/healthz") == (200, "ok\n")
+    operator._begun[JobKey("team", "bot")] = time.monotonic() - STUCK_SECONDS - 1
+    assert await probe(operator, "/healthz") == (500, "reconcile stuck: team/bot\n")
+
+
+async def test_leader_that_could_not_renew_is_not_healthy_and_a_standby_is() -> None:
+    operator = Operator(Settings())
+    operator.election = Election(ApiClient(Configuration(host="http://127.0.0.1:1")), "system", "me")
+    operator.election._lock.last_contact -= election.LEASE_SECONDS + 1
+    assert (await probe(operator, "/healthz"))[0] == 200
+    operator.election.leading.set()
+    status, words = await probe(operator, "/healthz")
+    assert status == 500
+    assert "the Lease was not renewed" in words
+
+
+async def test_operator_is_not_ready_before_it_watches() -> None:
+    assert await probe(Operator(Settings()), "/readyz") == (503, "not watching yet\n")
 
 
 def test_leader_has_stopped_before_another_may_lead() -> None:

@@ -40,16 +40,17 @@ def failure_from(error: BaseException, stage: StageName | None) -> Failure:
 
 
 def as_job_error(error: BaseException) -> JobError:
-    """The error itself or the one that it wraps, where one says what is wrong; else what its type says."""
+    """What is wrong: the error itself or one that it wraps, where one says it; else what its type says.
+
+    When a worker fails the others lose it: that is told only where nothing else is known.
+    """
     chain = tuple(_causes(error))
-    for cause in chain:
-        if isinstance(cause, JobError):
-            return cause
-    for cause in chain:
-        reason = _reason(cause)
-        if reason is not None:
-            return JobError(reason, _last_line(cause))
-    return JobError(Reason.INTERNAL_ERROR, _last_line(error))
+    known = [cause for cause in chain if isinstance(cause, JobError)]
+    known += [JobError(reason, _last_line(cause)) for cause in chain if (reason := _reason(cause)) is not None]
+    if known:
+        return next((found for found in known if found.reason != Reason.WORKERS_LOST), known[0])
+    inner = next((cause for cause in chain if not type(cause).__module__.startswith("ray.")), error)
+    return JobError(Reason.INTERNAL_ERROR, _last_line(inner))
 
 
 def is_final(error: BaseException) -> bool:

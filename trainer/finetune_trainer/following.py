@@ -22,6 +22,7 @@ class Following:
         self._latest_tokens = 0
         self._gpus = 0
         self._gpus_since: float | None = None
+        self._earlier_gpu_seconds = 0.0
 
     def begin(self, earlier: Report | None) -> None:
         """Know how far the attempt before had come."""
@@ -33,13 +34,14 @@ class Following:
 
     def workers_released(self) -> None:
         """They are held no more."""
-        self._reporter.update(usage=self._usage())
-        self._gpus, self._gpus_since = 0, None
+        usage = self._usage()
+        self._reporter.update(usage=usage)
+        self._earlier_gpu_seconds, self._gpus_since = usage.gpu_seconds, None
 
     def take(self, progress: WorkerProgress) -> bool:
         """Make the newest progress the report's. Returns whether the workers should stop."""
         if progress.start_step is not None and progress.group != self._group:
-            self._begin_group(progress.group, progress.start_step)
+            self._begin_group(progress, progress.start_step)
         state = Progress(
             percent=100 * progress.step // max(1, progress.total_steps),
             step=progress.step,
@@ -65,7 +67,7 @@ class Following:
             self._console.progress(state, {name: metric.value for name, metric in metrics.items()})
         return self._interruption.requested
 
-    def _begin_group(self, group: str, start_step: int) -> None:
+    def _begin_group(self, progress: WorkerProgress, start_step: int) -> None:
         """Another worker group has loaded its state: what was done after the checkpoint that it goes on from is lost.
 
         From here on there is something to save: a call to stop is passed on to the workers.
@@ -78,7 +80,9 @@ class Following:
             self._reporter.update(resumed_step=start_step or None)
         if start_step:
             self._console.say(f"going on from step {start_step}{f', {lost} steps are lost' if lost else ''}")
-        self._group, self._furthest = group, start_step
+        for name in progress.damaged_checkpoints:
+            self._console.say(f"checkpoint {name} was damaged and is set aside")
+        self._group, self._furthest = progress.group, start_step
         self._reporter.update(lost_steps=self._lost_steps)
 
     def _stage(self, name: str) -> str:
@@ -86,4 +90,5 @@ class Following:
 
     def _usage(self) -> Usage:
         seconds = time.monotonic() - self._gpus_since if self._gpus_since is not None else 0.0
-        return Usage(gpu_seconds=round(self._gpus * seconds, 1), trained_tokens=self._earlier_tokens + self._latest_tokens)
+        gpu_seconds = round(self._earlier_gpu_seconds + self._gpus * seconds, 1)
+        return Usage(gpu_seconds=gpu_seconds, trained_tokens=self._earlier_tokens + self._latest_tokens)

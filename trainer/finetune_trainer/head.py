@@ -12,7 +12,7 @@ from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.failures import failure_from, scrub
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
-from finetune_trainer.ray_cluster import RayHead
+from finetune_trainer.ray_cluster import RayHead, ray_variables
 from finetune_trainer.report import Reporter, ReportServer
 from finetune_trainer.run import Attempt, run_stages
 
@@ -32,6 +32,7 @@ def run_head(environment: Environment) -> int:
     reporter = Reporter(job.metadata.uid, environment.attempt)
     interruption = Interruption()
     following = Following(reporter, console, interruption)
+    os.environ.update(ray_variables(environment))
     # Ray starts while the data is checked; it is the first child, before there are threads.
     ray_head = RayHead(environment, scratch)
     attempt = Attempt(environment, job, reporter, console, ray_head, following, interruption)

@@ -4,8 +4,8 @@ import signal
 from types import FrameType
 
 
-class InterruptedRunError(Exception):
-    """The head was asked to stop, and has stopped."""
+class InterruptedRunError(BaseException):
+    """The head was asked to stop. Not an Exception, since it comes in the middle of anything and is nobody's failure."""
 
 
 class Interruption:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -18,8 +18,8 @@ from finetune_api.status import CheckpointRef, Metric
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer import checkpoint
 from finetune_trainer.data.batches import AUTO_TOKENS, BatchPlan, micro_batches, plan_batches, rank_share
-from finetune_trainer.data.examples import Prepared
-from finetune_trainer.data.tensors import MicroBatch, collate
+from finetune_trainer.data.examples import Examples, Prepared
+from finetune_trainer.data.tensors import Layout, MicroBatch, collate
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import Losses, mean_loss, measure
 from finetune_trainer.methods import method_for
@@ -34,7 +34,7 @@ from finetune_trainer.worker import Worker
 
 BASELINE = "baseline.json"
 CHECKPOINTS = "checkpoints"
-PREEMPTION_SECONDS = 5.0
+PREEMPTION_SECONDS = 2.0
 """How often the workers ask whether one of them is about to be taken away."""
 
 
@@ -64,8 +64,9 @@ class Listener(Protocol):
 
 
 def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listener: Listener, group: str = "local") -> bool:
-    """Train, measure before and after, leave the result in the storage. Returns whether it came to the end, or was asked to stop.
+    """Train, measure before and after, leave the result in the storage.
 
+    Returns whether it came to the end; else it has saved a checkpoint, since it was asked to stop or a worker is about to be taken away.
     Raises JobError (TrainingDiverged, StorageFull, CheckpointIncompatible, WorkersLost, ...).
     """
     spec = task.job.spec
@@ -78,18 +79,20 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
     checkpoints = task.storage.at(CHECKPOINTS)
 
     # Go on from the newest complete checkpoint, or measure the untuned model and begin.
-    state = _resume(checkpoints, task.config, worker)
+    state, damaged = _resume(checkpoints, task.config, worker)
     baseline = _baseline(task.storage, worker, lambda: measure(model, objective, held_out, training, worker), fresh=state is None)
     if state is not None:
         load_trained_state(model.module, state.parameters)
         load_moments(optimizer, parameters, state.moments)
     start, tokens = (state.step, state.trained_tokens) if state else (0, 0)
-    follow = _Follower(listener if worker.leads else None, plan, WorkerProgress(group=group, start_step=start, step=start))
-    follow.checkpoint(CheckpointRef(step=start, uri=checkpoints.locate(checkpoint.name_of(start))) if state else None)
+    resumed = CheckpointRef(step=start, uri=checkpoints.locate(checkpoint.name_of(start))) if state else None
+    progress = WorkerProgress(group=group, start_step=start, step=start, checkpoint=resumed, damaged_checkpoints=damaged)
+    follow = _Follower(listener if worker.leads else None, plan, progress)
 
     model.module.train()
     preemptions = _Preemptions(worker)
-    for step, micro in _ahead(lambda step: _micro_batches(data, plan, step, task, model, worker), range(start, plan.total_steps)):
+    shares = _Shares(data.train, plan, model.layout, training.micro_batch_size, worker)
+    for step, micro in _ahead(shares.micro_batches, range(start, plan.total_steps)):
         batch, rate = plan.batch(step), learning_rate(step, plan.total_steps, training)
         torch.manual_seed(step_seed(training.seed, step, worker.rank))
 
@@ -112,12 +115,13 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         done, tokens = step + 1, tokens + batch.tokens
         follow.step(done, batch.tokens, {"train/loss": mean, "train/learningRate": rate, "train/gradNorm": norm_before})
 
-        # Save every so often, at a call to stop, when a worker is about to go, and at the end.
+        # Save every so often and at the end; at a call to stop and when a worker is about to go, save and leave.
         due = done % spec.checkpoint.every_steps == 0 and done < plan.total_steps
-        if (ask and preemptions.begin()) or stop or due or done == plan.total_steps:
+        leave = (ask and preemptions.ask()) or stop
+        if leave or due or done == plan.total_steps:
             saved = checkpoint.TrainingState(done, tokens, trained_state(model.module), moments_of(optimizer, parameters))
             follow.checkpoint(_save(checkpoints, saved, task, worker))
-        if stop and done < plan.total_steps:
+        if leave and done < plan.total_steps:
             return False
         if due:
             follow.metric("validation/loss", mean_loss(model, objective, data.validation, training, worker))
@@ -144,17 +148,13 @@ def _check_finite(step: int, loss: float, norm: float) -> None:
         raise JobError(Reason.TRAINING_DIVERGED, f"step {step}: the loss is {loss}, the norm of the gradients {norm}")
 
 
-def _resume(checkpoints: Storage, config: dict[str, Any], worker: Worker) -> checkpoint.TrainingState | None:
-    """The state to go on from. Rank 0 proves and chooses; the others read what it chose."""
-    state = None
-    if worker.leads:
-        state, damaged = checkpoint.newest(checkpoints, config)
-        for name in damaged:
-            print(f"checkpoint {name} is damaged and was set aside", flush=True)  # noqa: T201
+def _resume(checkpoints: Storage, config: dict[str, Any], worker: Worker) -> tuple[checkpoint.TrainingState | None, tuple[str, ...]]:
+    """The state to go on from, and the damaged ones that were set aside. Rank 0 proves and chooses; the others read what it chose."""
+    state, damaged = checkpoint.newest(checkpoints, config) if worker.leads else (None, ())
     step = worker.agree(state.step + 1 if state else 0) - 1
     if step < 0:
-        return None
-    return state or checkpoint.load(checkpoints, step, config)
+        return None, damaged
+    return state or checkpoint.load(checkpoints, step, config), damaged
 
 
 def _baseline(storage: Storage, worker: Worker, measure_now: Callable[[], Losses], *, fresh: bool) -> Losses:
@@ -178,13 +178,20 @@ def _finite(losses: Losses, reason: Reason, whose: str) -> Losses:
     return losses
 
 
-def _micro_batches(data: Prepared, plan: BatchPlan, step: int, task: Task, model: CausalModel, worker: Worker) -> list[MicroBatch]:
-    """What one worker has of a step, in the pieces that it computes at once."""
-    lengths = data.train.lengths()
-    share = rank_share(plan.batch(step).rows, lengths, worker.rank, worker.world)
-    size, auto = task.job.spec.training.micro_batch_size, AUTO_TOKENS[worker.device.type]
-    pieces = [collate(data.train, rows, model.layout) for rows in micro_batches(share, lengths, size, auto)]
-    return [_pinned(piece) for piece in pieces] if worker.device.type == "cuda" else pieces
+class _Shares:
+    """What one worker has of each step."""
+
+    def __init__(self, examples: Examples, plan: BatchPlan, layout: Layout, size: int | Literal["auto"], worker: Worker) -> None:
+        self._examples, self._plan, self._layout, self._size, self._worker = examples, plan, layout, size, worker
+        self._lengths = examples.lengths()
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """The step's part for this worker, in the pieces that it computes at once; none where there are fewer rows than workers."""
+        device = self._worker.device.type
+        share = rank_share(self._plan.batch(step).rows, self._lengths, self._worker.rank, self._worker.world)
+        pieces = micro_batches(share, self._lengths, self._size, AUTO_TOKENS[device])
+        made = [collate(self._examples, rows, self._layout) for rows in pieces]
+        return [_pinned(batch) for batch in made] if device == "cuda" else made
 
 
 def _pinned(batch: MicroBatch) -> MicroBatch:
@@ -208,18 +215,16 @@ class _Preemptions:
     """When to ask whether a worker is about to be taken away. Asking is collective, so rank 0's clock decides for all."""
 
     def __init__(self, worker: Worker) -> None:
-        self._worker, self._asked, self._known = worker, time.monotonic(), False
+        self._worker, self._asked = worker, time.monotonic()
 
     def due(self) -> bool:
         """Whether it is time to ask again."""
-        return not self._known and time.monotonic() - self._asked > PREEMPTION_SECONDS
+        return time.monotonic() - self._asked > PREEMPTION_SECONDS
 
-    def begin(self) -> bool:
-        """Ask. Whether one has begun since the last time: then there is a checkpoint to save, once."""
+    def ask(self) -> bool:
+        """Whether a worker is about to be taken away."""
         self._asked = time.monotonic()
-        began = not self._known and self._worker.preempted()
-        self._known |= began
-        return began
+        return self._worker.preempted()
 
 
 class _Follower:
@@ -231,6 +236,7 @@ class _Follower:
         self._metrics: dict[str, Metric] = {}
         self._begun = time.monotonic()
         self._tokens_left = int(plan.row_tokens.sum()) * plan.epochs - sum(plan.batch(step).tokens for step in range(progress.step))
+        self._post()
 
     def step(self, done: int, tokens: int, values: dict[str, float]) -> None:
         """One more step."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.fields import StatusModel
-from finetune_api.status import CheckpointRef, Count, Metric, StageName, Text
+from finetune_api.status import CheckpointRef, Count, Metric, Name, StageName, Text
 
 PROGRESS_SECONDS = 1.0
 """Rank 0 tells the head this often, whether or not a step ended: the answer may be the call to stop."""
@@ -35,6 +35,8 @@ class WorkerProgress(StatusModel):
     metrics: tuple[Metric, ...] = ()
     checkpoint: CheckpointRef | None = None
     """The newest complete checkpoint."""
+    damaged_checkpoints: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
+    """Checkpoints that were found damaged and set aside when this group began."""
 
 
 class ProgressSender:

@@ -21,6 +21,8 @@ from finetune_trainer.errors import JobError
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Ray's shared memory on each node: nothing of size passes through it."""
+SCRATCH_VARIABLE = "FINETUNE_SCRATCH"
+"""Tells the processes of a worker node its folder."""
 START_SECONDS = 120.0
 LEAVE_SECONDS = 10.0
 SETTLE_SECONDS = 30.0
@@ -88,7 +90,7 @@ def _ray_start(environment: Environment) -> list[str]:
 
 
 def ray_variables(environment: Environment) -> dict[str, str]:
-    """The environment of Ray's processes: token authentication always, quiet, and quick to see a lost worker."""
+    """The environment of Ray's processes and of its driver: token authentication always, quiet, and quick to see a lost worker."""
     return {
         **environment.variables,
         "RAY_AUTH_MODE": "token",
@@ -110,7 +112,7 @@ def become_worker(environment: Environment, job: FineTuneJob) -> None:
     """
     scratch = scratch_folder(job.metadata.uid, environment.attempt) / str(os.getpid())
     command = worker_command(environment, job.spec.compute, scratch)
-    os.execve(command[0], command, ray_variables(environment))  # noqa: S606 - this is the point
+    os.execve(command[0], command, {**ray_variables(environment), SCRATCH_VARIABLE: str(scratch)})  # noqa: S606 - this is the point
 
 
 class RayHead:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.comparison import compare
 from finetune_trainer.export import Publication, check_free, publish
-from finetune_trainer.failures import scrub
+from finetune_trainer.failures import is_final, scrub
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.manifest import digest_of
@@ -26,7 +27,7 @@ from finetune_trainer.ray_cluster import RayHead, driver, gpus_of, wait_for_work
 from finetune_trainer.report import Reporter
 from finetune_trainer.result import RESULT, Result, read_result
 from finetune_trainer.sources import Mounts, resolve_storage
-from finetune_trainer.storage import Storage, storage_at
+from finetune_trainer.storage import Storage, storage_at, storage_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,8 @@ PREPARED_FACTS = "prepared.json"
 REPORT = "report.json"
 KEEP_SECONDS = 10.0
 """How often the report is left in the storage while workers train."""
+MAX_GROUPS = 20
+"""Times that the workers may leave because one of them is taken away, within an attempt."""
 STOP_SECONDS = 55.0
 """After a call to stop, the workers have so long to save a checkpoint; the operator's grace period is longer."""
 
@@ -138,7 +141,8 @@ def prepare(attempt: Attempt) -> Preparation:
 
     if not facts or read_manifest(own.location(PREPARED)) is None:
         prepared = prepare_data(job, tokenizer, attempt.mounts, longest_example(files))
-        write_prepared(prepared, own.location(PREPARED))
+        with storage_errors(own.locate(PREPARED)):
+            write_prepared(prepared, own.location(PREPARED))
         facts = {"revision": files.revision, "digest": prepared.digest, "data": summary_of(prepared).to_json()}
         own.write_json(PREPARED_FACTS, facts)
 
@@ -167,23 +171,26 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
     attempt.ray_head.wait_ready()
     with driver(attempt.environment):
         interruption.listen()
-        nodes = wait_for_workers(
-            compute,
-            attempt.job.spec.pre_running_deadline_seconds,
-            lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
-        )
-        attempt.following.workers_joined(nodes * gpus_of(compute))
-        config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
-        run = _Background(lambda: fit(compute, nodes, config, f"attempt-{attempt.environment.attempt}", attempt.scratch))
-        try:
-            run.wait(interruption, _Periodically(KEEP_SECONDS, attempt.keep_report))
-        finally:
-            attempt.following.workers_released()
-    result = read_result(attempt.own, preparation.config)
-    if result is None:
-        interruption.check()
-        raise JobError(Reason.EVALUATION_FAILED, f"{attempt.own.locate(RESULT)} is not whole")
-    return result
+        for group in range(1, MAX_GROUPS + 1):
+            nodes = wait_for_workers(
+                compute,
+                attempt.job.spec.pre_running_deadline_seconds,
+                lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
+            )
+            attempt.following.workers_joined(nodes * gpus_of(compute))
+            config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
+            name = f"attempt-{attempt.environment.attempt}-{group}"
+            run = _Background(partial(fit, compute, nodes, config, name, attempt.scratch))
+            try:
+                run.wait(interruption, _Periodically(KEEP_SECONDS, attempt.keep_report))
+            finally:
+                attempt.following.workers_released()
+            result = read_result(attempt.own, preparation.config)
+            if result is not None:
+                return result
+            interruption.check()
+            attempt.console.say("a worker is taken away; going on as soon as there are enough again")
+    raise JobError(Reason.WORKERS_LOST, f"workers were taken away {MAX_GROUPS} times")
 
 
 def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -> None:
@@ -241,6 +248,6 @@ class _Background:
                 if time.monotonic() - asked > STOP_SECONDS:
                     raise InterruptedRunError
         if self._error is not None:
-            if interruption.requested:
+            if interruption.requested and not is_final(self._error):
                 raise InterruptedRunError from self._error
             raise self._error

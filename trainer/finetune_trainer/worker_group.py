@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 import ray.train
@@ -14,10 +14,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Compute
-from finetune_trainer.environment import Environment, environment_from, scratch_folder
+from finetune_trainer.environment import environment_from
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import as_job_error, is_final
-from finetune_trainer.ray_cluster import cpus_of, gpus_of
+from finetune_trainer.ray_cluster import SCRATCH_VARIABLE, cpus_of, gpus_of
 from finetune_trainer.storage import storage_at
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from finetune_trainer.progress import WorkerProgress
     from finetune_trainer.worker import Worker
 
+T = TypeVar("T")
 MAX_FAILURES = 3
 """Times that lost workers are started again within an attempt."""
 MAX_START_FAILURES = 5
@@ -70,7 +71,7 @@ class EndOnFinalError(UserCallback):  # type: ignore[misc]  # Ray has no types
 
 
 @dataclass(frozen=True)
-class _Following:
+class _Silent:
     """A listener for the workers that do not report."""
 
     stop_requested: bool = False
@@ -83,10 +84,10 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     """What each worker process runs: find everything by the pod's environment, then the loop."""
     import torch
 
-    from finetune_trainer.data.examples import open_prepared
+    from finetune_trainer.data.examples import Prepared, open_prepared
     from finetune_trainer.loop import Task, train
     from finetune_trainer.model import load_model
-    from finetune_trainer.model_files import fetch_model
+    from finetune_trainer.model_files import ModelFiles, fetch_model
     from finetune_trainer.progress import ProgressSender
     from finetune_trainer.sources import Mounts, resolve_storage
 
@@ -94,23 +95,30 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     job = environment.job()
     mounts = Mounts(environment.volumes, environment.local)
     storage = storage_at(resolve_storage(job.spec.output, mounts)).at(f".finetune/{job.metadata.uid}")
-    cache = cache_folder(environment, job.metadata.uid)
+    cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
     worker = _this_worker()
     torch.set_num_threads(max(1, cpus_of(job.spec.compute) // max(1, gpus_of(job.spec.compute))))
-    files = fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])
+
+    def inputs() -> tuple[ModelFiles, Prepared]:
+        files = fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])
+        return files, open_prepared(storage.location("prepared"), cache)
+
+    files, data = _first_of_each_node(worker, inputs)
     model = load_model(files, job, worker.device)
-    data = open_prepared(storage.location("prepared"), cache)
     sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
     try:
-        train(Task(job, files.base, config["config"], storage), model, data, worker, sender or _Following(), group=uuid.uuid4().hex)
+        train(Task(job, files.base, config["config"], storage), model, data, worker, sender or _Silent(), group=uuid.uuid4().hex)
     finally:
         if sender is not None:
             sender.close()
 
 
-def cache_folder(environment: Environment, job_uid: str) -> Path:
-    """Where a pod keeps what it fetched; the processes of a pod share it."""
-    return scratch_folder(job_uid, environment.attempt) / "cache"
+def _first_of_each_node(worker: "Worker", call: Callable[[], T]) -> T:
+    """The call's result: one process of each node makes it first, and fills the cache that the others then find."""
+    first = ray.train.get_context().get_local_rank() == 0
+    early = call() if first else None
+    worker.sum(0.0)
+    return early if early is not None else call()
 
 
 def _this_worker() -> "Worker":
@@ -124,6 +132,8 @@ def _this_worker() -> "Worker":
     def all_reduce(tensor: "torch.Tensor") -> None:
         try:
             torch.distributed.all_reduce(tensor)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise JobError(Reason.WORKERS_LOST, f"worker {context.get_world_rank()} lost the connection to another: {error}") from error
 

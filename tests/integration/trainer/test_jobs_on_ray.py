@@ -46,7 +46,7 @@ def spec(inputs: Path, output: Path, *, workers: int = 2) -> dict[str, Any]:
             "microBatchSize": 1,
             "maxSequenceLength": 64,
             "packing": False,
-            "learningRate": 0.01,
+            "learningRate": 0.002,
             "precision": "float32",
         },
         "checkpoint": {"everySteps": SAVED_EVERY},

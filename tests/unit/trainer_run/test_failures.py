@@ -48,6 +48,13 @@ def test_what_an_error_was_raised_from_counts() -> None:
     assert failure_from(error, "Prepare").message == "hf://a/b"
 
 
+def test_the_cause_is_told_and_not_that_the_others_lost_the_worker() -> None:
+    lost = UserExceptionWithTraceback(JobError(Reason.WORKERS_LOST, "rank 0 lost rank 1"), "")
+    full = UserExceptionWithTraceback(OSError(errno.ENOSPC, "No space left on device"), "")
+    assert failure_from(WorkerGroupError("", {0: lost, 1: full}), "Train").reason == Reason.STORAGE_FULL
+    assert failure_from(WorkerGroupError("", {0: lost, 1: ActorDiedError()}), "Train").message == "rank 0 lost rank 1"
+
+
 def test_an_unknown_error_shows_its_kind_and_last_line() -> None:
     assert failure_from(ValueError("first\n\nlast line\n"), None).message == "ValueError: last line"
     assert failure_from(KeyError(), None).message == "KeyError: no message"

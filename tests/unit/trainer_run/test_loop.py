@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
-from finetune_trainer import checkpoint, loop
+from finetune_trainer import loop
 from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.errors import JobError
 from finetune_trainer.loop import CHECKPOINTS, Task, train
@@ -234,25 +234,19 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step(files: ModelFiles, tmp_p
     assert steps_saved(tmp_path) == ["step-00000003"]
 
 
-def test_a_preemption_saves_a_checkpoint_once_and_the_training_goes_on(
-    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_preemption_saves_a_checkpoint_and_the_workers_leave(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "PREEMPTION_SECONDS", 0.0)
-    asked = []
+    answers = iter([False, False, False, True])
+    assert not run(files, tmp_path, worker=Worker(preempted=lambda: next(answers)))
+    assert steps_saved(tmp_path) == ["step-00000003", "step-00000004"]
 
-    def preempted() -> bool:
-        asked.append(1)
-        return len(asked) >= 4
 
-    saved: list[int] = []
-    save = checkpoint.save
-    monkeypatch.setattr(
-        checkpoint, "save", lambda storage, state, *args, **kwargs: (saved.append(state.step), save(storage, state, *args, **kwargs))[1]
-    )
-    assert run(files, tmp_path, worker=Worker(preempted=preempted), epochs=2)
-    total = saved[-1]
-    assert saved == sorted({3, 4, *range(3, total, 3), total})
-    assert len(asked) == 4
+def test_damaged_checkpoints_are_told(files: ModelFiles, tmp_path: Path) -> None:
+    assert not run(files, tmp_path, Listener(stop_after=2))
+    (tmp_path / CHECKPOINTS / "step-00000002" / "optimizer.safetensors").unlink()
+    listener = Listener()
+    assert run(files, tmp_path, listener)
+    assert (listener.told[0].start_step, listener.told[0].damaged_checkpoints) == (0, ("step-00000002",))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(files: ModelFiles, tmp_path: Path) -> None:

@@ -131,7 +131,6 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
     if worker.leads:
         result = Result(steps=plan.total_steps, trained_tokens=tokens, before=dict(baseline), after=dict(losses), config=task.config)
         write_result(task.storage, result, lambda folder: method.export(model.module, folder, task.base))
-    follow.stage("Evaluate", "measured the tuned model")
     return True
 
 

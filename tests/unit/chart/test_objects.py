@@ -1,0 +1,138 @@
+"""The chart as Helm 4 reads it: it lints, and renders the objects that it should."""
+
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+from tests.unit.chart.rendering import CHART, EVERYTHING, RELEASE, ROOT, of_kind, one, render
+
+from finetune_api.status import Attempt, Status
+from finetune_operator.observed import job_from
+from finetune_operator.plan import desired_objects
+from finetune_operator.settings import Settings
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+@pytest.mark.parametrize("kube_version", ["v1.20.2", "v1.36.0"])
+def test_lints_without_a_warning(values: dict[str, Any], kube_version: str) -> None:
+    report = helm_python.lint(CHART, values, strict=True, kube_version=kube_version, namespace="finetune-system")
+    assert report["errors"] == []
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+
+
+def test_renders_these_objects_by_default(chart: helm_python.Chart) -> None:
+    assert sorted((item["kind"], item["metadata"]["name"]) for item in render(chart)) == [
+        ("ClusterRole", "finetune-operator"),
+        ("ClusterRole", "finetune-operator-editor"),
+        ("ClusterRole", "finetune-operator-viewer"),
+        ("ClusterRoleBinding", "finetune-operator"),
+        ("CustomResourceDefinition", "finetunejobs.finetune.dev"),
+        ("Deployment", "finetune-operator"),
+        ("Role", "finetune-operator-leader"),
+        ("RoleBinding", "finetune-operator-leader"),
+        ("Secret", "finetune-operator-token-key"),
+        ("Service", "finetune-operator"),
+        ("ServiceAccount", "finetune-operator"),
+    ]
+
+
+def test_renders_these_objects_with_everything_on(chart: helm_python.Chart) -> None:
+    assert sorted(
+        (item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"]) for item in render(chart, EVERYTHING)
+    ) == [
+        ("ClusterRole", "", "tuning-editor"),
+        ("ClusterRole", "", "tuning-viewer"),
+        ("CustomResourceDefinition", "", "finetunejobs.finetune.dev"),
+        ("Deployment", "finetune-system", "tuning"),
+        ("PodMonitor", "finetune-system", "tuning-trainers"),
+        ("Role", "finetune-system", "tuning-leader"),
+        ("Role", "team-a", "tuning"),
+        ("Role", "team-b", "tuning"),
+        ("RoleBinding", "finetune-system", "tuning-leader"),
+        ("RoleBinding", "team-a", "tuning"),
+        ("RoleBinding", "team-b", "tuning"),
+        ("Service", "finetune-system", "tuning"),
+        ("ServiceAccount", "finetune-system", "tuning-operator"),
+        ("ServiceMonitor", "finetune-system", "tuning"),
+    ]
+
+
+def test_asks_only_for_apis_that_old_and_new_clusters_have(chart: helm_python.Chart) -> None:
+    known = {  # stable in Kubernetes 1.20 already, and still there
+        "v1",
+        "apps/v1",
+        "rbac.authorization.k8s.io/v1",
+        "apiextensions.k8s.io/v1",
+        "monitoring.coreos.com/v1",  # only with a monitor switched on
+    }
+    assert {item["apiVersion"] for item in render(chart, EVERYTHING)} == known
+    assert "monitoring.coreos.com/v1" not in {item["apiVersion"] for item in render(chart)}
+
+
+def test_crd_is_the_generated_one(chart: helm_python.Chart) -> None:
+    rendered = one(render(chart, {"crds": {"enabled": True, "keep": False}}), "CustomResourceDefinition")
+    assert rendered == yaml.safe_load((ROOT / "crds/finetunejobs.yaml").read_text())
+
+
+def test_jobs_and_their_key_stay_when_the_chart_goes(chart: helm_python.Chart) -> None:
+    for kind in "CustomResourceDefinition", "Secret":
+        assert one(render(chart), kind)["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+        assert "annotations" not in one(render(chart, {"crds": {"keep": False}}), kind)["metadata"]
+    assert of_kind(render(chart, {"crds": {"enabled": False}}), "CustomResourceDefinition") == []
+
+
+def test_new_installations_have_keys_of_their_own(chart: helm_python.Chart) -> None:
+    first, second = (one(render(chart), "Secret")["data"]["token-key"] for _ in range(2))
+    assert first != second
+    assert len(first) == 64  # 48 characters in base64
+
+
+def test_service_and_monitors_select_the_pods_they_mean(chart: helm_python.Chart) -> None:
+    objects = render(chart, EVERYTHING)
+    labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert one(objects, "Service")["spec"]["selector"].items() <= labels.items()
+    monitor = one(objects, "ServiceMonitor")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= one(objects, "Service")["metadata"]["labels"].items()
+    assert monitor["spec"]["endpoints"][0]["port"] in [port["name"] for port in one(objects, "Service")["spec"]["ports"]]
+    assert one(objects, "PodMonitor")["spec"]["namespaceSelector"] == {"matchNames": ["team-a", "team-b"]}
+    assert one(render(chart, {"metrics": {"podMonitor": {"enabled": True}}}), "PodMonitor")["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_pod_monitor_finds_the_heads_of_jobs(chart: helm_python.Chart) -> None:
+    status = Status(attempt=Attempt(number=1))
+    manifest = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "j", "namespace": "n", "uid": "u"},
+        "spec": {
+            "model": {"source": "pvc://claim/model"},
+            "data": {"train": {"source": "pvc://claim/train.jsonl"}},
+            "method": {"lora": {}},
+            "output": {"storage": "pvc://claim/out"},
+        },
+    }
+    (head,) = of_kind(list(desired_objects(job_from(manifest), status, Settings())), "Pod")
+    monitor = one(render(chart, EVERYTHING), "PodMonitor")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= head["metadata"]["labels"].items()
+    assert monitor["podMetricsEndpoints"][0]["port"] in [port["name"] for port in head["spec"]["containers"][0]["ports"]]
+
+
+def test_network_policies_of_jobs_let_the_operator_in(chart: helm_python.Chart) -> None:
+    # The policy names the operator by this label, whatever the release is called (finetune_operator.plan).
+    for values in {}, EVERYTHING:
+        labels = one(render(chart, values), "Deployment")["spec"]["template"]["metadata"]["labels"]
+        assert labels["app.kubernetes.io/name"] == "finetune-operator"
+
+
+def test_notes_name_the_next_commands(chart: helm_python.Chart) -> None:
+    (notes,) = [text for path, text in chart.render(EVERYTHING, **RELEASE).items() if path.endswith("NOTES.txt")]
+    assert "team-a, team-b" in notes
+    assert "kubectl -n finetune-system rollout status deployment/tuning" in notes
+    assert notes.count("kubectl ") == 3
+
+
+def test_versions_agree(chart: helm_python.Chart) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{chart.metadata["appVersion"]}"' in project
+    assert chart.metadata["kubeVersion"] == ">=1.20.0-0"

@@ -1,0 +1,67 @@
+"""What the chart grants: to the operator what it uses and no more, to people what they should have."""
+
+from typing import Any
+
+import helm_python
+import pytest
+from tests.unit.chart.rendering import EVERYTHING, of_kind, one, render
+
+from finetune_operator.kinds import required_lease_rules, required_rules
+
+
+def rules_of(role: dict[str, Any]) -> set[tuple[str, str, str]]:
+    """(group, resource, verb) of each thing that a role grants."""
+    return triples(role["rules"])
+
+
+def triples(rules: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    return {
+        (group, resource, verb) for rule in rules for group in rule["apiGroups"] for resource in rule["resources"] for verb in rule["verbs"]
+    }
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["cluster", "namespaces"])
+def test_operator_is_granted_what_it_uses_and_no_more(chart: helm_python.Chart, values: dict[str, Any]) -> None:
+    objects = render(chart, values)
+    for_jobs = [
+        role
+        for role in of_kind(objects, "ClusterRole") + of_kind(objects, "Role")
+        if not role["metadata"]["name"].endswith(("-viewer", "-editor", "-leader"))
+    ]
+    assert len(for_jobs) == (2 if values else 1)
+    for role in for_jobs:
+        assert rules_of(role) == triples(required_rules())
+    (leader,) = [role for role in of_kind(objects, "Role") if role["metadata"]["name"].endswith("-leader")]
+    assert rules_of(leader) == triples(required_lease_rules())
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["cluster", "namespaces"])
+def test_roles_have_no_wildcard_and_read_no_secret(chart: helm_python.Chart, values: dict[str, Any]) -> None:
+    objects = render(chart, values)
+    for role in of_kind(objects, "ClusterRole") + of_kind(objects, "Role"):
+        granted = rules_of(role)
+        assert not any("*" in word for triple in granted for word in triple)
+        assert {verb for _, resource, verb in granted if resource.startswith("secrets")} <= {"create", "delete"}
+        assert not {resource for _, resource, _ in granted} & {"pods/exec", "pods/attach", "roles", "clusterroles", "rolebindings"}
+        assert not {verb for _, _, verb in granted} & {"escalate", "bind", "impersonate"}
+
+
+def test_every_binding_names_the_operators_account_and_a_role_of_the_chart(chart: helm_python.Chart) -> None:
+    for values, account in ({}, "finetune-operator"), (EVERYTHING, "tuning-operator"):
+        objects = render(chart, values)
+        roles = {(item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"]) for item in objects if "Role" in item["kind"]}
+        for binding in of_kind(objects, "RoleBinding") + of_kind(objects, "ClusterRoleBinding"):
+            ref = binding["roleRef"]
+            assert (ref["kind"], binding["metadata"].get("namespace"), ref["name"]) in roles
+            assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "finetune-system"}]
+        assert one(objects, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"] == account
+
+
+def test_people_get_their_roles_by_aggregation(chart: helm_python.Chart) -> None:
+    roles = {role["metadata"]["name"]: role for role in of_kind(render(chart), "ClusterRole")}
+    viewer, editor = roles["finetune-operator-viewer"], roles["finetune-operator-editor"]
+    assert viewer["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-view"] == "true"
+    assert {verb for _, _, verb in rules_of(viewer)} == {"get", "list", "watch"}
+    assert "rbac.authorization.k8s.io/aggregate-to-view" not in editor["metadata"]["labels"]
+    assert editor["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-edit"] == "true"
+    assert {resource for _, resource, _ in rules_of(editor)} == {"finetunejobs"}  # nobody writes a status but the operator

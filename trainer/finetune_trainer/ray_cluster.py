@@ -97,6 +97,7 @@ def ray_variables(environment: Environment) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(environment.token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
         "RAY_TRAIN_METRICS_ENABLED": "0",

@@ -140,6 +140,14 @@ class Pods:
         assert self.head is not None
         self.head.send_signal(signal.SIGTERM)
 
+    def terminate_worker(self) -> Report | None:
+        """What the kubelet sends when a worker pod has to go; then it is made anew. Returns the report when it had gone."""
+        gone = self.workers[-1]
+        gone.send_signal(signal.SIGTERM)
+        report = self.follow(lambda _: gone.poll() is not None)
+        self.workers.remove(gone)
+        return report
+
     def stop_workers(self) -> None:
         """End the worker pods."""
         for worker in self.workers:

@@ -175,6 +175,23 @@ def test_a_head_that_is_killed_then_one_that_is_stopped_cost_no_accuracy(
     assert losses(report) == pytest.approx(losses(undisturbed[1]), abs=1e-5)
 
 
+def test_a_worker_pod_that_has_to_go_costs_no_step(inputs: Path, tmp_path: Path) -> None:
+    job = spec(inputs, tmp_path / "out")
+    job["training"]["epochs"] = 100
+    job["checkpoint"]["everySteps"] = 1000
+    with Pods(tmp_path / "pods", job) as pods:
+        pods.start_head()
+        assert pods.follow(has_step(KILL_AT)) is not None
+        left = pods.terminate_worker()
+        assert left is not None, "the training came to its end before the worker went"
+        code, report = pods.ended()
+        assert "a worker is taken away" in pods.log()
+    assert code == EXIT_SUCCEEDED
+    assert (report.attempt, report.lost_steps) == (1, 0)
+    assert report.progress is not None
+    assert report.progress.step == 500
+
+
 def test_the_number_of_workers_does_not_matter(inputs: Path, tmp_path: Path, undisturbed: tuple[Pods, Report]) -> None:
     with Pods(tmp_path / "pods", spec(inputs, tmp_path / "out", workers=1)) as pods:
         pods.start_head()

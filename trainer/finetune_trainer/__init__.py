@@ -24,15 +24,4 @@ How it runs:
 - `progress`, `following`, `report`, `console`, `failures`: from the workers to the head, and from the head to everyone else
 - `export`, `model_card`: the published folder
 - `run`, `head`, `__main__`: the stages in order, the head's process, the entry
-
-The run, from the process down to the step:
-
-- `__main__`, `head`: a pod's entry; the head's process, its signals, and how it ends
-- `run`: the stages in order: prepare, train, evaluate, publish
-- `report`, `progress`, `following`, `console`: what is told to the operator, to Prometheus and to people, and what the workers tell
-- `ray_cluster`, `worker_group`: Ray's processes; Ray Train, which runs the loop on every worker and again when workers were lost
-- `loop`, `optimisation`, `evaluation`, `worker`: the training in plain torch, which needs no Ray
-- `storage`, `manifest`, `checkpoint`, `result`: folders that are complete and proven, or not there
-- `export`, `model_card`: the published artifact
-- `environment`, `interruption`, `failures`: what a pod is told, the call to stop, and exceptions as reasons
 """

@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 # Worded as in none of the examples that the quickstart trains on.
 QUESTIONS = (
-    "What if my internet goes down?",
-    "I cannot find the serial number.",
-    "We leave on holiday tomorrow, is there a mode for that?",
+    "Does the thermostat come with a warranty?",
+    "Please tell me how to reset it to factory settings.",
+    "There is a code E07 on my screen. What now?",
 )
 
 

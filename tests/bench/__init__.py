@@ -1,0 +1,1 @@
+"""Benchmarks, not tests: they print figures and judge nothing. `make bench` runs them all."""

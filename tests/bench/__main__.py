@@ -1,0 +1,44 @@
+"""Measure and print: the trainer beside TRL, API requests of one job's life, the operator with many jobs.
+
+    python -m tests.bench                        # all
+    python -m tests.bench training --pairs 5     # one of them
+"""
+
+import argparse
+import asyncio
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.bench import control_plane, training
+from tests.integration.api.apiserver import NoApiServerError
+
+PARTS = ("training", "life", "jobs")
+
+
+def main() -> None:
+    """Run the parts that were asked for, and say plainly what was left out."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--pairs", type=int, default=3, help="training: runs of each variant, taken in turn (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1000, help="jobs: how many at the API server (default: %(default)s)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    parts = arguments.parts or list(PARTS)
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
+        if "training" in parts:
+            console.print(training.compare(arguments.pairs, Path(folder)))
+        try:
+            if "life" in parts:
+                console.print(asyncio.run(control_plane.one_life(Path(folder) / "life")))
+            if "jobs" in parts:
+                console.print(asyncio.run(control_plane.many_jobs(Path(folder) / "jobs", arguments.jobs)))
+        except NoApiServerError as error:
+            console.print(f"left out: the operator's figures, since there is {error}", style="yellow")
+
+
+if __name__ == "__main__":
+    main()

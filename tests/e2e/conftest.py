@@ -60,6 +60,10 @@ def kubectl(images: Images) -> Iterator[Kubectl]:
 def release(images: Images, kubectl: Kubectl) -> Iterator[Kubectl]:
     """The operator, installed from the chart for the tests' namespace; kubectl in the operator's namespace."""
     system = Kubectl(SYSTEM)
+    if system.find("namespace", SYSTEM):
+        pytest.fail(
+            f"the namespace {SYSTEM} exists: the tests install the operator there and remove both, so they leave one that is there alone"
+        )
     values = {
         "image": _image(images.operator),
         "trainer": {"image": _image(images.trainer), "head": {"cpu": "500m", "memory": "2Gi"}, "graceSeconds": 40},

@@ -57,7 +57,9 @@ async def test_kill_at_every_write_changes_nothing(new_stage: NewStage, script: 
     cuts = [life.cut for life in lives if life.cut]
     print(f"\n{len(cuts)} kills in {time.monotonic() - begun:.0f} s, the last at {cuts[-1]}")
     for life in lives:
-        assert life.end == undisturbed.end, f"killed at: {life.cut}; {life.writes}"
+        assert life.end == undisturbed.end, (
+            f"killed at write {life.writes.index(life.cut) + 1 if life.cut else 0}: {life.cut}\n{life.writes}"
+        )
     # A busy machine may put two reports into one status, so a life may have a few writes fewer than the one that was counted.
     assert len(cuts) >= len(points) - 4
 

@@ -200,6 +200,15 @@ def test_the_number_of_workers_does_not_matter(inputs: Path, tmp_path: Path, und
     assert losses(report) == pytest.approx(losses(undisturbed[1]), abs=1e-4)
 
 
+def test_a_stop_before_there_is_anything_to_save_ends_the_head_at_once(inputs: Path, tmp_path: Path) -> None:
+    with Pods(tmp_path / "pods", spec(inputs, tmp_path / "out")) as pods:
+        pods.start_head()
+        assert pods.follow(lambda report: report.workers_wanted == 2) is not None
+        pods.terminate_head()
+        code, report = pods.ended()
+    assert (code, report.outcome, report.checkpoints, report.failure) == (EXIT_INTERRUPTED, "Interrupted", None, None)
+
+
 def test_bad_data_costs_no_worker(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion"\n')
     job = spec(inputs, tmp_path / "out")

@@ -1,7 +1,7 @@
 """Measure and print: the trainer beside TRL, API requests of one job's life, the operator with many jobs.
 
-    python -m tests.bench                        # all
-    python -m tests.bench training --pairs 5     # one of them
+python -m tests.bench                        # all
+python -m tests.bench training --pairs 5     # one of them
 """
 
 import argparse
@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-
 from tests.bench import control_plane, training
 from tests.integration.api.apiserver import NoApiServerError
 

@@ -1,4 +1,4 @@
-"""The operator at a real API server, with pods played by the benchmark: requests of one job's life, and memory and latency with many jobs."""
+"""The operator at a real API server, with pods played here: requests of one job's life, memory and latency with many jobs."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import yaml
 from rich.table import Table
-
 from tests.integration.api.apiserver import ApiServer, api_server, kubeconfig_through
 from tests.integration.api.kube import Kube, Object
 from tests.integration.api.operators import Operator
@@ -43,7 +42,7 @@ async def _served(kube: Kube) -> bool:
     try:
         await kube.list("FineTuneJob", NAMESPACE)
         return await kube.get("ServiceAccount", NAMESPACE, "default") is not None
-    except Exception:  # noqa: BLE001 - any answer but a list means: not yet
+    except Exception:
         return False
 
 
@@ -97,8 +96,9 @@ async def many_jobs(folder: Path, number: int) -> Table:
             await operator.wait_until_ready()
             restarted = time.monotonic() - again
             settled = _memory(await _metrics(operator))
-    count, total = _value(metrics, "finetune_operator_reconcile_duration_seconds_count"), _value(
-        metrics, "finetune_operator_reconcile_duration_seconds_sum"
+    count, total = (
+        _value(metrics, "finetune_operator_reconcile_duration_seconds_count"),
+        _value(metrics, "finetune_operator_reconcile_duration_seconds_sum"),
     )
     rows = {
         "memory before the first job": f"{idle / 2**20:.0f} MiB",
@@ -167,7 +167,9 @@ def _memory(metrics: str) -> float:
 
 def _quantile(metrics: str, share: float) -> float:
     """Upper bound of the histogram's bucket that holds the quantile, in seconds."""
-    buckets = re.findall(r'^finetune_operator_reconcile_duration_seconds_bucket{[^}]*le="([^"]+)"[^}]*} (\S+)$', metrics, flags=re.MULTILINE)
+    buckets = re.findall(
+        r'^finetune_operator_reconcile_duration_seconds_bucket{[^}]*le="([^"]+)"[^}]*} (\S+)$', metrics, flags=re.MULTILINE
+    )
     counts: Counter[float] = Counter()
     for bound, count in buckets:
         counts[float(bound)] += float(count)  # type: ignore[assignment]

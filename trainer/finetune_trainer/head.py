@@ -28,6 +28,8 @@ def run_head(environment: Environment) -> int:
         report = Report(job_uid="", attempt=environment.attempt, outcome="Failed", failure=failure_from(error, "Prepare"))
         return _end(environment, report, console)
 
+    for earlier in range(1, environment.attempt):  # what a killed head of this machine could not remove
+        shutil.rmtree(scratch_folder(job.metadata.uid, earlier), ignore_errors=True)
     scratch = scratch_folder(job.metadata.uid, environment.attempt)
     reporter = Reporter(job.metadata.uid, environment.attempt)
     interruption = Interruption()

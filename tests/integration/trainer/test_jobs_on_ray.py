@@ -177,7 +177,7 @@ def test_a_head_that_is_killed_then_one_that_is_stopped_cost_no_accuracy(
 
 def test_a_worker_pod_that_has_to_go_costs_no_step(inputs: Path, tmp_path: Path) -> None:
     job = spec(inputs, tmp_path / "out")
-    job["training"]["epochs"] = 100
+    job["training"] |= {"epochs": 100, "microBatchSize": 2}
     job["checkpoint"]["everySteps"] = 1000
     with Pods(tmp_path / "pods", job) as pods:
         pods.start_head()

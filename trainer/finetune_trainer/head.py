@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 import traceback
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def run_head(environment: Environment) -> int:
         return _end(environment, report, console)
 
     for earlier in range(1, environment.attempt):  # what a killed head of this machine could not remove
-        shutil.rmtree(scratch_folder(job.metadata.uid, earlier), ignore_errors=True)
+        remove(scratch_folder(job.metadata.uid, earlier), seconds=0)
     scratch = scratch_folder(job.metadata.uid, environment.attempt)
     reporter = Reporter(job.metadata.uid, environment.attempt)
     interruption = Interruption()
@@ -57,8 +58,18 @@ def run_head(environment: Environment) -> int:
     console.close()
     code = _end(environment, reporter.report, console)
     ray_head.stop()
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove(scratch, seconds=5.0)
     return code
+
+
+def remove(folder: Path, *, seconds: float) -> None:
+    """Remove a folder; processes that are about to end may go on writing there for a moment."""
+    deadline = time.monotonic() + seconds
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.05)
 
 
 def running_stage(report: Report) -> StageName | None:

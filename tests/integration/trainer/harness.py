@@ -7,6 +7,7 @@ that the pods have, and every process that was started is ended, whatever the te
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from finetune_api.report import Report, parse_report
+from finetune_trainer.environment import scratch_folder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATIENCE = 300.0
@@ -50,6 +52,8 @@ class Pods:
             print(self.log())
         self.kill_head()
         self.stop_workers()
+        for attempt in range(1, self.attempt + 1):
+            shutil.rmtree(scratch_folder(self.uid, attempt), ignore_errors=True)
 
     def start_head(self) -> None:
         """Start the next attempt."""

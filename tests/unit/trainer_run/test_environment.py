@@ -90,7 +90,7 @@ def test_quantities(text: int | str, value: float) -> None:
 def test_what_a_worker_offers(resources: dict[str, Any], cpus: int, gpus: int) -> None:
     compute = Compute(resources_per_worker=resources)
     assert (cpus_of(compute), gpus_of(compute)) == (cpus, gpus)
-    command = worker_command(environment_from(VARIABLES), compute, Path("/tmp/w"))
+    command = worker_command(environment_from(VARIABLES), compute, Path("/tmp/worker"))
     assert command[:3] == [str(Path(sys.executable).parent / "ray"), "start", "--block"]
     assert f"--num-cpus={cpus}" in command
     assert f"--num-gpus={gpus}" in command
@@ -98,7 +98,7 @@ def test_what_a_worker_offers(resources: dict[str, Any], cpus: int, gpus: int) -
 
 
 def test_the_head_takes_no_work_and_has_no_dashboard() -> None:
-    command = head_command(environment_from(VARIABLES | {"FINETUNE_LOCAL": "1"}), Path("/tmp/h"))
+    command = head_command(environment_from(VARIABLES | {"FINETUNE_LOCAL": "1"}), Path("/tmp/head"))
     for flag in ("--head", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats", "--port=6379"):
         assert flag in command
 
@@ -115,7 +115,7 @@ def test_every_flag_is_one_that_ray_knows() -> None:
         [Path(sys.executable).parent / "ray", "start", "--help"], capture_output=True, text=True, check=True, timeout=120
     ).stdout
     environment = environment_from(VARIABLES | {"FINETUNE_LOCAL": "1"})
-    for command in (head_command(environment, Path("/tmp/h")), worker_command(environment, Compute(), Path("/tmp/w"))):
+    for command in (head_command(environment, Path("/tmp/head")), worker_command(environment, Compute(), Path("/tmp/worker"))):
         for flag in command[2:]:
             assert flag.partition("=")[0] in known or flag == "--no-monitor"
 

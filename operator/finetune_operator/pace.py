@@ -57,7 +57,8 @@ def next_look(job: Job, status: Status, observed: Observed, settings: Settings, 
     """Seconds until the job should be looked at again, should nothing happen before. None where only an event can bring anything new."""
     if job.deleting:
         return None
-    waits = [(time - now).total_seconds() for time in _appointments(job.spec, status) if time]
+    # An appointment that has passed was kept in this look; what still stands in its way (pods that are going) has an interval.
+    waits = [(time - now).total_seconds() for time in _appointments(job.spec, status) if time and time > now]
     interval = _interval(status, observed, settings)
     if interval is not None:
         waits.append(interval)

@@ -153,18 +153,44 @@ def _spec(raw: Raw, local: bool) -> tuple[Spec | None, str]:
         return None, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False, include_input=False))
 
 
-def observe(uid: str, pods: Iterable[Raw], config_maps: Iterable[Raw], events: Iterable[Raw], report: Report | None = None) -> Observed:
-    """The observation in raw pods, ConfigMaps (metadata is enough) and Events of pending pods. What the job does not own is not its own."""
+def observe(
+    name: str, uid: str, pods: Iterable[Raw], config_maps: Iterable[Raw], events: Iterable[Raw], report: Report | None = None
+) -> Observed:
+    """The observation in raw pods, ConfigMaps (metadata is enough) and Events of the pending pods of a job of this name and UID.
+
+    Whoever may make objects in the job's namespace may label them as the job's, and name the job as their owner. So only those count
+    that this operator would have made: with the job as owner, whole labels, and the name that follows from them.
+    """
     told = tuple(events)
     return Observed(
-        pods=tuple(sorted((pod_from(pod, told) for pod in pods if _owned(pod, uid)), key=lambda pod: pod.name)),
-        anchors=frozenset(int(each["metadata"]["labels"][LABEL_ATTEMPT]) for each in config_maps if _owned(each, uid)),
+        pods=tuple(sorted((pod_from(pod, told) for pod in pods if _owned(pod, uid) and _is_pod_of(pod, name)), key=lambda pod: pod.name)),
+        anchors=frozenset(int(_label(each, LABEL_ATTEMPT)) for each in config_maps if _owned(each, uid) and _is_anchor_of(each, name)),
         report=report,
     )
 
 
 def _owned(raw: Raw, uid: str) -> bool:
     return any(owner["uid"] == uid for owner in raw["metadata"].get("ownerReferences") or ())
+
+
+def _label(raw: Raw, key: str) -> str:
+    return (raw["metadata"].get("labels") or {}).get(key, "")
+
+
+_ATTEMPT = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
+
+
+def _is_anchor_of(raw: Raw, job: str) -> bool:
+    attempt = _label(raw, LABEL_ATTEMPT)
+    return _ATTEMPT.fullmatch(attempt) is not None and raw["metadata"]["name"] == f"{job}-{attempt}"
+
+
+def _is_pod_of(raw: Raw, job: str) -> bool:
+    attempt, role = _label(raw, LABEL_ATTEMPT), _label(raw, LABEL_ROLE)
+    name = {"head": "head", "worker": r"worker-[0-9]+"}.get(role)
+    if name is None or _ATTEMPT.fullmatch(attempt) is None:
+        return False
+    return re.fullmatch(f"{re.escape(job)}-{attempt}-{name}", raw["metadata"]["name"], re.ASCII) is not None
 
 
 def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:

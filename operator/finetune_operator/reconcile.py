@@ -28,7 +28,7 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
     if raw is None:
         return None
     job = job_from(raw.job, local=settings.local)
-    observed = observe(job.uid, raw.pods, raw.config_maps, raw.events)
+    observed = observe(job.name, job.uid, raw.pods, raw.config_maps, raw.events)
     observed = replace(observed, report=await _report(cluster, job, observed, settings))
     try:
         stored, status = await _decide(cluster, raw.job, job, observed, settings, now)

@@ -52,7 +52,7 @@ def manifest(name="demo-1-worker-0", command=("sleep", "600"), gpus=0, grace=30)
 
 async def seen(cluster):
     raw = await cluster.read(KEY)
-    return {pod.name: pod for pod in observe("u-1", raw.pods, raw.config_maps, raw.events).pods}
+    return {pod.name: pod for pod in observe("demo", "u-1", raw.pods, raw.config_maps, raw.events).pods}
 
 
 async def until(cluster, condition):
@@ -152,7 +152,7 @@ async def test_an_attempts_objects_come_and_go(cluster, state):
     await cluster.apply({"kind": "Secret", "metadata": meta, "stringData": {"token": "s"}})
     await cluster.apply({"kind": "Service", "metadata": meta})
     raw = await cluster.read(KEY)
-    assert observe("u-1", raw.pods, raw.config_maps, raw.events).anchors == {1}
+    assert observe("demo", "u-1", raw.pods, raw.config_maps, raw.events).anchors == {1}
     assert (state.secret("demo-1") / "token").stat().st_mode & 0o077 == 0
     for kind in ("Secret", "Service", "NetworkPolicy", "ConfigMap", "ConfigMap"):
         await cluster.delete(kind, "default", "demo-1")

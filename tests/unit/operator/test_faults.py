@@ -135,7 +135,7 @@ class Faults(RuleBasedStateMachine):
     def a_status_that_was_decided_stays_decided(self) -> None:
         raw = run(self.cluster.read(KEY))
         job = job_from(raw.job)
-        observed = observe(job.uid, raw.pods, raw.config_maps, raw.events)
+        observed = observe(job.name, job.uid, raw.pods, raw.config_maps, raw.events)
         once = advance(job, observed, SETTINGS, self.cluster.clock.now)
         again = advance(job_from({**raw.job, "status": once.to_json()}), observed, SETTINGS, self.cluster.clock.now)
         assert again == once

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tests.builders import T0, UID, at, make_pod, make_report, raw_job, raw_pod, terminated
+from tests.builders import NAME, T0, UID, at, make_pod, make_report, raw_job, raw_pod, terminated
 
-from finetune_api import LABEL_ATTEMPT
+from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
 from finetune_api.report import parse_report, termination_message
 from finetune_api.status import Metric, Stage, Usage
 from finetune_operator.observed import Observed, job_from, observe, pod_from
@@ -105,10 +105,39 @@ def test_only_what_the_job_owns_is_its_own() -> None:
     debugger = raw_pod("worker", index=1)
     del debugger["metadata"]["ownerReferences"]
     labels = {LABEL_ATTEMPT: "1"}
-    maps = [{"metadata": {"labels": labels, "ownerReferences": [{"uid": UID}]}}, {"metadata": {"labels": {}}}]
-    observed = observe(UID, [raw_pod(), stranger, debugger], maps, [])
+    maps = [{"metadata": {"name": "bot-1", "labels": labels, "ownerReferences": [{"uid": UID}]}}, {"metadata": {"labels": {}}}]
+    observed = observe(NAME, UID, [raw_pod(), stranger, debugger], maps, [])
     assert [pod.name for pod in observed.pods] == ["bot-1-head"]
     assert observed.anchors == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("a-1-head", {}),
+        ("bot-2-head", {}),
+        ("bot-1-worker-0", {}),
+        ("bot-1-head", {LABEL_ROLE: "chief"}),
+        ("bot-1-head", {LABEL_ATTEMPT: "one"}),
+        ("bot-1-head", {LABEL_ATTEMPT: ""}),
+        ("bot-1-head", {LABEL_ATTEMPT: "1" * 63}),
+    ],
+)
+def test_a_pod_that_only_claims_to_be_the_jobs_is_not(name, labels) -> None:
+    """Anyone who may make a pod may also name the job as its owner: such a pod gets no token, and cannot break the look at the job."""
+    forged = raw_pod()
+    forged["metadata"]["name"] = name
+    forged["metadata"]["labels"].update(labels)
+    assert observe(NAME, UID, [forged], [], []).pods == ()
+    del forged["metadata"]["labels"]
+    assert observe(NAME, UID, [forged], [], []).pods == ()
+
+
+@pytest.mark.parametrize(("name", "attempt"), [("mine", "99"), ("bot-98", "99"), ("bot-x", "x"), ("bot-", ""), ("bot-0", "0")])
+def test_a_config_map_that_only_claims_to_be_the_jobs_is_no_anchor(name, attempt) -> None:
+    """It would be cleared away for ever: what is deleted goes by the attempt's own names."""
+    meta = {"name": name, "labels": {LABEL_ATTEMPT: attempt}, "ownerReferences": [{"uid": UID}]}
+    assert observe(NAME, UID, [], [{"metadata": meta}], []).anchors == frozenset()
 
 
 def test_the_last_word_of_a_head_outlives_it() -> None:

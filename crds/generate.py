@@ -4,6 +4,7 @@ Run by `make generate` and `make check`.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,7 @@ def _row(name: str, schema: dict[str, Any], *, required: bool) -> str:
     default = "*required*" if required else _default(schema)
     bounds = ", ".join(_bounds(schema))
     rules = "" if "properties" in schema else "; ".join(rule["message"] for rule in schema.get("x-kubernetes-validations", []))
+    rules = re.sub(r"must match (\^\S+\$)", r"must match `\1`", rules)
     description = schema.get("description", "") + (f" ({rules})" if rules else "")
     return f"| `{name}` | {_type(schema)} | {default} | {_cell(bounds)} | {_cell(description)} |"
 

@@ -1,0 +1,82 @@
+"""The documents tell the truth: their manifests are accepted, their commands understood, their links lead somewhere."""
+
+from pathlib import Path
+
+import pytest
+from tests.unit.docs.commands import commands, problem
+from tests.unit.docs.markdown import DOCUMENTS, ROOT, Block, anchors, blocks, links
+
+from finetune_api import KIND
+from finetune_api.status import Status
+from finetune_api.v1alpha1 import parse_job
+from finetune_operator.manifest import read_manifests
+
+COMMANDS = [(f"{block} {' '.join(command)}", command) for block in blocks("sh") for command in commands(block)]
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_manifests_are_accepted(block: Block) -> None:
+    manifests = read_manifests(block.text)
+    assert manifests
+    for manifest in manifests:
+        if manifest.get("kind") == KIND:
+            parse_job(manifest)
+        if "status" in manifest:
+            assert set(manifest["status"]) <= {field.alias or name for name, field in Status.model_fields.items()}
+            Status.model_validate(manifest["status"])
+
+
+@pytest.mark.parametrize("command", [command for _, command in COMMANDS], ids=[name for name, _ in COMMANDS])
+def test_commands_are_understood(command: tuple[str, ...]) -> None:
+    assert problem(command) is None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in links(document):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (document.parent / path).resolve() if path else document
+        assert found.is_relative_to(ROOT), f"{target} leads out of the repository"
+        assert found.exists(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(found), f"{target}: there is no such heading"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("make nothing", "no target nothing"),
+        ("finetune locally examples/quickstart.yaml", "locally"),
+        ("finetune local examples/quickstart.yaml --fast", "--fast"),
+        ("finetune local examples/absent.yaml", "absent.yaml"),
+        ("finetune local examples/quickstart.yaml --claim quickstart/models=examples/absent", "examples/absent"),
+        ("kubectl apply -f examples/absent.yaml", "absent.yaml"),
+        ("kubectl wait --for=condition=Done finetunejob/quickstart", "no condition Done"),
+        ("kubectl get finetunejob absent", "absent"),
+        ("kubectl frobnicate pod quickstart-storage", "frobnicate"),
+        ("kubectl cp examples/absent quickstart-storage:/storage", "examples/absent"),
+        ("kubectl explain finetunejob.spec.trainings", "trainings"),
+        ("helm install x charts/absent --set a=b", "charts/absent"),
+        ("helm install x charts/finetune-operator --set trainer.replicas=2", "replicas"),
+        ("docker build -t x --target absent .", "no target absent"),
+        ("docker build -t x --target trainer --build-arg ABSENT=1 .", "no argument ABSENT"),
+        ("python examples/absent.py", "absent.py"),
+        ("true && curl https://example.com", "true"),
+    ],
+)
+def test_a_command_that_would_fail_is_found(line: str, words: str) -> None:
+    command = next(commands(Block(ROOT / "README.md", 1, line)))
+    found = problem(command)
+    assert found is not None
+    assert words in found
+
+
+def test_commands_are_taken_apart_as_a_shell_does() -> None:
+    text = "make demo  # all\nA=1 kubectl get \\\n  pods | python x.py && make test\n# nothing\n"
+    assert list(commands(Block(ROOT / "README.md", 1, text))) == [
+        ("make", "demo"),
+        ("kubectl", "get", "pods"),
+        ("python", "x.py"),
+        ("make", "test"),
+    ]

@@ -15,17 +15,20 @@ Name = Annotated[str, Field(max_length=253)]
 Uri = Annotated[str, Field(max_length=2048)]
 
 
+COUNT_MAX = 2**53 - 1
+
+
 def _time(value: str) -> str:
     """The API server checks the form, and would refuse the whole status for one wrong time in a trainer's report."""
-    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", value):
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:[0-5]\d)", value):
         raise ValueError("a time must be as in 2026-01-31T12:00:00Z")
     datetime.fromisoformat(value)
     return value
 
 
 def _count(value: int) -> int:
-    """The API server knows 64 bits; half of them leave room for sums."""
-    if value >= 2**53:
+    """The API server knows 64 bits, but JSON in most languages only 53."""
+    if value > COUNT_MAX:
         raise ValueError("a count must be smaller than 2**53")
     return value
 

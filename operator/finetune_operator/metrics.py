@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+from pydantic import ValidationError
 
 from finetune_api.status import Phase, Status
 from finetune_api.v1alpha1 import Method, Objective
@@ -167,7 +168,10 @@ class JobCollector(Collector):
         metrics = [family.metric() for family in FAMILIES]
         for job in self._jobs.values() if self._exposed() else ():
             where = (job["metadata"]["namespace"], job["metadata"]["name"])
-            status = Status.model_validate(job["status"])
+            try:
+                status = Status.model_validate(job["status"])
+            except ValidationError:  # of another version of the operator: one job must not take the series of all others away
+                continue
             for family, metric in zip(FAMILIES, metrics, strict=True):
                 for labels, value in family.samples(job, status):
                     metric.add_metric([*where, *labels], value)  # type: ignore[attr-defined]

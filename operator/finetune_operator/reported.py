@@ -1,14 +1,14 @@
 """What the trainer says, as part of the status. Pure."""
 
 from finetune_api.report import Report
-from finetune_api.status import Progress, Resolved, Stage, StageName, Status, Usage
+from finetune_api.status import COUNT_MAX, Progress, Resolved, Stage, StageName, Status, Usage
 from finetune_api.v1alpha1 import Spec
 
 
 def with_report(status: Status, report: Report, spec: Spec) -> Status:
     """The status with what the current attempt says of itself. A termination message may be cut down: what it leaves out stays."""
     shown = status.progress or Progress()
-    lost_steps = max(status.attempt.lost_steps, status.attempt.earlier_lost_steps + report.lost_steps)
+    lost_steps = max(status.attempt.lost_steps, min(status.attempt.earlier_lost_steps + report.lost_steps, COUNT_MAX))
     return status.model_copy(
         update={
             "stages": report.stages or status.stages,
@@ -45,7 +45,11 @@ def _usage(status: Status, said: Usage | None) -> Usage | None:
     if said is None:
         return status.usage
     earlier = status.earlier_usage or Usage()
-    return Usage(gpu_seconds=earlier.gpu_seconds + said.gpu_seconds, trained_tokens=earlier.trained_tokens + said.trained_tokens)
+    # The head is a tenant's pod: a sum beyond what a status may hold must not make one that cannot be read again.
+    return Usage(
+        gpu_seconds=min(earlier.gpu_seconds + said.gpu_seconds, float(COUNT_MAX)),
+        trained_tokens=min(earlier.trained_tokens + said.trained_tokens, COUNT_MAX),
+    )
 
 
 def current_stage(stages: tuple[Stage, ...]) -> StageName | None:

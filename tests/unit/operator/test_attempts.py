@@ -94,6 +94,17 @@ def test_a_job_keeps_the_trainer_that_it_began_with() -> None:
     assert advance(job, Observed(), settings, at(600)).resolved == Resolved(trainer_image="registry.example/trainer:1")
 
 
+def test_sums_of_what_a_head_claims_stay_within_what_a_status_may_hold() -> None:
+    most = 2**53 - 1
+    claim = {"usage": Usage(gpu_seconds=1.7e308, trained_tokens=most), "lost_steps": most}
+    status = step(TRAINING, HEAD, report=make_report(**claim))
+    status = status.model_copy(update={"earlier_usage": status.usage})
+    status = status.model_copy(update={"attempt": status.attempt.model_copy(update={"earlier_lost_steps": most})})
+    status = step(status, HEAD, report=make_report(**claim))
+    assert (status.usage, status.attempt.lost_steps) == (Usage(gpu_seconds=float(most), trained_tokens=most), most)
+    assert Status.model_validate(status.to_json()) == status, "what was written can be read"
+
+
 def test_usage_and_lost_steps_are_summed_over_attempts_and_each_counted_once() -> None:
     status = TRAINING
     for seconds, used in ((20, 10), (40, 25), (60, 25)):

@@ -116,6 +116,15 @@ def test_job_without_a_status_is_told_of(metrics: Metrics) -> None:
     assert of_job(samples(metrics), "finetune_job_status_phase", phase="Pending") == 0
 
 
+def test_status_that_cannot_be_read_costs_only_its_own_series(metrics: Metrics) -> None:
+    odd = {**JOB, "metadata": {**JOB["metadata"], "uid": "u-0", "name": "odd"}, "status": {"phase": "Dreaming"}}
+    metrics.jobs.see(odd, gone=False)
+    metrics.jobs.see(JOB, gone=False)
+    told = metrics.render()
+    assert b'name="odd"' not in told
+    assert b'name="bot"' in told
+
+
 def test_replica_that_stands_by_tells_of_no_job() -> None:
     metrics = Metrics("1.2.3", depth=lambda: 0, leading=lambda: False)
     metrics.jobs.see(JOB, gone=False)

@@ -4,6 +4,8 @@ Handlers of plain events leave nothing on the objects: no finalizer, no annotati
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +29,7 @@ _RETRY_DELAYS = (1, 1, 2, 3, 5, 8, 13, *[20] * 90)
 def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegistry:
     """The handlers, in a registry of their own, so that several can live in one process."""
     registry = kopf.OperatorRegistry()
-    fingerprints: dict[str, Any] = {}
+    fingerprints: dict[str, bytes] = {}
 
     async def on_login(**_: object) -> kopf.ConnectionInfo:
         return kopf.ConnectionInfo(**await login())
@@ -47,7 +49,8 @@ def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegi
 
     async def on_pod(event: Mapping[str, Any], **_: object) -> None:
         meta = event["object"]["metadata"]
-        wake(JobKey(meta["namespace"], meta["labels"][LABEL_JOB_NAME]))
+        if name := meta["labels"][LABEL_JOB_NAME]:  # a label may be empty, and anyone may set it
+            wake(JobKey(meta["namespace"], name))
 
     kopf.on.login(registry=registry, errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(on_login)
     kopf.on.event(GROUP, VERSION, PLURAL, id="job", registry=registry)(on_job)
@@ -58,10 +61,13 @@ def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegi
 _OUR_PODS = {LABEL_JOB_UID: kopf.PRESENT, LABEL_JOB_NAME: kopf.PRESENT}
 
 
-def _without_status(job: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a reconcile depends on beside the status: the spec's generation, labels, annotations, and whether the job is to go."""
-    meta = job["metadata"]
-    return meta.get("generation"), meta.get("deletionTimestamp"), meta.get("labels"), meta.get("annotations")
+def _without_status(job: Mapping[str, Any]) -> bytes:
+    """A digest of what a reconcile depends on beside the status: the spec's generation, labels, annotations, and whether the job is to go.
+
+    A digest, since the annotations of a job may take up to 256 KiB.
+    """
+    kept = {name: job["metadata"].get(name) for name in ("generation", "deletionTimestamp", "labels", "annotations")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
 
 
 def informer_settings() -> kopf.OperatorSettings:

@@ -67,6 +67,13 @@ async def test_pod_wakes_its_job(informed: Informed) -> None:
     assert informed.woken == [JobKey("team", "bot")]
 
 
+async def test_pod_with_an_empty_label_wakes_nobody(informed: Informed) -> None:
+    """The path of a job without a name is that of the list of all."""
+    labels = {"finetune.dev/job-name": "", "finetune.dev/job-uid": ""}
+    await informed.send("pod", "ADDED", {"metadata": {"namespace": "team", "name": "x", "labels": labels}})
+    assert informed.woken == []
+
+
 def test_registry_holds_nothing_that_marks_objects(informed: Informed) -> None:
     registry = informed.registry
     assert not registry._changing.get_all_handlers(), "change detection writes annotations"

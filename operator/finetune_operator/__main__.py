@@ -7,6 +7,7 @@ and nothing is lost, since nothing is remembered.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -23,11 +24,11 @@ from aiohttp import web
 from kubernetes.aio.config import ConfigException
 from prometheus_client import disable_created_metrics
 
-from finetune_operator.cluster import ApiError, KubernetesCluster, connect
+from finetune_operator.cluster import KubernetesCluster, connect
 from finetune_operator.election import LEASE_SECONDS, Election
 from finetune_operator.handlers import informer_registry, start_informer
 from finetune_operator.metrics import CONTENT_TYPE, Metrics
-from finetune_operator.port import JobKey
+from finetune_operator.port import ApiError, JobKey
 from finetune_operator.queue import Queue
 from finetune_operator.reconcile import reconcile
 from finetune_operator.settings import Settings, settings_from
@@ -37,6 +38,8 @@ STUCK_SECONDS = 180.0
 """A reconcile that takes so long is stuck: each of its calls has a limit of seconds."""
 READY_SECONDS = 3.0
 """Longest wait for the API server when /readyz asks whether it can be reached."""
+READY_FRESH_SECONDS = 2.0
+"""How long its answer holds: anyone in the cluster may ask for /readyz, and must not make as many requests of the API server."""
 CRD_RETRY_SECONDS = 5.0
 RESYNC_SECONDS = 600.0
 """How often every job gets a turn whatever happens. A watch that breaks may miss a deletion."""
@@ -75,6 +78,9 @@ class Operator:
         self._begun: dict[JobKey, float] = {}
         """Reconciles that run, and when they began (monotonic)."""
         self._watching = False
+        self._asking = asyncio.Lock()
+        self._answer = (-math.inf, "")
+        """When the API server was last asked for /readyz (monotonic), and what was wrong then."""
         self._cluster: KubernetesCluster
 
     async def run(self) -> None:
@@ -177,12 +183,23 @@ class Operator:
         """Ready: the watch is up and the API server answers, whether this replica leads or stands by."""
         if not self._watching:
             return web.Response(status=503, text="not watching yet\n")
+        async with self._asking:
+            if time.monotonic() - self._answer[0] > READY_FRESH_SECONDS:
+                problem = await self._unreachable()
+                self._answer = (time.monotonic(), problem)
+        problem = self._answer[1]
+        if problem:
+            return web.Response(status=503, text=f"the API server does not answer: {problem}\n")
+        return web.Response(text="leads\n" if self._leads() else "stands by\n")
+
+    async def _unreachable(self) -> str:
+        """Why the API server cannot be worked with; empty where it can."""
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self._cluster.check(self.settings.watch_namespaces)
         except (ApiError, TimeoutError) as error:
-            return web.Response(status=503, text=f"the API server does not answer: {error}\n")
-        return web.Response(text="leads\n" if self._leads() else "stands by\n")
+            return str(error) or "not in time"
+        return ""
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -16,10 +16,10 @@ from finetune_api.status import Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.__main__ import installed_version
 from finetune_operator.__main__ import main as run_operator
-from finetune_operator.cluster import ApiError, connect
+from finetune_operator.cluster import connect
 from finetune_operator.local.command import local as run_here
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
-from finetune_operator.port import JobKey
+from finetune_operator.port import ApiError, JobKey
 
 app = typer.Typer(
     name="finetune",

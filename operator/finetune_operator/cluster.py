@@ -23,7 +23,7 @@ from finetune_api.report import REPORT_PORT, Report, parse_report
 from finetune_api.status import Status
 from finetune_operator.kinds import KINDS
 from finetune_operator.observed import Pod
-from finetune_operator.port import Conflict, Event, JobKey, RawJob, Refused
+from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused
 
 FIELD_MANAGER = "finetune-operator"
 """Owner of the fields that the operator writes, as `kubectl get --show-managed-fields` tells."""
@@ -37,17 +37,6 @@ EVENT_PODS = 3
 """Pending pods whose Events are read; the others wait for the same things."""
 
 log = logging.getLogger(__name__)
-
-
-class ApiError(Exception):
-    """The API server refused a request or did not answer. The message names verb, kind, object and the server's words."""
-
-    def __init__(self, status: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        """HTTP status; 0 where there was no answer."""
-        self.reason = reason
-        """The server's word for it (NotFound, Forbidden, ...)."""
 
 
 OnCall = Callable[[str, int], None]
@@ -120,7 +109,7 @@ class KubernetesCluster:
             log.debug("no report from %s: %r", pod.name, error)
             return None
         if response.status != 200 or body is None:
-            log.warning("no report from %s: HTTP status %s%s", pod.name, response.status, "" if body else ", too large")
+            log.warning("no report from %s: HTTP status %s%s", pod.name, response.status, ", too large" if body is None else "")
             return None
         return parse_report(body)
 

@@ -103,10 +103,6 @@ def _pod(pod_name: str, attempt_name: str, token_secret: str, container: Manifes
     }
 
 
-def _toleration(state: str) -> Manifest:
-    return {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": UNREACHABLE_SECONDS}
-
-
 def _container(role: str, name: str, token_secret: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
     return {
         "name": role,

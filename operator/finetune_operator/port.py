@@ -38,6 +38,17 @@ class Event:
     message: str
 
 
+class ApiError(Exception):
+    """The API server refused a request or did not answer. The message names verb, kind, object and the server's words."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status; 0 where there was no answer."""
+        self.reason = reason
+        """The server's word for it (NotFound, Forbidden, ...)."""
+
+
 class Conflict(Exception):  # noqa: N818 - a state of affairs that the loop reads as a value
     """The job has changed since it was read: read again."""
 

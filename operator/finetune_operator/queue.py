@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from finetune_operator.port import JobKey
+from finetune_operator.port import ApiError, JobKey
 
 BACKOFF_SECONDS = 1.0
 """Wait after the first error of a key."""
@@ -84,7 +84,9 @@ class Queue:
         except Exception as error:  # whatever it was, it must not end the other jobs' turns
             errors = self._errors[key] = self._errors.get(key, 0) + 1
             delay = min(BACKOFF_SECONDS * 2.0 ** min(errors - 1, 16), BACKOFF_MAX_SECONDS)
-            log.warning("%s/%s failed and is tried again in %g s: %s", key.namespace, key.name, delay, error, exc_info=True)
+            # The server's words say all there is to say; a traceback is for defects.
+            trace = not isinstance(error, ApiError)
+            log.warning("%s/%s failed and is tried again in %g s: %s", key.namespace, key.name, delay, error, exc_info=trace)
             return delay
         self._errors.pop(key, None)
         return delay

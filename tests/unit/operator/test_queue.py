@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from finetune_operator.port import JobKey
+from finetune_operator.port import ApiError, JobKey
 from finetune_operator.queue import BACKOFF_MAX_SECONDS, Queue
 
 A, B = JobKey("team-a", "a"), JobKey("team-a", "b")
@@ -154,6 +154,23 @@ def test_errors_are_tried_again_ever_more_slowly_and_said(caplog) -> None:
 
     in_virtual_time(scenario)
     assert "team-a/a failed and is tried again in 1 s: no route to the API server" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "traced"), [(ApiError(500, "InternalError", "etcd is gone"), False), (KeyError("uid"), True)], ids=["the server's", "ours"]
+)
+def test_only_a_defect_leaves_a_traceback_in_the_log(caplog, error, traced) -> None:
+    async def scenario() -> None:
+        async def work(key: JobKey) -> None:
+            raise error
+
+        queue = Queue(work, max_concurrent=1)
+        queue.add(A)
+        await run_for(queue, 0.5)
+
+    in_virtual_time(scenario)
+    assert [bool(record.exc_info) for record in caplog.records] == [traced]
+    assert "team-a/a failed and is tried again in 1 s" in caplog.text
 
 
 def test_the_errors_of_one_job_do_not_hold_up_another() -> None:

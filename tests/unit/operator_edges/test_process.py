@@ -1,7 +1,8 @@
+import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import structlog
@@ -9,9 +10,9 @@ from aiohttp.test_utils import make_mocked_request
 from kubernetes.aio.client import ApiClient, Configuration
 
 from finetune_operator import election
-from finetune_operator.__main__ import EXIT_ENVIRONMENT, STUCK_SECONDS, Operator, configure_logs, main
+from finetune_operator.__main__ import EXIT_ENVIRONMENT, READY_FRESH_SECONDS, STUCK_SECONDS, Operator, configure_logs, main
 from finetune_operator.election import Election
-from finetune_operator.port import JobKey
+from finetune_operator.port import ApiError, JobKey
 from finetune_operator.settings import Settings
 
 
@@ -106,6 +107,27 @@ async def test_leader_that_could_not_renew_is_not_healthy_and_a_standby_is() -> 
 
 async def test_operator_is_not_ready_before_it_watches() -> None:
     assert await probe(Operator(Settings()), "/readyz") == (503, "not watching yet\n")
+
+
+class Counting:
+    """An API server of which only the number of questions is known."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def check(self, namespaces: Sequence[str]) -> None:
+        self.asked += 1
+        await asyncio.sleep(0)
+        raise ApiError(0, "Unreachable", f"no answer {self.asked}")
+
+
+async def test_many_who_ask_whether_it_is_ready_are_one_request_to_the_api_server() -> None:
+    operator, cluster = Operator(Settings()), Counting()
+    operator._watching, operator._cluster = True, cluster  # type: ignore[assignment]
+    answers = await asyncio.gather(*(probe(operator, "/readyz") for _ in range(20)))
+    assert set(answers) == {(503, "the API server does not answer: no answer 1\n")}
+    operator._answer = (operator._answer[0] - READY_FRESH_SECONDS - 1, operator._answer[1])
+    assert await probe(operator, "/readyz") == (503, "the API server does not answer: no answer 2\n")
 
 
 def test_leader_has_stopped_before_another_may_lead() -> None:

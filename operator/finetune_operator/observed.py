@@ -174,7 +174,7 @@ def _owned(raw: Raw, uid: str) -> bool:
 
 
 def _label(raw: Raw, key: str) -> str:
-    return (raw["metadata"].get("labels") or {}).get(key, "")
+    return str((raw["metadata"].get("labels") or {}).get(key, ""))
 
 
 _ATTEMPT = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)

@@ -64,9 +64,22 @@ def save(storage: Storage, state: TrainingState, config: Mapping[str, Any], *, k
             "files": describe_files(folder),
         }
         write_manifest(folder, manifest)
-    for old in _names(storage)[keep:]:
-        storage.remove(old)
+    _remove_old(storage, name, keep=keep - 1)
     return storage.locate(name)
+
+
+def _remove_old(storage: Storage, newer: str, *, keep: int) -> None:
+    """Remove all checkpoints before `newer` but the last `keep` that are complete.
+
+    One after it is left alone: training went on from before it, so it is incomplete or damaged and must not take a good one's place.
+    """
+    for name in _names(storage):
+        if name >= newer:
+            continue
+        if keep > 0 and storage.exists(f"{name}/{MANIFEST}"):
+            keep -= 1
+        else:
+            storage.remove(name)
 
 
 def newest(storage: Storage, config: Mapping[str, Any]) -> tuple[TrainingState | None, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from finetune_api.reasons import Reason
 from finetune_trainer import checkpoint
@@ -64,6 +65,20 @@ def test_the_newest_are_kept(storage: Storage) -> None:
     for step in (9, 10, 11, 100):
         checkpoint.save(storage, state_at(step), CONFIG, keep=2)
     assert storage.folders() == ["step-00000011", "step-00000100"]
+
+
+def test_one_that_was_not_finished_never_takes_the_place_of_a_good_one() -> None:
+    """In an object store the files of an upload that was killed stay, and look newer than what is saved after going on from before."""
+    MemoryFileSystem.store.clear()
+    storage = Storage(MemoryFileSystem(), "/bucket/checkpoints", "s3://bucket/checkpoints")
+    checkpoint.save(storage, state_at(10), CONFIG, keep=1)
+    storage.fs.pipe_file("/bucket/checkpoints/step-00000020/model.safetensors", b"half")
+    checkpoint.save(storage, state_at(15), CONFIG, keep=1)
+    state, _ = checkpoint.newest(storage, CONFIG)
+    assert state is not None
+    assert state.step == 15
+    checkpoint.save(storage, state_at(30), CONFIG, keep=1)
+    assert storage.folders() == ["step-00000030"]
 
 
 def truncate(folder: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob
@@ -120,7 +121,7 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if isinstance(error, OSError) and error.errno is not None:  # the disk's or the network's fault, not the model's
@@ -183,6 +184,7 @@ def _read_config(files: ModelFiles) -> "PreTrainedConfig":
         raise _invalid(files, "has no configuration that transformers knows", error) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise JobError(Reason.MODEL_INVALID, f"{files.base.name} ({config.model_type}) is not a causal language model")
+    config._attn_implementation = None  # an author's choice may name a package that is not here, or code on the hub
     if raw.get("quantization_config"):
         raise JobError(Reason.MODEL_INVALID, f"{files.base.name} holds quantised weights; name the model that it was made from")
     return config

@@ -20,6 +20,8 @@ from finetune_trainer.sources import Location, Mounts, explained, files_under, h
 
 WEIGHTS = ("*.safetensors",)
 OTHERS = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
+HEADER_BYTES = 100_000_000
+"""Largest header of a safetensors file that the format allows."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf")
 
 
@@ -102,6 +104,8 @@ def _check_names(names: tuple[str, ...], uri: str) -> None:
         raise JobError(Reason.MODEL_NOT_FOUND, f"{uri} holds no files")
     if "config.json" not in names:
         raise JobError(Reason.MODEL_INVALID, f"{uri} has no config.json")
+    if "adapter_config.json" in names:  # transformers would follow it to whatever model it names
+        raise JobError(Reason.MODEL_INVALID, f"{uri} holds an adapter (adapter_config.json); name a whole model")
     if _matching(names, WEIGHTS):
         return
     pickled = _matching(names, _PICKLES)
@@ -136,9 +140,9 @@ def _check_safetensors(path: Path, uri: str) -> None:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             size = path.stat().st_size
-            header = json.loads(file.read(length)) if length < min(size, 1 << 30) else None
+            header = json.loads(file.read(length)) if length < min(size, HEADER_BYTES) else None
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)  # type: ignore[union-attr]
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, RecursionError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
         raise JobError(Reason.MODEL_INVALID, f"{uri} is not a safetensors file") from error
     if size != 8 + length + end:
         raise JobError(Reason.MODEL_INVALID, f"{uri} is damaged: {size} bytes instead of {8 + length + end}")
@@ -147,8 +151,10 @@ def _check_safetensors(path: Path, uri: str) -> None:
 def _dtype(folder: Path) -> str | None:
     """The number format of the weights, as the configuration has it."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        config: Any = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
         return None
     dtype = config.get("dtype") or config.get("torch_dtype")
     return dtype if dtype in ("float32", "float16", "bfloat16") else None

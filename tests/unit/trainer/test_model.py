@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,9 +83,20 @@ def another_format(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"PK\x03\x04 this is a zip file and no safetensors")
 
 
+def nested(folder: Path) -> None:
+    header = b"[" * 100_000
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"weights")
+
+
+def adapter_too(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/somewhere/else"}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason", "message"),
     [
+        (nested, Reason.MODEL_INVALID, "tiny/model.safetensors is not a safetensors file"),
+        (adapter_too, Reason.MODEL_INVALID, "pvc://models/tiny holds an adapter"),
         (shutil.rmtree, Reason.MODEL_NOT_FOUND, "pvc://models/tiny does not exist"),
         (remove("config.json"), Reason.MODEL_INVALID, "has no config.json"),
         (remove("model.safetensors"), Reason.MODEL_INVALID, "has no weights"),
@@ -91,7 +104,7 @@ def another_format(folder: Path) -> None:
         (cut_off, Reason.MODEL_INVALID, "tiny/model.safetensors is damaged: "),
         (another_format, Reason.MODEL_INVALID, "tiny/model.safetensors is not a safetensors file"),
     ],
-    ids=["missing", "no config", "no weights", "pickle", "cut off", "zip"],
+    ids=["nested header", "adapter", "missing", "no config", "no weights", "pickle", "cut off", "zip"],
 )
 def test_files_that_are_no_model(tmp_path: Path, folder: Path, spoil: Callable[[Path], None], reason: Reason, message: str) -> None:
     spoil(folder)
@@ -141,9 +154,14 @@ def no_tokenizer(folder: Path) -> None:
         (impossible, "has .* configuration"),
         (no_tokenizer, "has no tokenizer"),
         (lambda folder: (folder / "config.json").write_text("{"), "has no configuration"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "has no configuration"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "has no configuration"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "has no tokenizer"),
     ],
-    ids=["unknown", "remote code", "encoder", "quantised", "vocabulary", "impossible", "no tokenizer", "broken config", "broken tokenizer"],
+    ids=[
+        *("unknown", "remote code", "encoder", "quantised", "vocabulary", "impossible", "no tokenizer"),
+        *("broken config", "config that is a list", "nested config", "broken tokenizer"),
+    ],
 )
 def test_models_that_the_head_refuses(tmp_path: Path, folder: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(folder)
@@ -151,6 +169,22 @@ def test_models_that_the_head_refuses(tmp_path: Path, folder: Path, spoil: Calla
         check_model(fetch(tmp_path, weights=False), job())
     assert caught.value.reason == Reason.MODEL_INVALID
     assert not (folder / "canary").exists()
+
+
+@pytest.mark.parametrize("attention", ["owner/kernel:function", "flash_attention_2"])
+def test_the_attention_that_a_model_asks_for_is_not_taken(tmp_path: Path, folder: Path, attention: str) -> None:
+    edit(folder / "config.json", attn_implementation=attention)
+    files = fetch(tmp_path)
+    check_model(files, job())
+    assert load_model(files, job(), CPU).layout == "flat"
+
+
+def test_weights_whose_shapes_are_not_their_sizes(tmp_path: Path, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(re.sub(rb'"shape":\[\d', b'"shape":[9', path.read_bytes(), count=1))
+    with pytest.raises(JobError, match="pvc://models/tiny cannot be loaded") as caught:
+        load_model(fetch(tmp_path), job(), CPU)
+    assert caught.value.reason == Reason.MODEL_INVALID
 
 
 def test_the_head_checks_the_method_too(model_files: ModelFiles) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from finetune_trainer.attention import choose_layout
@@ -162,3 +163,10 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     with torch.no_grad():
         loss = Sft().loss(causal(model), collate(data, [(0,)], "flat"))
     assert not loss.total.requires_grad
+
+
+def test_without_gradients_a_head_that_trains_costs_one_product() -> None:
+    hidden, weight = torch.ones(16, 8), torch.ones(32, 8, requires_grad=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, None, torch.zeros(16, dtype=torch.int64), torch.float32)
+    assert counter.get_total_flops() == 2 * 16 * 8 * 32

@@ -43,6 +43,8 @@ def linear_cross_entropy(
 
     hidden: [N, H]; weight: [V, H]; bias: [V]; targets: int64 [N]. The products are computed in `precision`, the loss in float32.
     """
+    if not torch.is_grad_enabled():  # the function below sees what trains, not whether gradients are wanted
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, precision)  # type: ignore[no-untyped-call]
     return total
 

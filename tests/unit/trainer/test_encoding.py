@@ -139,6 +139,14 @@ def test_conversations_need_a_chat_template() -> None:
     assert caught.value.reason == Reason.MODEL_INVALID
 
 
+def test_of_several_chat_templates_one_must_be_the_default() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"short": CHATML, "long": CHATML}
+    with pytest.raises(JobError, match="no default") as caught:
+        list(Encoder(tokenizer, "completion", 100).encode([DIALOGUE]))
+    assert caught.value.reason == Reason.MODEL_INVALID
+
+
 def test_text_needs_an_end_token() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None

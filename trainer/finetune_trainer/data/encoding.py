@@ -124,7 +124,10 @@ class Encoder:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        template: Any = self._tokenizer.get_chat_template(None, list(example.tools) or None)
+        try:
+            template: Any = self._tokenizer.get_chat_template(None, list(example.tools) or None)
+        except ValueError as error:  # several named templates, and none of them the default
+            raise JobError(Reason.MODEL_INVALID, f"the model's tokenizer: {str(error).splitlines()[0]}") from error
         marks = bool(_GENERATION.search(template))
         try:
             texts, spans = render_jinja_template(

@@ -85,13 +85,13 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         load_trained_state(model.module, state.parameters)
         load_moments(optimizer, parameters, state.moments)
     start, tokens = (state.step, state.trained_tokens) if state else (0, 0)
-    resumed = CheckpointRef(step=start, uri=checkpoints.locate(checkpoint.name_of(start))) if state else None
-    progress = WorkerProgress(group=group, start_step=start, step=start, checkpoint=resumed, damaged_checkpoints=damaged)
-    follow = _Follower(listener if worker.leads else None, plan, progress)
+    latest = CheckpointRef(step=start, uri=checkpoints.locate(checkpoint.name_of(start))) if state else None
+    del state  # a second copy of all that is trained, else held to the end
+    begin = WorkerProgress(group=group, start_step=start, step=start, checkpoint=latest, damaged_checkpoints=damaged)
+    follow = _Follower(listener if worker.leads else None, plan, begin)
 
     model.module.train()
-    preemptions = _Preemptions(worker)
-    shares = _Shares(data.train, plan, model.layout, training.micro_batch_size, worker)
+    preemptions, shares = _Preemptions(worker), _Shares(data.train, plan, model.layout, training.micro_batch_size, worker)
     for step, micro in _ahead(shares.micro_batches, range(start, plan.total_steps)):
         batch, rate = plan.batch(step), learning_rate(step, plan.total_steps, training)
         torch.manual_seed(step_seed(training.seed, step, worker.rank))

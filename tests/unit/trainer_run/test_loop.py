@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
-from finetune_trainer import loop
+from finetune_trainer import checkpoint, loop
 from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.errors import JobError
 from finetune_trainer.loop import CHECKPOINTS, Task, train
@@ -256,3 +257,26 @@ def test_a_checkpoint_of_another_configuration_is_refused(files: ModelFiles, tmp
     with pytest.raises(JobError, match=r"data\.digest was 'sha256:1', now 'sha256:2'") as caught:
         train(other, load_model(files, job, CPU), DATA, Worker(), Listener())
     assert caught.value.reason == Reason.CHECKPOINT_INCOMPATIBLE
+
+
+def test_what_was_loaded_from_a_checkpoint_is_not_held(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(files, tmp_path, Listener(stop_after=2))
+    loaded: list[weakref.ref[checkpoint.TrainingState]] = []
+    original = checkpoint.newest
+
+    def newest(*arguments: Any) -> tuple[checkpoint.TrainingState | None, tuple[str, ...]]:
+        state, damaged = original(*arguments)
+        assert state is not None
+        loaded.append(weakref.ref(state))
+        return state, damaged
+
+    class Watching(Listener):
+        def post(self, progress: WorkerProgress) -> None:
+            super().post(progress)
+            if progress.step > 2:
+                assert loaded[0]() is None
+
+    monkeypatch.setattr(checkpoint, "newest", newest)
+    listener = Watching()
+    run(files, tmp_path, listener)
+    assert listener.told[-1].step > 2

@@ -98,11 +98,14 @@ def _method(job: FineTuneJob) -> str:
 
 def _adapter_snippet(base: BaseModel) -> list[str]:
     revision = f", revision={base.revision!r}" if base.revision else ""
+    is_loadable = base.revision is not None or "://" not in base.name
+    name = repr(base.name) if is_loadable else '"path/to/the/base/model"'
+    origin = "" if is_loadable else f"  # {base.name}"
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({base.name!r}{revision})",
+        f"base = AutoModelForCausalLM.from_pretrained({name}{revision}){origin}",
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
     ]

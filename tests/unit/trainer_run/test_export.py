@@ -136,3 +136,9 @@ def test_a_loss_too_large_for_a_perplexity_has_none() -> None:
     results = {result.metric: result for result in compare({"validation": 1e6}, {"validation": 0.0}).results}
     assert results["validation/perplexity"].baseline is None
     assert results["validation/perplexity"].value == 1.0
+
+
+def test_the_card_tells_to_load_only_what_can_be_loaded(storage: Storage) -> None:
+    ready = publication(storage.at("own"))
+    card = model_card(ready.job, BaseModel("pvc://models/base"), ready.result, RESOLVED, ready.evaluation)
+    assert 'from_pretrained("path/to/the/base/model")  # pvc://models/base' in card

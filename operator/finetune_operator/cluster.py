@@ -134,6 +134,7 @@ class KubernetesCluster:
 
         Raises Refused where the cluster does not want the object (a quota, a policy, a missing permission), and where its name is
         taken by an object of somebody else's, such as that of a deleted job of the same name: what is not ours is never changed.
+        Raises Conflict where a moment later it may be taken.
         """
         kind, namespace, name = manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         what = f"{kind} {namespace}/{name}"
@@ -142,6 +143,8 @@ class KubernetesCluster:
         except ApiError as error:
             if error.reason == "AlreadyExists":
                 await self._bring_in_line(manifest, what)
+            elif error.status == 409:  # others count against the same quota just now
+                raise Conflict(str(error)) from error
             elif error.status in _REFUSALS:
                 raise Refused(error.reason, str(error)) from error
             else:
@@ -275,7 +278,7 @@ class KubernetesCluster:
         return dict(json.loads(data))
 
 
-_REFUSALS = (400, 403, 404, 409, 422)
+_REFUSALS = (400, 403, 404, 422)
 """What the server will answer again unless something changes: a quota, a policy, a permission, a namespace that goes."""
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "update": "PUT", "delete": "DELETE"}
 _TIMEOUT = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=5)

@@ -78,7 +78,7 @@ class Cluster(Protocol):
         """
 
     async def apply(self, manifest: dict[str, Any]) -> None:
-        """Make the object, or bring it in line. A Secret that exists is left alone. Raises Refused."""
+        """Make the object, or bring it in line. A Secret that exists is left alone. Raises Refused and Conflict."""
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
         """Delete the object if it is there, and has this uid where one is given; `grace` 0 does not wait for its node."""

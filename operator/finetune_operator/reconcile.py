@@ -19,6 +19,10 @@ from finetune_operator.port import Cluster, Conflict, JobKey, Refused
 from finetune_operator.settings import Settings
 from finetune_operator.transitions import events_between
 
+CHANGES_PER_TURN = 100
+"""Most objects that a turn makes, and most that it deletes: a job of a thousand workers must neither keep the others waiting
+nor look as if it were stuck."""
+
 log = logging.getLogger(__name__)
 
 
@@ -66,17 +70,17 @@ async def _decide(
 
 
 async def _act(cluster: Cluster, job: Job, status: Status, observed: Observed, settings: Settings, now: datetime) -> Waiting | None:
-    """Make what is missing and delete what is surplus; the API server's words where it refuses an object."""
+    """Make what is missing and delete what is surplus, a part of it at a time; the API server's words where it refuses an object."""
     if job.deleting:
         return None
     desired = desired_objects(job, status, settings)
     refusal = None
     try:
-        for manifest in missing(desired, status, observed):
+        for manifest in missing(desired, status, observed)[:CHANGES_PER_TURN]:
             await cluster.apply(manifest)
     except Refused as error:
         log.warning("refused: %s", error)
         refusal = Waiting(Reason.FORBIDDEN, error.message)
-    for removal in surplus(desired, job, status, observed, settings, now):
+    for removal in surplus(desired, job, status, observed, settings, now)[:CHANGES_PER_TURN]:
         await cluster.delete(removal.kind, job.namespace, removal.name, uid=removal.uid, grace=removal.grace)
     return refusal

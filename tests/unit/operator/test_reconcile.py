@@ -1,12 +1,13 @@
 """The loop on a cluster in memory: state in, state out. Crashes, conflicts and a second operator change nothing about the end."""
 
 import pytest
-from tests.builders import SETTINGS, UID, Clock, raw_job
+from tests.builders import SETTINGS, UID, Clock, make_report, raw_job
 from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, drive
 
 from finetune_api.reasons import Reason
 from finetune_api.status import Failure, Status, Usage
-from finetune_operator.reconcile import reconcile
+from finetune_operator.pace import SOON_SECONDS
+from finetune_operator.reconcile import CHANGES_PER_TURN, reconcile
 
 
 def world(**spec) -> tuple[FakeCluster, FakeKubelet]:
@@ -98,6 +99,22 @@ async def test_workers_exist_only_while_they_are_wanted() -> None:
         cluster.clock.advance(2)
     assert sorted(set(seen)) == [0, 2]
     assert (seen[0], seen[-1]) == (0, 0)
+
+
+async def test_a_large_job_is_made_and_removed_in_parts() -> None:
+    """No turn is long, and the next one comes soon."""
+    cluster, kubelet = world(compute={"workers": {"min": 250, "max": 250}}, training={"globalBatchSize": 250})
+    await drive(cluster, kubelet, until=lambda: cluster.status.phase == "Preparing")
+    (head,) = cluster.pods
+    cluster.reports[head["metadata"]["uid"]] = make_report("Train", workers_wanted=250)
+    made = []
+    while len(cluster.pods) < 1 + 250:
+        before = len(cluster.pods)
+        assert await reconcile(KEY, cluster, SETTINGS, cluster.clock.now) == SOON_SECONDS
+        made.append(len(cluster.pods) - before)
+    assert made == [CHANGES_PER_TURN, CHANGES_PER_TURN, 250 - 2 * CHANGES_PER_TURN]
+    cluster.edit_spec(suspend=True)
+    await drive(cluster, kubelet, until=lambda: cluster.status.phase == "Suspended" and not cluster.objects)
 
 
 async def test_nothing_is_written_while_nothing_changes() -> None:

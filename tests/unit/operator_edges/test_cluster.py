@@ -219,6 +219,15 @@ async def test_object_that_the_cluster_does_not_want_is_refused_in_its_words(
     assert refused.value.message == f"cannot create Pod team/bot-1-head: {words}"
 
 
+async def test_quota_that_others_count_against_too_is_tried_again_and_not_told_as_a_refusal(
+    server: FakeServer, cluster: KubernetesCluster
+) -> None:
+    words = 'Operation cannot be fulfilled on resourcequotas "gpus": the object has been modified; please apply your changes to the latest'
+    server.will("POST", PODS, (409, {"reason": "Conflict", "message": words}))
+    with pytest.raises(Conflict, match="the object has been modified"):
+        await cluster.apply(owned("Pod", "bot-1-head"))
+
+
 async def test_delete_names_uid_and_grace_and_absence_is_no_error(server: FakeServer, cluster: KubernetesCluster) -> None:
     await cluster.delete("Pod", "team", "bot-1-head", uid="p-1", grace=0)
     server.will("DELETE", f"{PODS}/bot-1-worker-0", (409, {"reason": "Conflict", "message": "another UID"}))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.reasons import Reason
-from finetune_api.report import Report, parse_report
+from finetune_api.report import Outcome, Report, parse_report
 from finetune_api.status import DataSummary, Resolved
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.console import Console
@@ -75,10 +75,11 @@ class Attempt:
         """A folder on this machine that goes with the attempt."""
         return scratch_folder(self.job.metadata.uid, self.environment.attempt)
 
-    def keep_report(self) -> None:
+    def keep_report(self, outcome: Outcome | None = None) -> None:
         """Leave the report in the storage, for people and for the next attempt. It is not worth failing for."""
+        report = self.reporter.report
         try:
-            self.own.write_json(REPORT, self.reporter.report.to_json())
+            self.own.write_json(REPORT, report.model_copy(update={"outcome": outcome or report.outcome}).to_json())
         except Exception as error:
             self.console.say(f"the report could not be kept in the storage: {scrub(str(error))}")
 
@@ -112,10 +113,9 @@ def earlier_report(attempt: Attempt) -> Report | None:
 
 
 def repeat(attempt: Attempt, earlier: Report) -> None:
-    """Say again how the job ended: an earlier attempt did everything, and only its word was lost."""
-    attempt.reporter.update(
-        **{name: getattr(earlier, name) for name in Report.model_fields if name not in ("attempt", "revision", "outcome")}
-    )
+    """Say again how the job ended: an earlier attempt did everything, and only its word was lost. This one has used and lost nothing."""
+    own = ("attempt", "revision", "outcome", "usage", "lost_steps")
+    attempt.reporter.update(**{name: getattr(earlier, name) for name in Report.model_fields if name not in own})
 
 
 def prepare(attempt: Attempt) -> Preparation:
@@ -172,6 +172,8 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
     with driver(attempt.environment):
         interruption.listen()
         for group in range(1, MAX_GROUPS + 1):
+            interruption.at_once = True  # the group before has saved its checkpoint, and the next one has done nothing yet
+            interruption.check()
             nodes = wait_for_workers(
                 compute,
                 attempt.job.spec.pre_running_deadline_seconds,
@@ -203,8 +205,12 @@ def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -
     artifact = publish(publication, attempt.storage, attempt.own)
     attempt.reporter.update(artifacts=(artifact,))
     attempt.console.say(f"published {artifact.uri} ({artifact.bytes:,} bytes, {artifact.digest})")
+    attempt.keep_report("Succeeded")  # from here on an attempt that ends without a word need not be repeated, nor could it be
     for leftover in (PREPARED, RESULT):
-        attempt.own.remove(leftover)
+        try:
+            attempt.own.remove(leftover)
+        except JobError as error:
+            attempt.console.say(f"{leftover} could not be removed: {scrub(error.message)}")
 
 
 class _Periodically:

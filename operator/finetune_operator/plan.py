@@ -227,9 +227,10 @@ def _network_policy(meta: Manifest, job: Job, settings: Settings) -> Manifest:
     }
     metrics = {"namespaceSelector": {"matchLabels": METRICS_NAMESPACE_LABEL}}
     dns = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+    # Link-local (most clouds), Alibaba's, Azure's; AWS's, Google's, link-local.
     outside = [
-        {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16", "100.100.100.200/32"]}},
-        {"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128", "fe80::/10"]}},
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32"]}},
+        {"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::/32", "fd20:ce::254/128", "fe80::/10"]}},
     ]
     return {
         "apiVersion": "networking.k8s.io/v1",

@@ -124,7 +124,7 @@ class Operator:
             except ApiError as error:
                 log.warning("waiting for the API server, the CRD and the permission to list jobs", error=str(error))
                 await asyncio.sleep(CRD_RETRY_SECONDS)
-        registry = informer_registry(wake=self.queue.add, seen=self.metrics.jobs.see, login=self._cluster.login)
+        registry = informer_registry(wake=self._wake, seen=self.metrics.jobs.see, login=self._cluster.login)
         watch = await start_informer(registry, self.settings.watch_namespaces)
         _on_signals(stop)  # kopf has just taken them
         self._watching = True
@@ -134,17 +134,26 @@ class Operator:
         finally:
             self._watching = False
 
+    def _wake(self, key: JobKey) -> None:
+        """A replica that stands by queues nothing: nobody would take it off the queue again, not even when the job is gone."""
+        if self._leads():
+            self.queue.add(key)
+
     async def _resync(self) -> None:
+        """Give every job a turn from time to time, and when the lead comes."""
+        if self.election:
+            await self.election.leading.wait()
         while True:
-            await asyncio.sleep(RESYNC_SECONDS)
             try:
                 keys = await self._cluster.job_keys(self.settings.watch_namespaces)
             except ApiError as error:
-                log.warning("no resync this time", error=str(error))
+                log.warning("the jobs could not be listed", error=str(error))
+                await asyncio.sleep(CRD_RETRY_SECONDS)
                 continue
             self.metrics.jobs.keep(keys)
             for key in keys.values():
                 self.queue.add(key)
+            await asyncio.sleep(RESYNC_SECONDS)
 
     async def _reconcile(self, key: JobKey) -> float | None:
         with structlog.contextvars.bound_contextvars(namespace=key.namespace, job=key.name), self.metrics.reconcile():

@@ -3,6 +3,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import pytest
 import structlog
@@ -107,6 +108,32 @@ async def test_leader_that_could_not_renew_is_not_healthy_and_a_standby_is() -> 
 
 async def test_operator_is_not_ready_before_it_watches() -> None:
     assert await probe(Operator(Settings()), "/readyz") == (503, "not watching yet\n")
+
+
+async def test_replica_that_stands_by_queues_nothing_and_takes_up_every_job_when_it_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two:
+        answers: ClassVar[list[Any]] = [ApiError(0, "Unreachable", "not now"), {"u-1": JobKey("team", "bot"), "u-2": JobKey("team", "cat")}]
+
+        async def job_keys(self, namespaces: Sequence[str]) -> dict[str, JobKey]:
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return dict(answer)
+
+    monkeypatch.setattr("finetune_operator.__main__.CRD_RETRY_SECONDS", 0)
+    operator = Operator(Settings())
+    operator._cluster = Two()  # type: ignore[assignment]
+    operator.election = Election(ApiClient(Configuration(host="http://127.0.0.1:1")), "system", "me")
+    resync = asyncio.create_task(operator._resync())
+    operator._wake(JobKey("team", "bot"))
+    await asyncio.sleep(0)
+    assert len(operator.queue) == 0
+    operator.election.leading.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    operator._wake(JobKey("team", "dog"))
+    assert len(operator.queue) == 3
+    resync.cancel()
 
 
 class Counting:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import fsspec
@@ -58,6 +59,22 @@ def test_a_folder_without_its_manifest_is_not_there(tmp_path: Path) -> None:
     assert read_manifest(local(tmp_path)) is None
     with pytest.raises(JobError) as caught:
         open_prepared(local(tmp_path), tmp_path)
+    assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
+
+
+def test_the_arrays_are_on_the_disk_before_the_manifest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    write_prepared(prepared(), local(tmp_path))
+    assert set(flushed) == {path.stat().st_ino for path in tmp_path.iterdir()}
+    assert flushed[-1] == (tmp_path / MANIFEST).stat().st_ino
+
+
+def test_an_array_that_is_empty_is_told(tmp_path: Path) -> None:
+    write_prepared(prepared(), local(tmp_path))
+    (tmp_path / "train-tokens.npy").write_bytes(b"")
+    with pytest.raises(JobError, match="cannot be read") as caught:
+        open_prepared(local(tmp_path), tmp_path / "cache")
     assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
 
 

@@ -89,10 +89,10 @@ def test_prepared_data(s3: FakeS3, mounts: Mounts, tmp_path: Path) -> None:
     prepared = Prepared(train, train, None, 0, digest_of({"train": train, "validation": train}))
     folder = resolve_storage(Output(storage="s3://bucket/out", secret_ref=SECRET), mounts).child("prepared")
     write_prepared(prepared, folder)
-    assert "out/prepared/prepared.json" in s3.objects
+    assert "out/prepared/manifest.json" in s3.objects
     read = open_prepared(folder, tmp_path / "cache")
     assert digest_of(read.splits()) == prepared.digest
-    assert files_under(folder)[0].uri == "s3://bucket/out/prepared/prepared.json"
+    assert files_under(folder)[0].uri == "s3://bucket/out/prepared/manifest.json"
 
 
 def test_a_model(s3: FakeS3, mounts: Mounts, tmp_path: Path, model_folder: Path) -> None:

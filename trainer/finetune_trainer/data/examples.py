@@ -1,16 +1,18 @@
 """Tokenised examples: three flat arrays for each split, in memory as on disk, where they are mapped and not read.
 
-A folder of prepared data holds, for each split, `<split>-tokens.npy`, `<split>-labelled.npy`, `<split>-offsets.npy`, and `prepared.json`,
-which is written last: a folder without it is not there. The digest covers every array, so that the same digest is the same data.
+A folder of prepared data holds, for each split, `<split>-tokens.npy`, `<split>-labelled.npy`, `<split>-offsets.npy`, and `manifest.json`,
+which is written last, when all else is on the disk: a folder without it is not there. The digest covers every array, so that the same
+digest is the same data.
 """
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
 
-MANIFEST = "prepared.json"
+MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of the folder's form."""
 SPLITS = ("train", "validation", "test")
@@ -109,9 +111,18 @@ def write_prepared(prepared: Prepared, folder: Location) -> None:
         for part in _ARRAYS:
             with files.open(f"{folder.path}/{name}-{part}.npy", "wb") as file:
                 np.save(file, getattr(examples, part), allow_pickle=False)
+                _flush(file, folder)
     manifest = {"format": FORMAT, "digest": prepared.digest, "rejected": prepared.rejected, "splits": list(prepared.splits())}
     with files.open(f"{folder.path}/{MANIFEST}", "wb") as file:
         file.write(json.dumps(manifest).encode())
+        _flush(file, folder)
+
+
+def _flush(file: IO[bytes], folder: Location) -> None:
+    """Have a file's content on the disk before going on. What is elsewhere is safe when it is closed."""
+    if folder.local_path() is not None:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_manifest(folder: Location) -> dict[str, Any] | None:
@@ -139,7 +150,7 @@ def open_prepared(folder: Location, cache: Path) -> Prepared:
 
     try:
         splits = {name: split(name) for name in manifest["splits"]}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise JobError(Reason.STORAGE_UNAVAILABLE, f"{folder.uri}: the prepared data cannot be read: {error}") from error
     return Prepared(splits["train"], splits["validation"], splits.get("test"), manifest["rejected"], manifest["digest"])
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,8 +99,10 @@ class Storage:
         with storage_errors(self.locate(name)):
             if self.is_local:
                 target = Path(self._path(name))
-                aside = target.with_name(f".{target.name}.partial")
-                shutil.rmtree(aside, ignore_errors=True)
+                for left in target.parent.glob(f".{target.name}.*partial"):  # by one that was killed, or should have been
+                    shutil.rmtree(left, ignore_errors=True)
+                # A name of its own: a worker that was given up but lives on must not put this folder in place half filled.
+                aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
                 aside.mkdir(parents=True)
                 try:
                     yield aside
@@ -143,7 +146,7 @@ class Storage:
 
     def check_writable(self) -> None:
         """Write a small file, read it, remove it."""
-        name = ".finetune/.writable"
+        name = f".finetune/.writable-{uuid.uuid4().hex[:8]}"  # other jobs may ask at the same moment
         with storage_errors(self.uri):
             path = self._path(name)
             self.fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)

@@ -83,6 +83,22 @@ def test_in_an_object_store_the_manifest_comes_last_and_goes_first(monkeypatch: 
     assert storage.read_json("adapter/manifest.json") is None
 
 
+def test_a_writer_that_was_given_up_puts_nothing_half_filled_in_place(tmp_path: Path) -> None:
+    """The workers of a head that was lost may go on for a while beside those of the next attempt."""
+    storage = Storage(LocalFileSystem(), str(tmp_path), "pvc://models")
+    given_up, successor = storage.new_folder("step-1"), storage.new_folder("step-1")
+    (given_up.__enter__() / "manifest.json").write_text("{}")
+    folder = successor.__enter__()
+    (folder / "file").write_text("a half")
+    with pytest.raises(JobError):
+        given_up.__exit__(None, None, None)
+    assert storage.folders() == [folder.name]
+    (folder / "file").write_text("the whole")
+    successor.__exit__(None, None, None)
+    assert (tmp_path / "step-1" / "file").read_text() == "the whole"
+    assert storage.folders() == ["step-1"]
+
+
 def test_a_file_is_replaced_whole(storage: Storage) -> None:
     assert storage.read_json("report.json") is None
     storage.write_json("report.json", {"a": 1})
@@ -111,7 +127,20 @@ def test_removed_is_removed_and_twice_is_fine(storage: Storage) -> None:
 
 def test_a_writable_storage_passes_and_keeps_nothing(storage: Storage) -> None:
     storage.check_writable()
-    assert not storage.exists(".finetune/.writable")
+    assert storage.fs.ls(f"{storage.root}/.finetune") == []
+
+
+def test_two_jobs_may_ask_whether_it_is_writable_at_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = storage.fs.pipe_file
+    others = [lambda: None, storage.check_writable]
+
+    def and_another(path: str, value: bytes) -> None:
+        write(path, value)
+        others.pop()()
+
+    monkeypatch.setattr(storage.fs, "pipe_file", and_another)
+    storage.check_writable()
+    assert others == []
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def _check_names(names: tuple[str, ...], uri: str) -> None:
         raise JobError(Reason.MODEL_NOT_FOUND, f"{uri} holds no files")
     if "config.json" not in names:
         raise JobError(Reason.MODEL_INVALID, f"{uri} has no config.json")
-    if "adapter_config.json" in names:  # transformers would follow it to whatever model it names
+    if "adapter_config.json" in names:  # transformers would load it, too
         raise JobError(Reason.MODEL_INVALID, f"{uri} holds an adapter (adapter_config.json); name a whole model")
     if _matching(names, WEIGHTS):
         return

@@ -132,6 +132,14 @@ def _python(arguments: Arguments) -> str | None:
     return _absent(arguments[0])
 
 
+def _vllm(arguments: Arguments) -> str | None:
+    """Only what https://docs.vllm.ai tells of serving adapters."""
+    words, options = _taken_apart(arguments, switches={"enable-lora"})
+    if words[0] != "serve" or len(words) != 2 or options.keys() != {"enable-lora", "max-lora-rank", "lora-modules"}:
+        return "not how vLLM serves an adapter"
+    return None
+
+
 # kubectl
 
 
@@ -189,6 +197,8 @@ def _named(objects: list[str], options: dict[str, list[str]]) -> str | None:
 
 
 def _exists(kind: str, name: str) -> bool:
+    if kind == "Namespace":
+        return True  # A user's cluster has its own.
     if kind == "Pod" and (match := re.fullmatch(r"(.+)-\d+-(head|worker-\d+)", name)):
         return match[1] in _made()["FineTuneJob"]
     if kind == "Deployment":
@@ -208,8 +218,6 @@ def _made() -> dict[str, set[str]]:
         words, _ = _taken_apart(command, switches=_SWITCHES)
         if words[:2] == ["kubectl", "create"] and words[2] in _KINDS:
             made.setdefault(_KINDS[words[2]], set()).add(words[4 if words[2] == "secret" else 3])
-        elif command[:2] == ("helm", "install"):
-            made.setdefault("Namespace", set()).add(command[command.index("--namespace") + 1])
     return made
 
 
@@ -286,4 +294,5 @@ PROGRAMS: dict[str, Callable[[Arguments], str | None]] = {
     "helm": _helm,
     "docker": _docker,
     "python": _python,
+    "vllm": _vllm,
 }

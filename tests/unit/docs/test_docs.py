@@ -1,5 +1,9 @@
 """The documents tell the truth: their manifests are accepted, their commands understood, their links lead somewhere."""
 
+import ast
+import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,9 +11,14 @@ from tests.unit.docs.commands import commands, problem
 from tests.unit.docs.markdown import DOCUMENTS, ROOT, Block, anchors, blocks, links
 
 from finetune_api import KIND
+from finetune_api.report import Report
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.manifest import read_manifests
+from finetune_operator.metrics import Metrics
+from finetune_trainer.data.formats import detect_format
+from finetune_trainer.data.rows import Place, Row
+from finetune_trainer.report import gauges
 
 COMMANDS = [(f"{block} {' '.join(command)}", command) for block in blocks("sh") for command in commands(block)]
 
@@ -29,6 +38,30 @@ def test_manifests_are_accepted(block: Block) -> None:
 @pytest.mark.parametrize("command", [command for _, command in COMMANDS], ids=[name for name, _ in COMMANDS])
 def test_commands_are_understood(command: tuple[str, ...]) -> None:
     assert problem(command) is None
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_programs_are_python_that_imports_what_is_installed(block: Block) -> None:
+    imports = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports
+    for node in imports:
+        for name in [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
+            assert importlib.util.find_spec(name), f"there is no module {name}"
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=str)
+def test_rows_are_examples(block: Block) -> None:
+    rows = [json.loads(line) for line in block.text.splitlines()]
+    found = [detect_format(Row(Place("README.md", number), columns), {}) for number, columns in enumerate(rows, 1)]
+    assert found == ["messages", "promptCompletion", "text"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_metrics_that_are_named_exist(document: Path) -> None:
+    operator = set(re.findall(r"^# TYPE (\w+)", Metrics("1", lambda: 0.0, lambda: True).render().decode(), re.MULTILINE))
+    trainer = {f"finetune_training_{name}" for name in gauges(Report(job_uid="uid", attempt=1))}
+    named = set(re.findall(r"`(finetune_(?:job|training|evaluation|operator)_\w+)`", document.read_text(encoding="utf-8")))
+    assert named <= operator | trainer
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
@@ -62,6 +95,7 @@ def test_links_lead_somewhere(document: Path) -> None:
         ("docker build -t x --target absent .", "no target absent"),
         ("docker build -t x --target trainer --build-arg ABSENT=1 .", "no argument ABSENT"),
         ("python examples/absent.py", "absent.py"),
+        ("vllm serve model --lora adapter", "vLLM"),
         ("true && curl https://example.com", "true"),
     ],
 )

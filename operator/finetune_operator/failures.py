@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from finetune_api.reasons import ADVICE, Reason
 from finetune_api.report import EXIT_INTERRUPTED, Report
+from finetune_api.scrub import scrub
 from finetune_api.status import TEXT_MAX, Failure, StageName
 from finetune_operator.observed import STORAGE_LIMIT, Pod
 
@@ -114,7 +115,7 @@ def _ended_otherwise(head: Head) -> Ending:
         words = f"pod {head.pod.name} ended without a report of its success"
     else:
         what = f"was ended by signal {head.pod.exit.code - 128}" if head.pod.exit.code > 128 else f"exited with {head.pod.exit.code}"
-        words = f"pod {head.pod.name} {what}, and gave no reason; its last words: {head.pod.exit.message[-600:].strip()}"
+        words = f"pod {head.pod.name} {what}, and gave no reason; its last words: {scrub(head.pod.exit.message)[-600:].strip()}"
     return _failed(head, Reason.INTERNAL_ERROR, words)
 
 

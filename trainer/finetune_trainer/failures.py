@@ -1,30 +1,15 @@
 """From an exception to a Failure of the documented set, with a message that is fit to be shown."""
 
 import errno
-import re
 from collections.abc import Iterator
 
 from finetune_api.reasons import ADVICE, Reason
+from finetune_api.scrub import scrub
 from finetune_api.status import Failure, StageName
 from finetune_trainer.errors import JobError
 
 MESSAGE_LIMIT = 1000
 """Characters of a failure's message; the API allows 1024."""
-
-_SECRETS = re.compile(
-    r"hf_[A-Za-z0-9]{8,}"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{12,}"
-    r"|(?i:(?<=bearer )\S+)"
-    r"|(?i:(?<=authorization: )\S.*)"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-    r"|(?i:(?<=secretaccesskey=)\S+|(?<=secret_key=)\S+|(?<=x-amz-signature=)[0-9a-f]+)"
-)
-
-
-def scrub(text: str) -> str:
-    """The text without what looks like a token, a key or a password: a second line of defence, never the first."""
-    return _SECRETS.sub("***", text)
-
 
 def failure_from(error: BaseException, stage: StageName | None) -> Failure:
     """What to tell the user about an exception that ended the attempt."""

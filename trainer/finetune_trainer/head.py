@@ -7,10 +7,11 @@ import traceback
 from pathlib import Path
 
 from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, Outcome, Report, termination_message
+from finetune_api.scrub import scrub
 from finetune_api.status import Failure, StageName
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
-from finetune_trainer.failures import failure_from, scrub
+from finetune_trainer.failures import failure_from
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.ray_cluster import RayHead, ray_variables

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api.reasons import Reason
 from finetune_api.report import Outcome, Report, parse_report
+from finetune_api.scrub import scrub
 from finetune_api.status import DataSummary, Resolved
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.console import Console
@@ -18,7 +19,7 @@ from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.comparison import compare
 from finetune_trainer.export import Publication, check_free, publish
-from finetune_trainer.failures import is_final, scrub
+from finetune_trainer.failures import is_final
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.manifest import digest_of

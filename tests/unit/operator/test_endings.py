@@ -92,6 +92,16 @@ def test_the_last_words_of_a_log_are_kept_and_bounded() -> None:
     assert len(ending.failure.message) <= 1024
 
 
+def test_a_token_in_the_last_words_of_a_log_does_not_come_into_the_status() -> None:
+    """A head that crashed had no time to leave anything out; the kubelet hands on the end of its log."""
+    token = "hf_" + "A1b2" * 8
+    log = f"GET https://hub/api?X-Amz-Security-Token=abc/def&v=1 Authorization: Bearer {token}\nusing {token}\nSegmentation fault\n"
+    ending = ending_of(failed(139, log=log), None, "Prepare")
+    assert ending.message.endswith("GET https://hub/api?X-Amz-Security-Token=***&v=1 Authorization: ***\nusing ***\nSegmentation fault")
+    half = ending_of(failed(139, log=f"{token} " + "x" * 590), None, "Prepare")
+    assert "A1b2" not in half.message, "one that is cut in two by the limit is not seen as one"
+
+
 def test_the_hint_for_a_head_without_memory_names_the_platforms_setting() -> None:
     ending = ending_of(failed(137, "OOMKilled"), None, "Prepare")
     assert ending.failure is not None

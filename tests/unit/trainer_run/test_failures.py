@@ -10,8 +10,9 @@ from ray.train import TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from finetune_api.reasons import ADVICE, Reason
+from finetune_api.scrub import scrub
 from finetune_trainer.errors import JobError
-from finetune_trainer.failures import MESSAGE_LIMIT, failure_from, is_final, scrub
+from finetune_trainer.failures import MESSAGE_LIMIT, failure_from, is_final
 
 
 def from_worker(error: Exception) -> TrainingFailedError:

@@ -106,6 +106,7 @@ class Storage:
                 aside.mkdir(parents=True)
                 try:
                     yield aside
+                    _let_others_read(aside)
                     _flush_tree(aside)
                     _swap(aside, target)
                 except BaseException:
@@ -206,6 +207,13 @@ def _swap(aside: Path, target: Path) -> None:
     aside.replace(target)
     _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give files the mode of any ordinary file: safetensors writes weights for its own user alone, and who serves a model is another one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
 
 
 def _flush_tree(folder: Path) -> None:

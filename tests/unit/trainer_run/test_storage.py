@@ -44,6 +44,15 @@ def test_a_new_folder_is_there_when_it_is_left(storage: Storage) -> None:
     assert storage.locate("a/b").endswith("root/a/b")
 
 
+def test_files_on_a_volume_can_be_read_by_whoever_serves_the_model(tmp_path: Path) -> None:
+    storage = Storage(LocalFileSystem(), str(tmp_path / "root"), f"file://{tmp_path}/root")
+    with storage.new_folder("adapter") as folder:
+        (folder / "weights").touch(mode=0o600)
+        (folder / "manifest.json").write_text("{}")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "root" / "adapter").iterdir()}
+    assert modes == {"weights": 0o644, "manifest.json": 0o644}
+
+
 def test_a_folder_is_replaced_whole(storage: Storage) -> None:
     fill(storage, "adapter", "one")
     fill(storage, "adapter", "two")

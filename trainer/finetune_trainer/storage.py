@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -210,10 +210,11 @@ def _swap(aside: Path, target: Path) -> None:
 
 
 def _let_others_read(folder: Path) -> None:
-    """Give files the mode of any ordinary file: safetensors writes weights for its own user alone, and who serves a model is another one."""
+    """Give files the mode of any ordinary file: safetensors writes weights for its own user alone, and another one serves the model."""
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o644)
+            with suppress(OSError):  # some network volumes keep no modes
+                path.chmod(0o644)
 
 
 def _flush_tree(folder: Path) -> None:

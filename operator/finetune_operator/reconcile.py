@@ -71,9 +71,8 @@ async def _decide(
 
 async def _act(cluster: Cluster, job: Job, status: Status, observed: Observed, settings: Settings, now: datetime) -> Waiting | None:
     """Make what is missing and delete what is surplus, a part of it at a time; the API server's words where it refuses an object."""
-    if job.deleting:
-        return None
-    desired = desired_objects(job, status, settings)
+    # What a deleted job owns goes with it, but its pods must not hold GPUs while somebody's finalizer holds up the job itself.
+    desired = () if job.deleting else desired_objects(job, status, settings)
     refusal = None
     try:
         for manifest in missing(desired, status, observed)[:CHANGES_PER_TURN]:

@@ -343,6 +343,20 @@ async def test_a_job_that_is_being_deleted_is_left_alone() -> None:
     assert cluster.writes == []
 
 
+async def test_a_deleted_job_that_a_finalizer_holds_up_lets_go_of_its_pods() -> None:
+    """Kubernetes would remove them only after the job itself."""
+    cluster, kubelet = world()
+    await drive(cluster, kubelet, until=lambda: kubelet.trained == [1])
+    cluster.job["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["example.com/accounting"]}
+    cluster.writes.clear()
+    assert await reconcile(KEY, cluster, SETTINGS, cluster.clock.now) is None
+    assert cluster.writes == ["delete Pod bot-1-head", "delete Pod bot-1-worker-0", "delete Pod bot-1-worker-1"]
+    kubelet.step()
+    await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
+    assert (cluster.pods, cluster.status.phase) == ([], "Training")
+    assert len(cluster.writes) == 3, "nothing is asked for twice"
+
+
 async def test_a_job_of_the_same_name_does_not_get_the_pods_of_the_one_before() -> None:
     cluster, kubelet = world()
     await drive(cluster, kubelet, until=lambda: kubelet.trained == [1])

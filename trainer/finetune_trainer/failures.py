@@ -11,6 +11,7 @@ from finetune_trainer.errors import JobError
 MESSAGE_LIMIT = 1000
 """Characters of a failure's message; the API allows 1024."""
 
+
 def failure_from(error: BaseException, stage: StageName | None) -> Failure:
     """What to tell the user about an exception that ended the attempt."""
     job_error = as_job_error(error)

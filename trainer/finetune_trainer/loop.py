@@ -21,7 +21,7 @@ from finetune_trainer.data.batches import AUTO_TOKENS, BatchPlan, micro_batches,
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.tensors import Layout, MicroBatch, collate
 from finetune_trainer.errors import JobError
-from finetune_trainer.evaluation import Losses, mean_loss, measure
+from finetune_trainer.evaluation import Losses, measure
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
 from finetune_trainer.model import CausalModel
@@ -124,7 +124,7 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         if leave and done < plan.total_steps:
             return False
         if due:
-            follow.metric("validation/loss", mean_loss(model, objective, data.validation, training, worker))
+            follow.validation(done, measure(model, objective, {"validation": data.validation}, training, worker))
 
     follow.stage("Evaluate", "measuring the tuned model")
     losses = _finite(measure(model, objective, held_out, training, worker), Reason.TRAINING_DIVERGED, "the tuned model's")
@@ -254,9 +254,10 @@ class _Follower:
         )
         self._post()
 
-    def metric(self, name: str, value: float) -> None:
-        """Another measure."""
-        self._metrics[name] = Metric(name=name, value=value, step=self._progress.step)
+    def validation(self, done: int, losses: Losses) -> None:
+        """The held-out loss after a step. Raises JobError (TrainingDiverged) where it is no number."""
+        for split, loss in _finite(losses, Reason.TRAINING_DIVERGED, f"step {done}: the").items():
+            self._metrics[f"{split}/loss"] = Metric(name=f"{split}/loss", value=loss, step=done)
         self._post()
 
     def checkpoint(self, reference: CheckpointRef | None) -> None:

@@ -235,6 +235,23 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step(files: ModelFiles, tmp_p
     assert steps_saved(tmp_path) == ["step-00000003"]
 
 
+def test_a_validation_loss_that_is_no_number_ends_it_with_the_step(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BreaksOutOfTraining:
+        def loss(self, model: Any, batch: Any) -> Any:
+            loss = real.loss(model, batch)
+            trained.append(model.module.training)
+            return replace(loss, total=loss.total * float("inf")) if any(trained) and not trained[-1] else loss
+
+    trained: list[bool] = []
+    real = loop.objective_for(job_with(files.folder).spec.objective)
+    monkeypatch.setattr(loop, "objective_for", lambda spec: BreaksOutOfTraining())
+    with pytest.raises(JobError, match="step 3: the validation loss is inf") as caught:
+        run(files, tmp_path)
+    assert caught.value.reason == Reason.TRAINING_DIVERGED
+
+
 def test_a_preemption_saves_a_checkpoint_and_the_workers_leave(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "PREEMPTION_SECONDS", 0.0)
     answers = iter([False, False, False, True])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from tiny_models import CHATML, byte_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.reasons import Reason
@@ -67,6 +68,14 @@ def test_an_end_token_that_is_there_is_not_doubled() -> None:
 
 def test_letters_of_several_bytes_are_learnt_whole() -> None:
     assert whole_and_learnt(PromptCompletion(HERE, "naïve 😀 ", "señor 🎉")) == ("naïve 😀 señor 🎉<eos>", "señor 🎉<eos>")
+
+
+def test_white_space_is_learnt_where_the_tokenizer_trims_it() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    (encoded,) = Encoder(tokenizer, "completion", 100).encode([PromptCompletion(HERE, "x:  ", "  if a:\n  b\n")])
+    assert isinstance(encoded, Encoded)
+    assert text_of(tokenizer, encoded.tokens[encoded.labelled]) == "  if a:\n  b\n<eos>"
 
 
 def test_of_a_conversation_the_last_answer_is_learnt() -> None:

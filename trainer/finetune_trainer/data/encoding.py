@@ -161,8 +161,10 @@ class Encoder:
         if self._loss_on == "all":
             return np.ones(len(offsets), dtype=np.bool_)
         labelled = np.zeros(len(offsets), dtype=np.bool_)
+        first, last = offsets[:, 0], offsets[:, 1]
         for start, end in item.spans:
-            labelled |= (offsets[:, 1] > start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+            # Some tokenizers trim white space, so that a token of nothing else stands empty at its end.
+            labelled |= (last > start) & ((first < end) | ((first == last) & (last == end)))
         return labelled
 
     def _ended(self, tokens: Tokens, labelled: Mask) -> tuple[Tokens, Mask]:

@@ -21,15 +21,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD = "README.md"
+PUBLISHING = "publishing.json"
+"""In the job's own folder: that it has begun to put its result into a place that was free."""
 
 
-def check_free(storage: Storage, job: FineTuneJob) -> None:
-    """Raise JobError (InvalidSpec) where the artifact's place holds something of another's: it is not overwritten."""
+def check_free(storage: Storage, job: FineTuneJob, own: Storage) -> None:
+    """Raise JobError (InvalidSpec) where the artifact's place holds something of another's: it is not overwritten.
+
+    Files without a manifest are the job's own where it was killed while it uploaded them.
+    """
     kind = "adapter" if job.spec.method.lora is not None else "model"
     if not storage.exists(kind):
         return
     manifest = read_manifest(storage, kind)
     owner = manifest and manifest.get("job")
+    if not owner and own.exists(PUBLISHING):
+        return
     if not owner:
         raise JobError(Reason.INVALID_SPEC, f"{storage.locate(kind)} holds files that no job published: use another output.storage")
     if (owner["namespace"], owner["name"]) != (job.metadata.namespace, job.metadata.name):
@@ -58,6 +65,8 @@ def publish(publication: Publication, storage: Storage, own: Storage) -> Artifac
     published = read_manifest(storage, result.kind)
     if published is not None and published["job"] == _job(job) and published["resolved"] == resolved.to_json():
         return _artifact(storage, result, published)
+    check_free(storage, job, own)  # another job may have published since Prepare
+    own.write_json(PUBLISHING, {"kind": result.kind})
     try:
         with own.folder(RESULT) as source, storage.new_folder(result.kind) as folder:
             shutil.copytree(source, folder, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST, CARD), dirs_exist_ok=True)

@@ -132,7 +132,7 @@ def prepare(attempt: Attempt) -> Preparation:
     job, own = attempt.job, attempt.own
     attempt.reporter.start_stage("Prepare", "checking the storage, the model and the data", workers_wanted=0)
     attempt.storage.check_writable()
-    check_free(attempt.storage, job)
+    check_free(attempt.storage, job, own)
 
     facts = own.read_json(PREPARED_FACTS) or {}
     cache = attempt.scratch / "cache"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from finetune_api.reasons import Reason
 from finetune_api.status import Resolved
@@ -87,7 +88,7 @@ def test_publishing_again_changes_nothing(storage: Storage, tmp_path: Path) -> N
 def test_a_later_job_of_the_same_name_replaces_its_own(storage: Storage) -> None:
     own = storage.at("own")
     publish(publication(own), storage, own)
-    check_free(storage, job(uid="u2"))
+    check_free(storage, job(uid="u2"), storage.at("own"))
     publish(publication(own, uid="u2"), storage, own)
     assert storage.read_json("adapter/manifest.json")["job"]["uid"] == "u2"  # type: ignore[index]
 
@@ -95,15 +96,15 @@ def test_a_later_job_of_the_same_name_replaces_its_own(storage: Storage) -> None
 def test_another_jobs_result_is_not_overwritten(storage: Storage) -> None:
     publish(publication(storage.at("own")), storage, storage.at("own"))
     with pytest.raises(JobError, match="the result of the job team/bot") as caught:
-        check_free(storage, job(name="other"))
+        check_free(storage, job(name="other"), storage.at("own"))
     assert caught.value.reason == Reason.INVALID_SPEC
-    check_free(storage, job(name="other", method={"full": {}}))
+    check_free(storage, job(name="other", method={"full": {}}), storage.at("own"))
 
 
 def test_files_of_people_are_not_overwritten(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "out" / "adapter").mkdir(parents=True)
     with pytest.raises(JobError, match="files that no job published"):
-        check_free(storage, job())
+        check_free(storage, job(), storage.at("own"))
 
 
 def test_a_result_of_another_configuration_or_not_whole_is_none(storage: Storage, tmp_path: Path) -> None:
@@ -142,3 +143,34 @@ def test_the_card_tells_to_load_only_what_can_be_loaded(storage: Storage) -> Non
     ready = publication(storage.at("own"))
     card = model_card(ready.job, BaseModel("pvc://models/base"), ready.result, RESOLVED, ready.evaluation)
     assert 'from_pretrained("path/to/the/base/model")  # pvc://models/base' in card
+
+
+def test_what_another_job_published_in_the_meantime_is_not_overwritten(storage: Storage) -> None:
+    ready = publication(storage.at("own"), name="other", uid="u2")
+    publish(publication(storage.at("first")), storage, storage.at("first"))
+    with pytest.raises(JobError, match="holds the result of the job team/bot") as caught:
+        publish(ready, storage, storage.at("own"))
+    assert caught.value.reason == Reason.INVALID_SPEC
+
+
+def test_an_upload_that_was_killed_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def killed(source: str, target: str) -> None:
+        upload(source, target)
+        raise KilledError
+
+    MemoryFileSystem.store.clear()
+    storage = Storage(MemoryFileSystem(), "/bucket/out", "s3://bucket/out")
+    own = storage.at("own")
+    ready, upload = publication(own), storage.fs.put_file
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.fs, "put_file", killed)
+        with pytest.raises(KilledError):
+            publish(ready, storage, own)
+    assert storage.exists("adapter")
+    check_free(storage, ready.job, own)
+    assert publish(ready, storage, own).kind == "adapter"
+    with pytest.raises(JobError, match="team/bot"):
+        check_free(storage, job("other", "u2"), storage.at("another"))

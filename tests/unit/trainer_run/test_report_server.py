@@ -112,6 +112,18 @@ def test_the_sender_delivers_the_newest_and_hears_the_stop(head: Head) -> None:
     assert sender.stop_requested
 
 
+def test_the_sender_asks_no_proxy(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nobody,) = free_ports(1)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it would remember the environment of the tests before
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{nobody}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    sender = ProgressSender(head.url, TOKEN, interval=0.01)
+    sender.post(WorkerProgress(group="g", step=7))
+    sender.close()
+    assert [progress.step for progress in head.told][-1:] == [7]
+
+
 def test_a_head_that_is_gone_neither_blocks_nor_breaks_the_sender() -> None:
     (port,) = free_ports(1)
     sender = ProgressSender(f"http://127.0.0.1:{port}", TOKEN, interval=0.01)

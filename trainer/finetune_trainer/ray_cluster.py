@@ -130,7 +130,7 @@ class RayHead:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=ray_variables(environment),
-                start_new_session=True,  # a Ctrl-C is for this process, which then says what is to be done
+                process_group=0,  # a Ctrl-C is for this process, which then says what is to be done
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - before any other thread is started
             )
 

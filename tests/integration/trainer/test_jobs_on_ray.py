@@ -22,6 +22,8 @@ STEPS = 120
 """60 examples in batches of 12, 24 epochs."""
 KILL_AT = 20
 SAVED_EVERY = 10
+SAVED_ONCE = 60
+"""So far from both ends that a kill after step 62 is done before the next save, however late a report is."""
 LOST_AT_LEAST = 2
 
 
@@ -35,7 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spec(inputs: Path, output: Path, *, workers: int = 2) -> dict[str, Any]:
+def spec(inputs: Path, output: Path, *, workers: int = 2, every_steps: int = SAVED_EVERY) -> dict[str, Any]:
     return {
         "model": {"source": f"file://{inputs}/model"},
         "data": {name: {"source": f"file://{inputs}/{name}.jsonl"} for name in ("train", "validation", "test")},
@@ -49,7 +51,7 @@ def spec(inputs: Path, output: Path, *, workers: int = 2) -> dict[str, Any]:
             "learningRate": 0.002,
             "precision": "float32",
         },
-        "checkpoint": {"everySteps": SAVED_EVERY},
+        "checkpoint": {"everySteps": every_steps},
         "compute": {"workers": {"min": workers, "max": workers}},
         "output": {"storage": f"file://{output}"},
     }
@@ -128,9 +130,9 @@ def begins_with_bos(tokenizer: Any) -> bool:
 
 
 def test_a_worker_process_that_is_killed_costs_no_accuracy(inputs: Path, tmp_path: Path, undisturbed: tuple[Pods, Report]) -> None:
-    with Pods(tmp_path / "pods", spec(inputs, tmp_path / "out")) as pods:
+    with Pods(tmp_path / "pods", spec(inputs, tmp_path / "out", every_steps=SAVED_ONCE)) as pods:
         pods.start_head()
-        at = pods.follow(lambda report: has_step(KILL_AT)(report) and report.progress.step % SAVED_EVERY >= LOST_AT_LEAST)
+        at = pods.follow(has_step(SAVED_ONCE + LOST_AT_LEAST))
         assert at is not None
         victims = pods.training_processes()
         assert len(victims) == 2

@@ -5,6 +5,7 @@ The report is one frozen value that is replaced, never changed; `revision` grows
 
 import asyncio
 import hmac
+import math
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -143,6 +144,8 @@ class ReportServer:
             after, wait = int(request.query.get("after", -1)), min(float(request.query.get("wait", 0)), LONGEST_WAIT_SECONDS)
         except ValueError:
             raise web.HTTPBadRequest(text="after and wait must be numbers\n") from None
+        if math.isnan(wait):
+            raise web.HTTPBadRequest(text="wait must be a number\n")
         deadline = self._loop.time() + wait
         while True:
             changed = self._changed

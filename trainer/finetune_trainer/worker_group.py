@@ -31,8 +31,8 @@ MAX_FAILURES = 3
 """Times that lost workers are started again within an attempt."""
 MAX_START_FAILURES = 5
 """Times that starting them may fail, a minute each."""
-COLLECTIVE_SECONDS = 900
-"""Longest time that workers wait for one another: more than any checkpoint takes."""
+COLLECTIVE_SECONDS = 7200
+"""Longest time that workers wait for one another: one may be fetching or saving a large model. A dead peer is noticed at once."""
 
 
 def fit(compute: Compute, nodes: int, config: dict[str, Any], name: str, scratch: Path) -> None:

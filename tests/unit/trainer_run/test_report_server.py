@@ -82,7 +82,7 @@ def test_only_the_token_opens_the_report(head: Head, token: str | None, path: st
     assert head.told == []
 
 
-@pytest.mark.parametrize("query", ["after=x", "wait=long", "after=1.5"])
+@pytest.mark.parametrize("query", ["after=x", "wait=long", "after=1.5", "wait=nan"])
 def test_a_wrong_question_is_refused(head: Head, query: str) -> None:
     assert head.call(f"/report?{query}")[0] == 400
 

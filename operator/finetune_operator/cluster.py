@@ -201,14 +201,14 @@ class KubernetesCluster:
     async def jobs(self, namespace: str | None = None) -> list[dict[str, Any]]:
         """All jobs, of a namespace or of every one, as the API server has them."""
         (path,) = _job_lists([namespace] if namespace else [])
-        return list((await self._call("list", path, KIND))["items"])
+        return list((await self._call("list", path, KIND)).get("items") or [])
 
     async def job_keys(self, namespaces: Sequence[str]) -> dict[str, JobKey]:
         """Every job of these namespaces, or of all where none is named, by UID."""
         found = {}
         for path in _job_lists(namespaces):
             answer = await self._call("list", path, KIND, accept=_METADATA_LIST)
-            for item in answer["items"]:
+            for item in answer.get("items") or []:  # older API servers say null for an empty list of metadata
                 found[item["metadata"]["uid"]] = JobKey(item["metadata"]["namespace"], item["metadata"]["name"])
         return found
 

@@ -10,7 +10,8 @@ DOCUMENTS = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "charts/finetune-operator/README.md",
-    *(file for file in sorted((ROOT / "examples").rglob("README.md")) if ".finetune" not in file.parts),  # what local runs leave is no document
+    # what local runs leave is no document
+    *(file for file in sorted((ROOT / "examples").rglob("README.md")) if ".finetune" not in file.parts),
 )
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")

@@ -32,15 +32,15 @@ def logs() -> Iterator[None]:
 def test_every_log_line_is_json_with_the_job_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs("INFO")
     with structlog.contextvars.bound_contextvars(namespace="team", job="bot"):
-        logging.getLogger("a.library").warning("lost %s of %s", 1, 2)
+        logging.getLogger("another.package").warning("lost %s of %s", 1, 2)
         try:
             raise RuntimeError("broken")
         except RuntimeError:
             structlog.get_logger("ours").exception("that failed", pod="bot-1-head")
-    logging.getLogger("a.library").debug("not told")
+    logging.getLogger("another.package").debug("not told")
 
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert (first["message"], first["level"], first["logger"]) == ("lost 1 of 2", "warning", "a.library")
+    assert (first["message"], first["level"], first["logger"]) == ("lost 1 of 2", "warning", "another.package")
     assert (first["namespace"], first["job"]) == (second["namespace"], second["job"]) == ("team", "bot")
     assert second["pod"] == "bot-1-head"
     assert "RuntimeError: broken" in second["exception"]

@@ -105,11 +105,6 @@ def load(storage: Storage, step: int, config: Mapping[str, Any]) -> TrainingStat
     return state
 
 
-def newest_step(storage: Storage) -> int | None:
-    """The step of the newest checkpoint that has a manifest; its files are not checked."""
-    return next((int(name.removeprefix("step-")) for name in _names(storage) if storage.exists(f"{name}/{MANIFEST}")), None)
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What two configurations do not share, as `path: before, now after`."""
     old, new = dict(_flat(before)), dict(_flat(now))

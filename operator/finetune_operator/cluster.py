@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
@@ -22,7 +22,7 @@ from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_api.report import REPORT_PORT, Report, parse_report
 from finetune_api.status import Status
 from finetune_operator.kinds import KINDS
-from finetune_operator.observed import Pod
+from finetune_operator.observed import Pod, head_name
 from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused
 
 FIELD_MANAGER = "finetune-operator"
@@ -35,6 +35,9 @@ REPORT_BYTES = 64 * 1024
 """Largest report that is read: the head is a tenant's pod, so nothing it sends is taken on trust."""
 EVENT_PODS = 3
 """Pending pods whose Events are read; the others wait for the same things."""
+EVENT_AFTER = timedelta(seconds=10)
+"""How long a pod is pending before its Events are read: API servers keep no cache of Events, so a pod's are looked for among all of
+the namespace's."""
 
 log = logging.getLogger(__name__)
 
@@ -74,18 +77,29 @@ class KubernetesCluster:
         self._on_call = on_call
 
     async def read(self, key: JobKey) -> RawJob | None:
-        """The job and what belongs to it, as it is now: three requests, and one for each of the first few pending pods."""
+        """The job as it is now, and what belongs to it: three requests, and one for each of the first few pending pods.
+
+        Lists come from the API server's watch cache, since one by label read past it has the server go through every pod of the
+        namespace in etcd. Such a list may be a moment old, and what it shows wakes the job again once it is newer; but nothing may
+        follow from what it lacks. So where absence decides, the API server is asked again: for the head, without which an attempt
+        has ended, and for everything between attempts, since the next one begins when the pods of the last have gone.
+        """
         namespace, name = key
         job = await self._get_or_none(KINDS[KIND].path(namespace, name), f"{KIND} {namespace}/{name}")
         if job is None:
             return None
-        selector = f"{LABEL_JOB_UID}={job['metadata']['uid']}"
+        status = Status.model_validate(job.get("status") or {})
+        between = status.attempt.number > 0 and not status.attempt.running and not status.finished
+        query = {"labelSelector": f"{LABEL_JOB_UID}={job['metadata']['uid']}", **({} if between else _FROM_CACHE)}
         pods, config_maps = await asyncio.gather(
-            self._list("Pod", namespace, labelSelector=selector),
-            self._list("ConfigMap", namespace, metadata_only=True, labelSelector=selector),
+            self._list("Pod", namespace, query), self._list("ConfigMap", namespace, query, metadata_only=True)
         )
-        pending = [pod["metadata"]["uid"] for pod in pods if pod.get("status", {}).get("phase") in (None, "Pending")][:EVENT_PODS]
-        lists = await asyncio.gather(*(self._list("Event", namespace, fieldSelector=f"involvedObject.uid={uid}") for uid in pending))
+        head = head_name(name, status.attempt.number)
+        if status.attempt.running and head not in [pod["metadata"]["name"] for pod in pods]:
+            found = await self._get_or_none(KINDS["Pod"].path(namespace, head), f"Pod {namespace}/{head}")
+            pods += [found] if found and found["metadata"].get("labels", {}).get(LABEL_JOB_UID) == job["metadata"]["uid"] else []
+        pending = [pod["metadata"]["uid"] for pod in pods if _pending_for_long(pod, datetime.now(UTC))][:EVENT_PODS]
+        lists = await asyncio.gather(*(self._list("Event", namespace, {"fieldSelector": f"involvedObject.uid={uid}"}) for uid in pending))
         return RawJob(job=job, pods=pods, config_maps=config_maps, events=[event for events in lists for event in events])
 
     async def fetch_report(self, pod: Pod, token: str, after: int, wait: float) -> Report | None:
@@ -234,10 +248,10 @@ class KubernetesCluster:
             "proxy_url": configuration.proxy,
         }
 
-    async def _list(self, kind: str, namespace: str, *, metadata_only: bool = False, **selectors: str) -> list[dict[str, Any]]:
+    async def _list(self, kind: str, namespace: str, query: Mapping[str, str], *, metadata_only: bool = False) -> list[dict[str, Any]]:
         accept = _METADATA_LIST if metadata_only else _JSON
         what = f"{KINDS[kind].plural} in {namespace}"
-        answer = await self._call("list", KINDS[kind].path(namespace), what, query=list(selectors.items()), accept=accept)
+        answer = await self._call("list", KINDS[kind].path(namespace), what, query=list(query.items()), accept=accept)
         return list(answer.get("items") or [])
 
     async def _get_or_none(self, path: str, what: str) -> dict[str, Any] | None:
@@ -282,6 +296,7 @@ _REFUSALS = (400, 403, 404, 422)
 """What the server will answer again unless something changes: a quota, a policy, a permission, a namespace that goes."""
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "update": "PUT", "delete": "DELETE"}
 _TIMEOUT = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=5)
+_FROM_CACHE = {"resourceVersion": "0"}
 _MANAGED = (("fieldManager", FIELD_MANAGER),)
 _APPLY = "application/apply-patch+yaml"
 _JSON = "application/json"
@@ -292,6 +307,11 @@ def _owner(manifest: Mapping[str, Any]) -> str | None:
     """UID of the job that controls an object; None where none does."""
     owners = manifest["metadata"].get("ownerReferences") or ()
     return next((owner["uid"] for owner in owners if owner["kind"] == KIND and owner.get("controller")), None)
+
+
+def _pending_for_long(pod: Mapping[str, Any], now: datetime) -> bool:
+    pending = pod.get("status", {}).get("phase") in (None, "Pending")
+    return pending and datetime.fromisoformat(pod["metadata"]["creationTimestamp"]) <= now - EVENT_AFTER
 
 
 def _job_lists(namespaces: Sequence[str]) -> list[str]:

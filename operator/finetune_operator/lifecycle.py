@@ -15,7 +15,7 @@ from finetune_api.status import TEXT_MAX, Attempt, Resolved, Stage, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.conditions import PHASES, Summary, conditions_of
 from finetune_operator.failures import Ending, ending_of, failure, head_lost
-from finetune_operator.observed import Job, Observed, Pod, Waiting
+from finetune_operator.observed import Job, Observed, Pod, Waiting, head_name
 from finetune_operator.pace import deadline, paced
 from finetune_operator.reported import current_stage, with_report
 from finetune_operator.settings import Settings
@@ -137,7 +137,7 @@ def head_ended(look: Look) -> Verdict | None:
         return None
     stage = current_stage(look.status.stages)
     report = look.observed.report_of(look.job.uid, attempt.number)
-    ending = ending_of(head, report, stage) if head else head_lost(f"{look.job.name}-{attempt.number}-head")
+    ending = ending_of(head, report, stage) if head else head_lost(head_name(look.job.name, attempt.number))
     return _count(look, ending)
 
 

@@ -177,6 +177,11 @@ def _label(raw: Raw, key: str) -> str:
     return str((raw["metadata"].get("labels") or {}).get(key, ""))
 
 
+def head_name(job: str, attempt: int) -> str:
+    """Name of the head pod of an attempt."""
+    return f"{job}-{attempt}-head"
+
+
 _ATTEMPT = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
 
 

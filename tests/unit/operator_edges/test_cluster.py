@@ -92,8 +92,18 @@ async def cluster(
         yield made
 
 
-async def test_read_asks_three_times_and_for_events_of_pending_pods_only(server: FakeServer, cluster: KubernetesCluster) -> None:
-    pods = [{"metadata": {"uid": "p-1"}, "status": {"phase": "Running"}}, {"metadata": {"uid": "p-2"}, "status": {"phase": "Pending"}}]
+def a_pod(uid: str, phase: str, created: str = "2026-01-01T00:00:00Z", **meta: Any) -> dict[str, Any]:
+    return {"metadata": {"name": uid, "uid": uid, "creationTimestamp": created, **meta}, "status": {"phase": phase}}
+
+
+def new_now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+async def test_read_asks_three_times_and_for_events_of_pods_that_are_pending_for_long(
+    server: FakeServer, cluster: KubernetesCluster
+) -> None:
+    pods = [a_pod("p-1", "Running"), a_pod("p-2", "Pending"), a_pod("p-3", "Pending", created=new_now())]
     event = {"involvedObject": {"uid": "p-2"}, "message": "no node"}
     server.will("GET", f"{JOBS}/bot", (200, JOB))
     server.will("GET", "/api/v1/namespaces/team/pods", (200, {"items": pods}))
@@ -107,11 +117,49 @@ async def test_read_asks_three_times_and_for_events_of_pending_pods_only(server:
     assert raw.config_maps == [{"metadata": {"name": "bot-1"}}]
     assert len(server.asked) == 4
     queries = {asked.path.rsplit("/", 1)[1]: asked.query for asked in server.asked}
-    assert queries["pods"] == queries["configmaps"] == {"labelSelector": "finetune.dev/job-uid=u-1"}
+    assert queries["pods"] == queries["configmaps"] == {"labelSelector": "finetune.dev/job-uid=u-1", "resourceVersion": "0"}
     assert queries["events"] == {"fieldSelector": "involvedObject.uid=p-2"}
     config_maps = next(asked for asked in server.asked if asked.path.endswith("configmaps"))
     assert "PartialObjectMetadataList" in config_maps.headers["Accept"]
     assert all(asked.headers["Authorization"] == "Bearer secret-token" for asked in server.asked)
+
+
+RUNNING = {"attempt": {"number": 2, "startTime": "2026-01-01T00:00:00Z"}}
+ENDED = {"attempt": {"number": 2, "startTime": "2026-01-01T00:00:00Z", "endTime": "2026-01-01T00:01:00Z"}}
+FAILED = {
+    "type": "Failed",
+    "status": "True",
+    "reason": "Unknown",
+    "message": "",
+    "observedGeneration": 1,
+    "lastTransitionTime": "2026-01-01T00:01:00Z",
+}
+
+
+@pytest.mark.parametrize("owned", [True, False])
+async def test_a_head_that_the_cached_list_lacks_is_asked_for_by_name(server: FakeServer, cluster: KubernetesCluster, owned: bool) -> None:
+    labels = {"finetune.dev/job-uid": "u-1" if owned else "u-2"}
+    head = a_pod("bot-2-head", "Running", labels=labels)
+    server.will("GET", f"{JOBS}/bot", (200, {**JOB, "status": RUNNING}))
+    server.will("GET", "/api/v1/namespaces/team/pods", (200, {"items": None}))
+    server.will("GET", "/api/v1/namespaces/team/configmaps", (200, {"items": None}))
+    server.will("GET", "/api/v1/namespaces/team/pods/bot-2-head", (200, head))
+
+    raw = await cluster.read(KEY)
+
+    assert raw is not None
+    assert raw.pods == ([head] if owned else [])
+
+
+async def test_between_attempts_nothing_is_read_from_the_cache(server: FakeServer, cluster: KubernetesCluster) -> None:
+    for path in ("pods", "configmaps"):
+        server.will("GET", f"/api/v1/namespaces/team/{path}", (200, {"items": []}))
+    for status, cached in ((ENDED, False), ({**ENDED, "conditions": [FAILED]}, True)):
+        server.asked.clear()
+        server.will("GET", f"{JOBS}/bot", (200, {**JOB, "status": status}))
+        await cluster.read(KEY)
+        lists = [asked for asked in server.asked if "labelSelector" in asked.query]
+        assert [asked.query.get("resourceVersion") for asked in lists] == ["0" if cached else None] * 2
 
 
 async def test_read_of_an_absent_job_is_none(cluster: KubernetesCluster) -> None:

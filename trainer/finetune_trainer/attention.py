@@ -8,12 +8,15 @@ A model that cannot be told about boundaries (its own attention, a state that ru
 `choose_layout` finds out by trying.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from finetune_trainer.data.tensors import Layout, MicroBatch
+from finetune_trainer.soft_prompts import Prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,17 +32,32 @@ class UnsupportedAttentionError(Exception):
     """The model asks its attention for something that flat rows do not have."""
 
 
-def forward_arguments(batch: MicroBatch) -> dict[str, Any]:
-    """The keyword arguments of the model's forward for a micro-batch."""
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+def forward_arguments(batch: MicroBatch, inputs_embeds: torch.Tensor | None = None, prefix: Prefix | None = None) -> dict[str, Any]:
+    """The keyword arguments of the model's forward for a micro-batch; with embeddings instead of its tokens, or after a prefix."""
+    past = prefix.tokens if prefix is not None else 0
+    inputs = {"input_ids": batch.input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    arguments: dict[str, Any] = {**inputs, "use_cache": False}
     if batch.layout == "flat":
         bounds = torch.tensor([0, *batch.document_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         arguments |= {
-            "position_ids": batch.position_ids,
+            "position_ids": batch.position_ids + past,
             "document_lengths": batch.document_lengths,
-            "document_bounds": bounds.to(batch.input_ids.device, non_blocking=True),
+            "document_bounds": bounds.to(batch.position_ids.device, non_blocking=True),
         }
+        if prefix is not None:
+            arguments["prefix"] = prefix
+    elif prefix is not None:
+        arguments |= {"past_key_values": _cache(prefix, len(batch.input_ids)), "position_ids": batch.position_ids + past}
     return arguments
+
+
+def _cache(prefix: Prefix, lines: int) -> Any:  # noqa: ANN401 - a type of transformers
+    """The prefix as the past of every line."""
+    from transformers import DynamicCache
+
+    every = (tensor.expand(lines, -1, -1, -1) for tensor in (*prefix.keys, *prefix.values))
+    pairs = list(every)
+    return DynamicCache(list(zip(pairs[: len(prefix.keys)], pairs[len(prefix.keys) :], strict=True)))
 
 
 def flat_attention(  # noqa: PLR0913, PLR0917 - the signature that transformers calls
@@ -53,22 +71,44 @@ def flat_attention(  # noqa: PLR0913, PLR0917 - the signature that transformers 
     sliding_window: int | None = None,
     document_lengths: tuple[int, ...] | None = None,
     document_bounds: torch.Tensor | None = None,
+    prefix: Prefix | None = None,
     **others: Any,  # noqa: ANN401 - whatever else a model hands on
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document of one row.
+    """Causal attention within each document of one row; each document finds the prefix, if there is one, as its past.
 
     query: [1, heads, T, d]; key, value: [1, key heads, T, d]. Returns [1, T, heads, d of the value]. Raises UnsupportedAttentionError.
     """
     _check_supported(module, query, attention_mask, document_lengths, others)
     assert document_lengths is not None  # noqa: S101 - checked above
+    past = _layer_of(module, prefix) if prefix is not None else None
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings in float32 make queries and keys float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _has_kernel(query, key, value) and document_bounds is not None and not dropout:
-        return by_kernel(query, key, value, scaling, sliding_window, max(document_lengths), document_bounds), None
+        longest = max(document_lengths)
+        if past is None:
+            return by_kernel(query, key, value, scaling, sliding_window, Spans(longest, document_bounds)), None
+        key, value = (_after(each, old.to(each.dtype), document_lengths) for each, old in zip((key, value), past, strict=True))
+        before = past[0].shape[2]
+        steps = torch.arange(len(document_bounds), dtype=torch.int32, device=document_bounds.device) * before
+        spans = Spans(longest, document_bounds, document_bounds + steps, before)
+        return by_kernel(query, key, value, scaling, sliding_window, spans), None
     parts = zip(*(torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_one_document(*part, dropout=dropout, scaling=scaling, window=sliding_window) for part in parts]
+    outputs = [_one_document(*part, dropout=dropout, scaling=scaling, window=sliding_window, past=past) for part in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _layer_of(module: torch.nn.Module, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prefix's keys and values for the layer that asks."""
+    index: Any = getattr(module, "layer_idx", None)
+    if index is None:
+        raise UnsupportedAttentionError("the model's attention does not know which layer it is in")
+    return prefix.keys[index], prefix.values[index]
+
+
+def _after(tensor: torch.Tensor, past: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """Keys or values with the past before each document: [1, heads, T + N V, d]."""
+    return torch.cat([piece for part in torch.split(tensor, list(lengths), dim=2) for piece in (past, part)], dim=2)
 
 
 def _check_supported(
@@ -88,9 +128,22 @@ def _check_supported(
 
 
 def _one_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scaling: float | None, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """One document's attention: [1, heads, t, d]."""
+    before = 0
+    if past is not None:
+        # As many queries that nobody reads make it square, so that plain causal attention is right.
+        before = past[0].shape[2]
+        key, value = torch.cat([past[0].to(key.dtype), key], dim=2), torch.cat([past[1].to(value.dtype), value], dim=2)
+        query = functional.pad(query, (0, 0, before, 0))
     length = query.shape[2]
     mask = None
     if window is not None and length > window:
@@ -98,9 +151,10 @@ def _one_document(
         distance = place[:, None] - place[None, :]
         mask = (distance >= 0) & (distance < window)
     grouped = key.shape[1] != query.shape[1]
-    return scaled_dot_product_attention(
+    output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
+    return output[:, :, before:]
 
 
 def _has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -112,22 +166,36 @@ def _has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     )
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Where the documents of a row begin and end, for the kernel."""
+
+    longest: int
+    bounds: torch.Tensor
+    """int32 [N + 1]: of the queries."""
+    key_bounds: torch.Tensor | None = None
+    """int32 [N + 1]: of the keys, where each document has a past; else those of the queries."""
+    past: int = 0
+    """Keys of each document before its own."""
+
+
 def by_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    longest: int,
-    bounds: torch.Tensor,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None, spans: Spans
 ) -> torch.Tensor:
-    """The whole row in one FlashAttention call of torch's own: [1, T, heads, d]."""
+    """The whole row in one FlashAttention call of torch's own: [1, T, heads, d].
+
+    A query sees the keys up to its own, counted from the documents' ends.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys, values = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     reach = (-1 if window is None else window - 1, 0)
     grouped = keys.shape[1] != queries.shape[1]
-    output = varlen_attn(queries, keys, values, bounds, bounds, longest, longest, scale=scaling, window_size=reach, enable_gqa=grouped)
+    key_bounds = spans.bounds if spans.key_bounds is None else spans.key_bounds
+    output = varlen_attn(
+        queries, keys, values, spans.bounds, key_bounds, spans.longest, spans.longest + spans.past,
+        scale=scaling, window_size=reach, enable_gqa=grouped,
+    )  # fmt: skip
     assert isinstance(output, torch.Tensor)  # noqa: S101 - a pair only where the log-sum-exp is asked for
     return output.unsqueeze(0)
 

@@ -25,7 +25,8 @@ from finetune_trainer.evaluation import Losses, measure
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
 from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives import objective_for
+from finetune_trainer.objectives import Context, Objective
+from finetune_trainer.objectives import begin as begin_objective
 from finetune_trainer.optimisation import Gradients, adamw, learning_rate, load_moments, moments_of, set_learning_rate, step_seed
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.result import Result, write_result
@@ -50,6 +51,14 @@ class Task:
     """The job's own folder in output.storage."""
 
 
+@dataclass(frozen=True)
+class Models:
+    """What is trained, and what it learns from where that is a model."""
+
+    model: CausalModel
+    teacher: CausalModel | None = None
+
+
 class Listener(Protocol):
     """Whoever follows the training: in a job the head, over HTTP."""
 
@@ -63,14 +72,14 @@ class Listener(Protocol):
         ...
 
 
-def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listener: Listener, group: str = "local") -> bool:
+def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: Listener, group: str = "local") -> bool:
     """Train, measure before and after, leave the result in the storage.
 
     Returns whether it came to the end; else it has saved a checkpoint, since it was asked to stop or a worker is about to be taken away.
     Raises JobError (TrainingDiverged, StorageFull, CheckpointIncompatible, WorkersLost, ...).
     """
-    spec = task.job.spec
-    training, method, objective = spec.training, method_for(spec.method), objective_for(spec.objective)
+    spec, model = task.job.spec, models.model
+    training, method = spec.training, method_for(spec.method)
     plan = plan_batches(data.train, training)
     held_out = {name: examples for name, examples in data.splits().items() if name != "train"}
     parameters = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
@@ -80,7 +89,9 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
 
     # Go on from the newest complete checkpoint, or measure the untuned model and begin.
     state, damaged = _resume(checkpoints, task.config, worker)
-    baseline = _baseline(task.storage, worker, lambda: measure(model, objective, held_out, training, worker), fresh=state is None)
+    objective = begin_objective(spec.objective, Context(model, data, training, task.storage, worker, models.teacher))
+    measured = objective.measured
+    baseline = _baseline(task.storage, worker, lambda: measure(model, measured, held_out, training, worker), fresh=state is None)
     if state is not None:
         load_trained_state(model.module, state.parameters)
         load_moments(optimizer, parameters, state.moments)
@@ -96,12 +107,8 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         batch, rate = plan.batch(step), learning_rate(step, plan.total_steps, training)
         torch.manual_seed(step_seed(training.seed, step, worker.rank))
 
-        # Forward and backward over this worker's share; the sum is divided by the labels of the whole batch.
-        gradients.zero()
-        for part in micro:
-            loss = objective.loss(model, part.to(worker.device))
-            (loss.total / batch.labels).backward()  # type: ignore[no-untyped-call]
-            gradients.signals[0] += loss.total.detach() / batch.labels
+        # Forward and backward over this worker's share; the sum is divided by the units of the whole batch.
+        _accumulate(objective, model, micro, batch.groups if objective.unit == "group" else batch.labels, gradients)
 
         # One all-reduce carries the gradients, the loss and what rank 0 wants all to know.
         gradients.signals[1] = float(worker.leads and listener.stop_requested)
@@ -124,14 +131,23 @@ def train(task: Task, model: CausalModel, data: Prepared, worker: Worker, listen
         if leave and done < plan.total_steps:
             return False
         if due:
-            follow.validation(done, measure(model, objective, {"validation": data.validation}, training, worker))
+            follow.validation(done, measure(model, measured, {"validation": data.validation}, training, worker))
 
     follow.stage("Evaluate", "measuring the tuned model")
-    losses = _finite(measure(model, objective, held_out, training, worker), Reason.TRAINING_DIVERGED, "the tuned model's")
+    losses = _finite(measure(model, measured, held_out, training, worker), Reason.TRAINING_DIVERGED, "the tuned model's")
     if worker.leads:
         result = Result(steps=plan.total_steps, trained_tokens=tokens, before=dict(baseline), after=dict(losses), config=task.config)
         write_result(task.storage, result, lambda folder: method.export(model.module, folder, task.base))
     return True
+
+
+def _accumulate(objective: Objective, model: CausalModel, micro: list[MicroBatch], count: int, gradients: Gradients) -> None:
+    """The gradients, and the loss, of this worker's share of a step."""
+    gradients.zero()
+    for part in micro:
+        loss = objective.loss(model, part.to(model.device)).total / count
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients.signals[0] += loss.detach()
 
 
 def _save(checkpoints: Storage, state: checkpoint.TrainingState, task: Task, worker: Worker) -> CheckpointRef | None:

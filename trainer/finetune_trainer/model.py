@@ -5,9 +5,10 @@ Only transformers' own architectures and only safetensors are loaded: no code an
 
 import json
 import logging
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +17,11 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.attention import choose_layout, forward_arguments, probe
 from finetune_trainer.data.batches import AUTO_TOKENS
-from finetune_trainer.data.tensors import Layout
+from finetune_trainer.data.tensors import Layout, MicroBatch
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import method_for
 from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.soft_prompts import CACHED, EMBEDDED, prefix_of, prompt_type, prompted
 from finetune_trainer.sources import explained
 
 if TYPE_CHECKING:
@@ -27,6 +29,20 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of a micro-batch, in the shape of its input_ids: [1, T] or [B, T] positions."""
+
+    last: torch.Tensor | None
+    """[.., .., H]: the last hidden states. None where the logits were asked for."""
+    layers: tuple[torch.Tensor, ...] = ()
+    """[.., .., H] each: the embeddings, then the output of every layer (the last one after the final norm). Empty unless asked for."""
+    attentions: tuple[torch.Tensor, ...] = ()
+    """[B, heads, T, T] of every layer. Empty unless asked for; only in the padded layout with attention that makes maps (eager)."""
+    logits: torch.Tensor | None = None
+    """[.., .., V]. None unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,49 @@ class CausalModel:
     precision: torch.dtype
     """Number format of the computation: float32 or bfloat16."""
     device: torch.device
+    tuned: bool = True
+    """False for the base model under the method, as `untuned` gives it."""
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        """The output layer. Only where `plain_head` is true."""
+        return cast("torch.nn.Linear", self.transformer.get_output_embeddings())
+
+    def run(self, batch: MicroBatch, *, layers: bool = False, attentions: bool = False, logits: bool = False) -> Outputs:
+        """What the model makes of a micro-batch that is on its device: always of the examples' own positions, soft prompts taken off.
+
+        The logits of the whole batch are large: where `plain_head` is true, compute those that are needed from the last hidden states.
+        """
+        kind = prompt_type(self.module) if self.tuned else None
+        own, shown = None, batch
+        arguments: dict[str, Any] = {}
+        with self.autocast():
+            if kind in EMBEDDED:
+                own = prompted(self.module, self.transformer, batch)
+                shown, arguments["inputs_embeds"] = own.batch, own.embeddings
+            elif kind == CACHED:
+                arguments["prefix"] = prefix_of(self.module)
+            part = self.transformer if logits else self.transformer.get_decoder()
+            wanted = {"output_hidden_states": layers, "output_attentions": attentions, "return_dict": True}
+            made = part(**forward_arguments(shown, **arguments), **wanted)
+
+        def off(states: torch.Tensor) -> torch.Tensor:
+            return own.taken_off(states, batch) if own is not None else states
+
+        every = tuple(off(states) for states in made.hidden_states) if layers else ()
+        return Outputs(
+            last=None if logits else off(made.last_hidden_state),
+            layers=every,
+            attentions=tuple(made.attentions) if attentions else (),
+            logits=off(made.logits) if logits else None,
+        )
+
+    @contextmanager
+    def untuned(self) -> Iterator["CausalModel"]:
+        """The model without what its method adds: the base model, where the method leaves that as it was."""
+        disable = getattr(self.module, "disable_adapter", None)
+        with disable() if disable is not None else nullcontext():
+            yield replace(self, tuned=False)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that computes in `precision` whatever the parameters are kept in."""

@@ -85,7 +85,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     import torch
 
     from finetune_trainer.data.examples import Prepared, open_prepared
-    from finetune_trainer.loop import Task, train
+    from finetune_trainer.loop import Models, Task, train
     from finetune_trainer.model import load_model
     from finetune_trainer.model_files import ModelFiles, fetch_model
     from finetune_trainer.progress import ProgressSender
@@ -107,7 +107,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     model = load_model(files, job, worker.device)
     sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
     try:
-        train(Task(job, files.base, config["config"], storage), model, data, worker, sender or _Silent(), group=uuid.uuid4().hex)
+        train(Task(job, files.base, config["config"], storage), Models(model), data, worker, sender or _Silent(), group=uuid.uuid4().hex)
     finally:
         if sender is not None:
             sender.close()

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from finetune_trainer.attention import NAME, by_kernel, choose_layout, forward_arguments
+from finetune_trainer.attention import NAME, Spans, by_kernel, choose_layout, forward_arguments
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.tensors import collate
 
@@ -137,7 +137,7 @@ def test_the_kernels_call_has_the_right_form() -> None:
     query, key = (torch.empty(1, heads, 10, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
     bounds = torch.empty(3, dtype=torch.int32, device="meta")
     for window in (None, 3):
-        assert by_kernel(query, key, key, 0.25, window, 6, bounds).shape == (1, 10, 4, 16)
+        assert by_kernel(query, key, key, 0.25, window, Spans(6, bounds)).shape == (1, 10, 4, 16)
 
 
 @pytest.mark.gpu

@@ -104,7 +104,7 @@ def test_the_loss_and_its_gradients_are_transformers_own(layout: Layout, tied: b
     assert wrapped.layout == layout
     assert wrapped.plain_head
     loss = Sft().loss(wrapped, collate(data, [(0, 1), (2, 3)], layout))
-    assert loss.labels == int(data.label_counts().sum())
+    assert loss.count == int(data.label_counts().sum())
     torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=1e-5)
     loss.total.backward()
     for name, parameter in model.named_parameters():

@@ -20,9 +20,10 @@ from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer import checkpoint, loop
 from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.errors import JobError
-from finetune_trainer.loop import CHECKPOINTS, Task, train
+from finetune_trainer.loop import CHECKPOINTS, Models, Task, train
 from finetune_trainer.model import load_model
 from finetune_trainer.model_files import ModelFiles, fetch_model
+from finetune_trainer.objectives import Sft
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.sources import Mounts
 from finetune_trainer.storage import Storage
@@ -91,7 +92,7 @@ def storage_in(folder: Path) -> Storage:
 def run(files: ModelFiles, folder: Path, listener: Listener | None = None, *, worker: Worker | None = None, **training: Any) -> bool:
     job = job_with(files.folder, **training)
     task = Task(job, files.base, CONFIG, storage_in(folder))
-    return train(task, load_model(files, job, CPU), DATA, worker or Worker(), listener or Listener())
+    return train(task, Models(load_model(files, job, CPU)), DATA, worker or Worker(), listener or Listener())
 
 
 def result(folder: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -203,12 +204,14 @@ class Together:
 def test_two_workers_come_to_what_one_does(files: ModelFiles, tmp_path: Path, batch: int) -> None:
     job = job_with(files.folder, dropout=0.0, globalBatchSize=batch, epochs=2)
     data = replace(DATA, train=DATA.train.take(range(8)))
-    assert train(Task(job, files.base, CONFIG, storage_in(tmp_path / "one")), load_model(files, job, CPU), data, Worker(), Listener())
+    assert train(
+        Task(job, files.base, CONFIG, storage_in(tmp_path / "one")), Models(load_model(files, job, CPU)), data, Worker(), Listener()
+    )
 
     together, task = Together(2), Task(job, files.base, CONFIG, storage_in(tmp_path / "two"))
     models = [load_model(files, job, CPU) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(train, task, model, data, together.worker(rank), Listener()) for rank, model in enumerate(models)]
+        both = [pool.submit(train, task, Models(model), data, together.worker(rank), Listener()) for rank, model in enumerate(models)]
         assert [one.result() for one in both] == [True, True]
 
     (one, weights), (two, other) = result(tmp_path / "one"), result(tmp_path / "two")
@@ -221,14 +224,17 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step(files: ModelFiles, tmp_p
     taken = []
 
     class BreaksAtTheFourth:
+        unit = "label"
+        measured = Sft()
+
         def loss(self, model: Any, batch: Any) -> Any:
             loss = real.loss(model, batch)
             if model.module.training:
                 taken.append(1)
             return replace(loss, total=loss.total * float("nan")) if len(taken) == 4 else loss
 
-    real = loop.objective_for(job_with(files.folder).spec.objective)
-    monkeypatch.setattr(loop, "objective_for", lambda spec: BreaksAtTheFourth())
+    real = Sft()
+    monkeypatch.setattr(loop, "begin_objective", lambda spec, context: BreaksAtTheFourth())
     with pytest.raises(JobError, match="step 4: the loss is nan") as caught:
         run(files, tmp_path, microBatchSize=4)
     assert caught.value.reason == Reason.TRAINING_DIVERGED
@@ -239,14 +245,20 @@ def test_a_validation_loss_that_is_no_number_ends_it_with_the_step(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class BreaksOutOfTraining:
+        unit = "label"
+
+        @property
+        def measured(self) -> Any:
+            return self
+
         def loss(self, model: Any, batch: Any) -> Any:
             loss = real.loss(model, batch)
             trained.append(model.module.training)
             return replace(loss, total=loss.total * float("inf")) if any(trained) and not trained[-1] else loss
 
     trained: list[bool] = []
-    real = loop.objective_for(job_with(files.folder).spec.objective)
-    monkeypatch.setattr(loop, "objective_for", lambda spec: BreaksOutOfTraining())
+    real = Sft()
+    monkeypatch.setattr(loop, "begin_objective", lambda spec, context: BreaksOutOfTraining())
     with pytest.raises(JobError, match="step 3: the validation loss is inf") as caught:
         run(files, tmp_path)
     assert caught.value.reason == Reason.TRAINING_DIVERGED
@@ -272,7 +284,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(files: ModelFiles, tmp
     job = job_with(files.folder)
     other = Task(job, files.base, {"data": {"digest": "sha256:2"}}, storage_in(tmp_path))
     with pytest.raises(JobError, match=r"data\.digest was 'sha256:1', now 'sha256:2'") as caught:
-        train(other, load_model(files, job, CPU), DATA, Worker(), Listener())
+        train(other, Models(load_model(files, job, CPU)), DATA, Worker(), Listener())
     assert caught.value.reason == Reason.CHECKPOINT_INCOMPATIBLE
 
 

@@ -33,7 +33,9 @@ class Batch:
     tokens: int
     """Tokens in all rows."""
     labels: int
-    """Tokens that the loss is taken over, in all rows: the denominator of the mean."""
+    """Tokens that the loss is taken over, in all rows: the denominator of a mean over labels."""
+    groups: int
+    """Examples, or pairs of them: the denominator of a mean over those."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class BatchPlan:
     """Tokens of each row."""
     row_labels: npt.NDArray[np.int64]
     """Tokens of each row that the loss is taken over."""
+    row_groups: npt.NDArray[np.int64]
+    """Examples, or pairs, in each row."""
     batch_size: int
     epochs: int
     seed: int
@@ -72,6 +76,7 @@ class BatchPlan:
             rows=tuple(self.rows[row] for row in chosen),
             tokens=int(self.row_tokens[chosen].sum()),
             labels=int(self.row_labels[chosen].sum()),
+            groups=int(self.row_groups[chosen].sum()),
         )
 
 
@@ -83,6 +88,7 @@ def plan_batches(examples: Examples, training: Training) -> BatchPlan:
         rows=rows,
         row_tokens=np.array([lengths[list(row)].sum() for row in rows], dtype=np.int64),
         row_labels=np.array([labels[list(row)].sum() for row in rows], dtype=np.int64),
+        row_groups=np.array([len(row) // examples.group for row in rows], dtype=np.int64),
         batch_size=training.global_batch_size,
         epochs=training.epochs,
         seed=training.seed,
@@ -90,10 +96,14 @@ def plan_batches(examples: Examples, training: Training) -> BatchPlan:
 
 
 def rows_of(examples: Examples, training: Training) -> tuple[Row, ...]:
-    """The rows of these examples, packed or not, as the training asks."""
-    if not training.packing:
-        return tuple((index,) for index in range(len(examples)))
-    return pack(examples.lengths(), training.max_sequence_length)
+    """The rows of these examples, packed or not, as the training asks. What belongs together stays in one row."""
+    group = examples.group
+    units: Sequence[Row] = tuple((unit,) for unit in range(examples.groups))
+    if training.packing:
+        units = pack(examples.lengths().reshape(-1, group).sum(axis=1), training.max_sequence_length)
+    if group == 1:
+        return tuple(units)
+    return tuple(tuple(unit * group + each for unit in row for each in range(group)) for row in units)
 
 
 def pack(lengths: npt.NDArray[np.int64], capacity: int) -> tuple[Row, ...]:

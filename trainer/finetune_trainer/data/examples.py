@@ -22,7 +22,7 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's form."""
 SPLITS = ("train", "validation", "test")
 _ARRAYS = ("tokens", "labelled", "offsets")
@@ -35,14 +35,21 @@ class Examples:
     - tokens: int32 [T], all examples' tokens
     - labelled: bool [T], whether the token counts in the loss; it is predicted from those before it, so an example's first never counts
     - offsets: int64 [N + 1]; example i is tokens[offsets[i]:offsets[i + 1]]
+    - group: how many consecutive examples belong together: 1, or 2 for preference data (the chosen answer, the rejected one)
     """
 
     tokens: npt.NDArray[np.int32]
     labelled: npt.NDArray[np.bool_]
     offsets: npt.NDArray[np.int64]
+    group: int = 1
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def groups(self) -> int:
+        """What people call the number of examples: a pair counts once."""
+        return len(self) // self.group
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example: int64 [N]."""
@@ -59,18 +66,19 @@ class Examples:
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.tokens[span], self.labelled[span]
 
-    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "Examples":
-        """These examples, in this order."""
-        return join([self.example(int(index)) for index in indices])
+    def take(self, groups: Sequence[int] | npt.NDArray[np.int64]) -> "Examples":
+        """These groups, in this order."""
+        return join([self.example(int(group) * self.group + each) for group in groups for each in range(self.group)], self.group)
 
 
-def join(parts: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]) -> Examples:
+def join(parts: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]], group: int = 1) -> Examples:
     """One value out of single examples."""
     lengths = np.array([len(tokens) for tokens, _ in parts], dtype=np.int64)
     return Examples(
         tokens=np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in parts)]),
         labelled=np.concatenate([np.empty(0, np.bool_), *(labelled for _, labelled in parts)]),
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        group=group,
     )
 
 
@@ -98,7 +106,7 @@ def digest_of(splits: dict[str, Examples]) -> str:
     for name, examples in splits.items():
         for part in _ARRAYS:
             array = np.ascontiguousarray(getattr(examples, part))
-            digest.update(f"{name}/{part}/{array.dtype.str}/{len(array)}\n".encode())
+            digest.update(f"{name}/{part}/{array.dtype.str}/{len(array)}{f'/{examples.group}' if examples.group > 1 else ''}\n".encode())
             digest.update(array.data)
     return f"sha256:{digest.hexdigest()}"
 
@@ -112,7 +120,13 @@ def write_prepared(prepared: Prepared, folder: Location) -> None:
             with files.open(f"{folder.path}/{name}-{part}.npy", "wb") as file:
                 np.save(file, getattr(examples, part), allow_pickle=False)
                 _flush(file, folder)
-    manifest = {"format": FORMAT, "digest": prepared.digest, "rejected": prepared.rejected, "splits": list(prepared.splits())}
+    manifest = {
+        "format": FORMAT,
+        "digest": prepared.digest,
+        "rejected": prepared.rejected,
+        "splits": list(prepared.splits()),
+        "group": prepared.train.group,
+    }
     with files.open(f"{folder.path}/{MANIFEST}", "wb") as file:
         file.write(json.dumps(manifest).encode())
         _flush(file, folder)
@@ -146,7 +160,8 @@ def open_prepared(folder: Location, cache: Path) -> Prepared:
     local = folder.local_path() or _copied(folder, manifest, cache)
 
     def split(name: str) -> Examples:
-        return Examples(*(np.load(local / f"{name}-{part}.npy", mmap_mode="r", allow_pickle=False) for part in _ARRAYS))
+        tokens, labelled, offsets = (np.load(local / f"{name}-{part}.npy", mmap_mode="r", allow_pickle=False) for part in _ARRAYS)
+        return Examples(tokens, labelled, offsets, manifest["group"])
 
     try:
         splits = {name: split(name) for name in manifest["splits"]}

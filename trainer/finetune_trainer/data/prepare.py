@@ -63,9 +63,9 @@ def prepare_data(job: FineTuneJob, tokenizer: "PreTrainedTokenizerBase", mounts:
 def summary_of(prepared: Prepared) -> DataSummary:
     """The counts for the status."""
     return DataSummary(
-        train=len(prepared.train),
-        validation=len(prepared.validation),
-        test=len(prepared.test) if prepared.test is not None else 0,
+        train=prepared.train.groups,
+        validation=prepared.validation.groups,
+        test=prepared.test.groups if prepared.test is not None else 0,
         tokens=len(prepared.train.tokens),
         rejected=prepared.rejected,
     )

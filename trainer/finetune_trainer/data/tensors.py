@@ -35,6 +35,10 @@ class MicroBatch:
     document_lengths: tuple[int, ...]
     """Tokens of each example, in order."""
     layout: Layout
+    indices: tuple[int, ...] = ()
+    """Index of each example in its split, in order."""
+    row_documents: tuple[int, ...] = ()
+    """Number of examples in each row, in order."""
 
     @property
     def tokens(self) -> int:
@@ -45,6 +49,16 @@ class MicroBatch:
     def labels(self) -> int:
         """Number of labels."""
         return len(self.label_positions)
+
+    def token_positions(self) -> torch.Tensor:
+        """[N]: where in the flattened input_ids the examples' tokens stand, example after example; padding left out."""
+        if self.layout == "flat":
+            return torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        width = self.input_ids.shape[1]
+        starts = range(0, width * len(self.document_lengths), width)
+        return torch.cat([torch.arange(start, start + length) for start, length in zip(starts, self.document_lengths, strict=True)]).to(
+            self.input_ids.device
+        )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on another device, copied without waiting."""
@@ -72,6 +86,8 @@ def collate(examples: Examples, rows: Sequence[Row], layout: Layout) -> MicroBat
         label_positions=torch.from_numpy(np.flatnonzero(all_targets != IGNORED)),
         document_lengths=lengths,
         layout=layout,
+        indices=tuple(index for row in rows for index in row),
+        row_documents=tuple(map(len, rows)),
     )
 
 

@@ -13,7 +13,7 @@ from finetune_trainer.objectives import Objective
 from finetune_trainer.worker import Worker
 
 Losses = Mapping[str, float]
-"""Mean loss per labelled token, in nats, by the split's name."""
+"""Mean loss per unit of the objective (for most a labelled token, in nats), by the split's name."""
 
 
 def measure(model: CausalModel, objective: Objective, splits: Mapping[str, Examples], training: Training, worker: Worker) -> Losses:
@@ -26,7 +26,7 @@ def measure(model: CausalModel, objective: Objective, splits: Mapping[str, Examp
 
 
 def mean_loss(model: CausalModel, objective: Objective, examples: Examples, training: Training, worker: Worker) -> float:
-    """The sum of the losses of all labelled tokens, over their number: every token weighs the same, however the rows are shared out."""
+    """The sum of the losses of all units, over their number: each weighs the same, however the rows are shared out."""
     lengths = examples.lengths()
     share = rank_share(rows_of(examples, training), lengths, worker.rank, worker.world)
     total = torch.zeros((), dtype=torch.float64)
@@ -37,4 +37,5 @@ def mean_loss(model: CausalModel, objective: Objective, examples: Examples, trai
             batch = collate(examples, rows, model.layout).to(worker.device)
             total += objective.loss(model, batch).total.to("cpu", torch.float64)
     model.module.train(was_training)
-    return worker.sum(float(total)) / int(examples.label_counts().sum())
+    count = examples.groups if objective.unit == "group" else int(examples.label_counts().sum())
+    return worker.sum(float(total)) / count

@@ -15,6 +15,7 @@ class FullTuning:
     """Every weight of the base model; kept in float32 while training, since small updates would be lost in bfloat16."""
 
     freezes_base = False
+    virtual_tokens = 0
 
     def apply(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
         """All parameters train. There are no new ones, so the seed does not matter."""

@@ -26,6 +26,7 @@ class Lora:
     spec: LoraMethod
 
     freezes_base = True
+    virtual_tokens = 0
 
     def apply(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
         """The PEFT model around the frozen one; the updates are float32 and start as zero."""

@@ -31,6 +31,11 @@ class Method(Protocol):
         """Whether the base model's weights stay as they are, and so may be kept in the computation's number format."""
         ...
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Places that the method takes of the model's context before each example: 0 but for soft prompts."""
+        ...
+
     def apply(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
         """Add the method's parameters and set what trains. New parameters follow from the seed. A model on the `meta` device will do.
 

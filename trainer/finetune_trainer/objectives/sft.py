@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from finetune_trainer.attention import forward_arguments
 from finetune_trainer.data.tensors import MicroBatch
-from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives.objective import LossSum
+from finetune_trainer.model import CausalModel, Outputs
+from finetune_trainer.objectives.objective import LossSum, Unit
 
 CHUNK = 1024
 """Positions whose logits exist at once."""
@@ -21,19 +20,28 @@ CHUNK = 1024
 class Sft:
     """The cross-entropy of every labelled token."""
 
+    unit: Unit = "label"
+
+    @property
+    def measured(self) -> "Sft":
+        """Itself."""
+        return self
+
     def loss(self, model: CausalModel, batch: MicroBatch) -> LossSum:
         """The sum over the labelled tokens."""
-        targets = batch.targets.view(-1)[batch.label_positions]
-        head = model.transformer.get_output_embeddings()
-        with model.autocast():
-            if model.plain_head and type(head) is torch.nn.Linear:
-                hidden = model.transformer.get_decoder()(**forward_arguments(batch)).last_hidden_state
-                labelled = hidden.flatten(0, 1)[batch.label_positions]
-                total = linear_cross_entropy(labelled, head.weight, head.bias, targets, model.precision)
-            else:
-                logits = model.transformer(**forward_arguments(batch)).logits.flatten(0, 1)[batch.label_positions]
-                total = functional.cross_entropy(logits.float(), targets, reduction="sum")
-        return LossSum(total, batch.labels)
+        outputs = model.run(batch, logits=not model.plain_head)
+        return LossSum(cross_entropy(model, outputs, batch), batch.labels)
+
+
+def cross_entropy(model: CausalModel, outputs: Outputs, batch: MicroBatch) -> torch.Tensor:
+    """Sum of the cross-entropies of the labelled tokens, a float32 scalar, from what the model made of the batch."""
+    targets = batch.targets.view(-1)[batch.label_positions]
+    if outputs.logits is not None:
+        logits = outputs.logits.flatten(0, 1)[batch.label_positions]
+        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+    assert outputs.last is not None  # noqa: S101 - one of the two is there
+    head = model.head
+    return linear_cross_entropy(outputs.last.flatten(0, 1)[batch.label_positions], head.weight, head.bias, targets, model.precision)
 
 
 def linear_cross_entropy(

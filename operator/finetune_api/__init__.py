@@ -2,7 +2,8 @@
 
 Pure values (pydantic and the standard library only): no client, no clock, no input or output.
 
-- `v1alpha1`: the FineTuneJob and its spec, with every rule a spec must obey; `sources` and `compute` are parts of it
+- `v1alpha1`: the FineTuneJob and its spec, with every rule a spec must obey; `sources`, `data`, `methods`, `objectives`, `training` and
+  `compute` are its parts
 - `status`: the status, its conditions and stages
 - `reasons`: the closed set of reasons, the same in conditions, Events, metrics and docs
 - `report`: what a trainer tells the operator

@@ -86,3 +86,5 @@ class Compute(SpecModel):
     """Labels of the nodes that may run a worker."""
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
     """Taints that a worker tolerates."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp holds the whole model on every worker, fsdp shards it over them; auto is fsdp where a worker's memory does not hold it."""

@@ -87,6 +87,12 @@ def check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_distinct(items: tuple[str, ...]) -> tuple[str, ...]:
+    """The items of a list of type `set`, where each stands once. Raises ValueError."""
+    check(len(set(items)) == len(items), "every name must stand once")
+    return items
+
+
 def model_in(annotation: object) -> type[BaseModel] | None:
     """The model inside an annotation such as `Model | None` or `tuple[Model, ...]`; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -131,6 +137,11 @@ ConfigMapKey = _text(r"^[-_a-zA-Z0-9][-._a-zA-Z0-9]*$", 253, "a ConfigMap's key 
 Revision = _text(r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$", 128, "a branch, tag or commit (quote one that reads as a number)")
 ColumnName = _text(r"^[^\x00-\x1f]+$", 128, "a column's name, without control characters")
 ModulePattern = _text(r"^[A-Za-z0-9_.*-]+$", 128, "a module's name (letters, digits, _, ., - and *)")
+SplitName = _text(r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", 128, "a split's name (letters, digits, _ and inner dots)")
+SubsetName = _text(
+    r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", 128, "a subset's name (letters, digits, _, ., + and -; quote one that reads as a number)"
+)
+ServedModel = _text(r"^[^\x00-\x1f]+$", 253, "a model's name, without control characters")
 LabelKey = _text(rf"^({_SUBDOMAIN}/)?{_WORD}$", 317, "a label's key: name, or domain/name with a name of at most 63 characters")
 LabelValue = _text(rf"^({_WORD})?$", 63, "a label's value (a string of letters, digits, inner -, _ and .)", least=0)
 ResourceName = _text(RESOURCE_PATTERN, 317, "cpu, memory, ephemeral-storage, hugepages-SIZE or a device such as nvidia.com/gpu")
@@ -150,6 +161,8 @@ MODEL_URI = rf"^(hf://{_HUB_NAME}|{_S3}|{_PVC})$"
 DATA_URI = rf"^(hf://datasets/{_HUB_NAME}{_PATH}|{_S3}|{_PVC})$"
 STORAGE_URI = rf"^({_S3}|{_PVC})$"
 FILE_URI = r"^file://[^\x00-\x1f:]+$"
+_HOST_LABEL = "[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?"
+ENDPOINT_URL = rf"^https?://{_HOST_LABEL}(\.{_HOST_LABEL})*(:[0-9]{{1,5}})?{_PATH}$"
 URI_MAX = 1024
 
 NO_PARENT_PATH = rule("!self.contains('..')", "a URI must not contain '..'")
@@ -179,3 +192,4 @@ def _uri(pattern: str, forms: str) -> Any:  # noqa: ANN401 - an annotation
 ModelUri = _uri(MODEL_URI, "hf://owner/name, s3://bucket/path or pvc://claim/path")
 DataUri = _uri(DATA_URI, "hf://datasets/owner/name/path, s3://bucket/path or pvc://claim/path")
 StorageUri = _uri(STORAGE_URI, "s3://bucket/path or pvc://claim/path")
+EndpointUrl = _text(ENDPOINT_URL, URI_MAX, "http://host/path or https://host/path, without credentials, query or fragment")

@@ -18,6 +18,7 @@ class Reason(StrEnum):
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
     RETRYING = "Retrying"
+    WARNED = "Warned"
     # What the user must change.
     INVALID_SPEC = "InvalidSpec"
     DATASET_INVALID = "DatasetInvalid"
@@ -32,6 +33,7 @@ class Reason(StrEnum):
     CHECKPOINT_INCOMPATIBLE = "CheckpointIncompatible"
     TRAINING_DIVERGED = "TrainingDiverged"
     # What the platform must change.
+    TEACHER_UNAVAILABLE = "TeacherUnavailable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     UNSCHEDULABLE = "Unschedulable"
     FORBIDDEN = "Forbidden"
@@ -70,7 +72,8 @@ ADVICE: dict[Reason, Advice] = {
     Reason.DATASET_NOT_FOUND: Advice(False, "Check data.*.source: the path, the bucket or the data set's name."),
     Reason.MODEL_NOT_FOUND: Advice(False, "Check model.source and model.revision."),
     Reason.MODEL_INVALID: Advice(
-        False, "The model must be a causal language model that transformers knows, with its tokenizer; check method.lora.targetModules too."
+        False,
+        "The model must be a causal language model that transformers knows, with its tokenizer; check the names that method gives too.",
     ),
     Reason.UNSAFE_MODEL_FORMAT: Advice(False, "Only safetensors are loaded: convert the model's weights first."),
     Reason.AUTHENTICATION_FAILED: Advice(False, "Check the Secret that secretRef names: its keys, and what its owner may read."),
@@ -83,6 +86,10 @@ ADVICE: dict[Reason, Advice] = {
     Reason.TRAINING_DIVERGED: Advice(
         False, "Lower training.learningRate, raise training.warmupRatio, or look for broken rows in the data."
     ),
+    Reason.TEACHER_UNAVAILABLE: Advice(
+        True,
+        "Check objective.distillation.teacher: whether its source or endpoint can be reached, the model's name, and its secretRef's token.",
+    ),
     Reason.IMAGE_PULL_FAILED: Advice(True, "Check the trainer image of the operator's settings and the cluster's access to its registry."),
     Reason.UNSCHEDULABLE: Advice(True, "No node has what compute.resourcesPerWorker, nodeSelector and tolerations ask for."),
     Reason.FORBIDDEN: Advice(True, "The cluster refused an object of this job: see the message for the quota, policy or permission."),
@@ -91,7 +98,9 @@ ADVICE: dict[Reason, Advice] = {
     Reason.OUT_OF_MEMORY: Advice(
         True, "Raise memory in compute.resourcesPerWorker, or lower training.microBatchSize or maxSequenceLength."
     ),
-    Reason.GPU_OUT_OF_MEMORY: Advice(True, "Lower training.microBatchSize or maxSequenceLength, or use method.lora."),
+    Reason.GPU_OUT_OF_MEMORY: Advice(
+        True, "Lower training.microBatchSize or maxSequenceLength, use method.lora, or shard with compute.strategy fsdp."
+    ),
     Reason.PREEMPTED: Advice(True, "The cluster took the pods away; the job goes on from its last checkpoint."),
     Reason.HEAD_LOST: Advice(True, "The head pod went without a word; the job goes on from its last checkpoint."),
     Reason.WORKERS_LOST: Advice(True, "Worker pods kept dying; look at their logs and at the nodes they ran on."),

@@ -15,11 +15,13 @@ from finetune_api.status import (
     Evaluation,
     Failure,
     Metric,
+    ModelSummary,
     Progress,
     Resolved,
     Stage,
     Text,
     Usage,
+    Warnings,
 )
 
 REPORT_PORT = 8000
@@ -46,10 +48,13 @@ class Report(StatusModel):
     """Grows with each change that the operator should act on at once: a stage, the workers wanted, the outcome."""
     message: Text = ""
     """What is being done, for people."""
+    warnings: Warnings = ()
+    """What the job's owner should look at although the job goes on; those of the whole attempt so far."""
     workers_wanted: Count = 0
     """Worker pods that the current stage needs."""
     stages: Annotated[tuple[Stage, ...], Field(max_length=16)] = ()
     resolved: Resolved | None = None
+    model: ModelSummary | None = None
     data: DataSummary | None = None
     progress: Progress | None = None
     metrics: Annotated[tuple[Metric, ...], Field(max_length=64)] = ()
@@ -78,7 +83,7 @@ def parse_report(text: str | bytes) -> Report | None:
 
 def termination_message(report: Report) -> str:
     """The report within the kubelet's limit: what report.json in the storage also says is left out first, then words of the failure."""
-    for dropped in ((), ("metrics",), ("metrics", "stages"), ("metrics", "stages", "progress", "usage", "resolved"), _ALL_OPTIONAL):
+    for dropped in ((), ("metrics",), ("metrics", "stages"), _MANY_OPTIONAL, _ALL_OPTIONAL):
         text = _json_without(report, dropped)
         if len(text.encode()) <= TERMINATION_MESSAGE_BYTES:
             return text
@@ -93,4 +98,5 @@ def _json_without(report: Report, dropped: Collection[str]) -> str:
 
 _FEW_CHARACTERS = 500
 """Of a failure's message, where it is too long in bytes: a character takes up to four, and up to six in JSON."""
-_ALL_OPTIONAL = ("metrics", "stages", "progress", "usage", "resolved", "data", "checkpoints", "evaluation", "artifacts", "message")
+_MANY_OPTIONAL = ("metrics", "stages", "progress", "usage", "resolved", "warnings")
+_ALL_OPTIONAL = (*_MANY_OPTIONAL, "model", "data", "checkpoints", "evaluation", "artifacts", "message")

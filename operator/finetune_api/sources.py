@@ -1,23 +1,11 @@
-"""Where the model and the data come from, where the results go, and which Secrets open them."""
+"""Where the model comes from, where the results go, and which Secrets open them."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from finetune_api.fields import (
-    ConfigMapKey,
-    DataUri,
-    ModelUri,
-    ObjectName,
-    Revision,
-    SpecModel,
-    StorageUri,
-    check,
-    check_exactly_one,
-    exactly_one,
-    rule,
-    rules,
-)
+from finetune_api.fields import ModelUri, ObjectName, Revision, SpecModel, StorageUri, check, check_distinct, rule, rules
+from finetune_api.status import ArtifactKind
 
 
 class SecretReference(SpecModel):
@@ -27,23 +15,25 @@ class SecretReference(SpecModel):
     """Name of the Secret."""
 
 
-class ConfigMapSource(SpecModel):
-    """One key of a ConfigMap in the job's namespace."""
-
-    name: ObjectName
-    """Name of the ConfigMap."""
-    key: ConfigMapKey
-    """Key that holds the file; its ending (.jsonl, .json, .csv, .parquet) tells the file's form."""
-
-
-_SECRET_NEEDS_REMOTE = rule(
+SECRET_NEEDS_REMOTE = rule(
     "!has(self.secretRef) || (has(self.source) && (self.source.startsWith('hf://') || self.source.startsWith('s3://')))",
     "secretRef goes with an hf:// or s3:// source",
 )
 
 
-def _check_secret(secret: SecretReference | None, source: str | None) -> None:
-    check(secret is None or (source or "").startswith(("hf://", "s3://")), _SECRET_NEEDS_REMOTE["message"])
+def check_secret(secret: SecretReference | None, source: str | None) -> None:
+    """SECRET_NEEDS_REMOTE in Python. Raises ValueError."""
+    check(secret is None or (source or "").startswith(("hf://", "s3://")), SECRET_NEEDS_REMOTE["message"])
+
+
+REVISION_NEEDS_HUB = rule(
+    "!has(self.revision) || (has(self.source) && self.source.startsWith('hf://'))", "revision goes with an hf:// source"
+)
+
+
+def check_revision(revision: str | None, source: str | None) -> None:
+    """REVISION_NEEDS_HUB in Python. Raises ValueError."""
+    check(revision is None or (source or "").startswith("hf://"), REVISION_NEEDS_HUB["message"])
 
 
 class ModelSource(SpecModel):
@@ -51,8 +41,8 @@ class ModelSource(SpecModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            rule("!has(self.revision) || self.source.startsWith('hf://')", "revision goes with an hf:// source"),
-            _SECRET_NEEDS_REMOTE,
+            REVISION_NEEDS_HUB,
+            SECRET_NEEDS_REMOTE,
         )
     )
 
@@ -62,58 +52,14 @@ class ModelSource(SpecModel):
     """Branch, tag or commit of a hub model. It is resolved to a commit, which status.resolved records."""
     secret_ref: SecretReference | None = None
     """Secret with the key `token` (hub), or `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Hold the frozen weights in four (nf4, Dettmers et al. 2023) or eight bits (int8), which needs a GPU; none holds them as they are."""
 
     @model_validator(mode="after")
     def _fits_source(self) -> Self:
-        check(self.revision is None or self.source.startswith("hf://"), "revision goes with an hf:// source")
-        _check_secret(self.secret_ref, self.source)
+        check_revision(self.revision, self.source)
+        check_secret(self.secret_ref, self.source)
         return self
-
-
-class DataSource(SpecModel):
-    """One file, or one folder of files of one form. Exactly one of source and configMap."""
-
-    model_config = ConfigDict(json_schema_extra=rules(exactly_one("source", "configMap"), _SECRET_NEEDS_REMOTE))
-
-    source: DataUri | None = None
-    """Where the data is: pvc://claim/path, s3://bucket/path or hf://datasets/owner/name/path. Local runs also take file://path."""
-    config_map: ConfigMapSource | None = None
-    """Data that stands in a ConfigMap."""
-    secret_ref: SecretReference | None = None
-    """Secret with the key `token` (hub), or `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        check_exactly_one(self, "source", "configMap")
-        _check_secret(self.secret_ref, self.source)
-        return self
-
-
-class ValidationSource(SpecModel):
-    """Data for the validation loss: a fraction held out of the training data, or data of its own."""
-
-    model_config = ConfigDict(json_schema_extra=rules(exactly_one("fraction", "source", "configMap"), _SECRET_NEEDS_REMOTE))
-
-    fraction: Annotated[float, Field(gt=0, le=0.5)] | None = None
-    """Share of the training examples that is held out, chosen by training.seed."""
-    source: DataUri | None = None
-    """Where the data is; as in train."""
-    config_map: ConfigMapSource | None = None
-    """Data that stands in a ConfigMap."""
-    secret_ref: SecretReference | None = None
-    """Secret for the source; as in train."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        check_exactly_one(self, "fraction", "source", "configMap")
-        _check_secret(self.secret_ref, self.source)
-        return self
-
-    def data_source(self) -> DataSource | None:
-        """The data of its own, or None where a fraction of the training data is held out."""
-        if self.fraction is not None:
-            return None
-        return DataSource.model_construct(source=self.source, config_map=self.config_map, secret_ref=self.secret_ref)
 
 
 _SECRET_NEEDS_S3 = rule("!has(self.secretRef) || self.storage.startsWith('s3://')", "secretRef goes with an s3:// storage")
@@ -128,6 +74,16 @@ class Output(SpecModel):
     """Folder for checkpoints, report and artifacts: pvc://claim/path or s3://bucket/path. Local runs also take file://path."""
     secret_ref: SecretReference | None = None
     """Secret with the keys `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
+    artifacts: (
+        Annotated[
+            tuple[ArtifactKind, ...],
+            Field(min_length=1, max_length=3, json_schema_extra={"x-kubernetes-list-type": "set"}),
+            AfterValidator(check_distinct),
+        ]
+        | None
+    ) = None
+    """Results to publish: adapter (a PEFT folder, to put beside the base model), merged (the base model with the adapter worked in) or
+    model (the tuned model). Absent is model for the methods full and freeze, adapter for all others."""
 
     @model_validator(mode="after")
     def _secret_fits_storage(self) -> Self:

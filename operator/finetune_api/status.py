@@ -39,6 +39,9 @@ Count = Annotated[int, Field(ge=0), AfterValidator(_count)]
 Phase = Literal["Pending", "Queued", "Preparing", "Training", "Evaluating", "Publishing", "Suspended", "Complete", "Failed"]
 StageName = Literal["Prepare", "Train", "Evaluate", "Publish"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed"]
+WARNINGS_MAX = 8
+WARNING_LENGTH_MAX = 512
+Warnings = Annotated[tuple[Annotated[str, Field(max_length=WARNING_LENGTH_MAX)], ...], Field(max_length=WARNINGS_MAX)]
 STAGES: tuple[StageName, ...] = ("Prepare", "Train", "Evaluate", "Publish")
 
 ConditionType = Literal[
@@ -134,6 +137,15 @@ class Resolved(StatusModel):
     """Image that the pods run."""
 
 
+class ModelSummary(StatusModel):
+    """The model that is tuned, counted."""
+
+    parameters: Count = 0
+    """Parameters in all, with what the method adds."""
+    trained_parameters: Count = 0
+    """Parameters that are trained."""
+
+
 class DataSummary(StatusModel):
     """The examples, counted."""
 
@@ -188,11 +200,22 @@ class CheckpointRef(StatusModel):
     """Where it is."""
 
 
+class BestCheckpoint(CheckpointRef):
+    """The saved state that did best on the validation data."""
+
+    metric: Annotated[str, Field(max_length=128)]
+    """Measure that it is best by: validation/loss."""
+    value: float
+    """Its value there; never NaN or infinite."""
+
+
 class Checkpoints(StatusModel):
     """The saved states that matter."""
 
     latest: CheckpointRef | None = None
     """The newest complete one, which an interrupted training goes on from."""
+    best: BestCheckpoint | None = None
+    """The one with the lowest validation loss, which is kept; with training.earlyStopping it is what is measured and published."""
 
 
 class EvaluationResult(StatusModel):
@@ -213,11 +236,14 @@ class Evaluation(StatusModel):
     """One entry for each measure."""
 
 
+ArtifactKind = Literal["adapter", "merged", "model"]
+
+
 class Artifact(StatusModel):
     """A result that was published."""
 
-    kind: Literal["adapter", "model"]
-    """adapter: a PEFT folder to put beside the base model; model: a whole model."""
+    kind: ArtifactKind
+    """adapter: a PEFT folder to put beside the base model; merged: the base model with the adapter worked in; model: the tuned model."""
     uri: Uri
     """Where it is."""
     digest: Annotated[str, Field(max_length=80)]
@@ -263,6 +289,8 @@ class Status(StatusModel):
     """Summary for people; programs look at the conditions."""
     message: Text | None = None
     """Summary for people."""
+    warnings: Warnings = ()
+    """What the job's owner should look at although the job goes on; each is also told as an Event with the reason Warned."""
     start_time: Time | None = None
     """When the operator first acted on the job."""
     completion_time: Time | None = None
@@ -286,6 +314,8 @@ class Status(StatusModel):
     """The stages of the job's way."""
     resolved: Resolved | None = None
     """What the job's references came to."""
+    model: ModelSummary | None = None
+    """The model that is tuned, counted."""
     data: DataSummary | None = None
     """The examples, counted."""
     progress: Progress | None = None

@@ -9,195 +9,80 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from finetune_api import JOB_NAME_MAX
 from finetune_api.compute import Compute, Toleration, Workers
-from finetune_api.fields import (
-    LABEL_PATTERN,
-    LOCAL_RUN,
-    ColumnName,
-    LabelKey,
-    LabelValue,
-    ModulePattern,
-    SpecModel,
-    check,
-    check_exactly_one,
-    described,
-    exactly_one,
-    model_in,
-    rule,
-    rules,
+from finetune_api.data import ConfigMapSource, Data, DataSource, ValidationSource
+from finetune_api.fields import LABEL_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, model_in, rule, rules
+from finetune_api.methods import (
+    WHOLE_MODEL_METHODS,
+    AdapterMethod,
+    FreezeMethod,
+    FullMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PrefixTuningMethod,
+    PromptTuningMethod,
+    PTuningMethod,
 )
-from finetune_api.sources import ConfigMapSource, DataSource, ModelSource, Output, SecretReference, ValidationSource
-from finetune_api.status import Status
+from finetune_api.objectives import (
+    DistillationObjective,
+    DpoObjective,
+    Endpoint,
+    FeatureForm,
+    LayerPair,
+    Objective,
+    RelationForm,
+    ResponseForm,
+    SftObjective,
+    Teacher,
+)
+from finetune_api.sources import ModelSource, Output, SecretReference
+from finetune_api.status import ArtifactKind, Status
+from finetune_api.training import Checkpoint, EarlyStopping, Training
 
 __all__ = [
+    "AdapterMethod",
+    "ArtifactKind",
     "Checkpoint",
     "Compute",
     "ConfigMapSource",
     "Data",
     "DataSource",
+    "DistillationObjective",
+    "DpoObjective",
+    "EarlyStopping",
+    "Endpoint",
+    "FeatureForm",
     "FineTuneJob",
+    "FreezeMethod",
     "FullMethod",
+    "Ia3Method",
+    "LayerPair",
     "LoraMethod",
     "Method",
     "ModelSource",
     "ObjectMeta",
     "Objective",
     "Output",
+    "PTuningMethod",
+    "PrefixTuningMethod",
+    "PromptTuningMethod",
+    "RelationForm",
+    "ResponseForm",
     "SecretReference",
     "SftObjective",
     "Spec",
+    "Teacher",
     "Toleration",
     "Training",
     "ValidationSource",
     "Workers",
     "parse_job",
 ]
-
-
-_COLUMNS_FIT_FORMAT = rule(
-    "self.format == 'auto' || self.columns.all(key, "
-    "self.format == 'promptCompletion' ? key in ['prompt', 'completion'] : key == self.format)",
-    "columns may only rename fields of data.format",
-)
-
-
-class Data(SpecModel):
-    """The examples: to train on, to validate while training, to test before and after."""
-
-    model_config = ConfigDict(json_schema_extra=rules(_COLUMNS_FIT_FORMAT))
-
-    train: DataSource
-    """Examples to train on."""
-    validation: ValidationSource = ValidationSource(fraction=0.1)
-    """Examples that are never trained on; their loss is measured before, during and after the training."""
-    test: DataSource | None = None
-    """Examples that are only used for the comparison of the untuned and the tuned model."""
-    format: Literal["auto", "messages", "promptCompletion", "text"] = "auto"
-    """Form of a row: messages (a conversation, written with the model's chat template), promptCompletion or text.
-    auto looks at the columns."""
-    columns: Annotated[dict[Literal["messages", "prompt", "completion", "text"], ColumnName], Field(max_length=4)] = {}
-    """Names of the data's own columns, by the field that they hold: {prompt: question, completion: answer}."""
-
-    @model_validator(mode="after")
-    def _columns_fit_format(self) -> Self:
-        if self.format != "auto":
-            wanted = {"prompt", "completion"} if self.format == "promptCompletion" else {self.format}
-            check(set(self.columns) <= wanted, _COLUMNS_FIT_FORMAT["message"])
-        return self
-
-
-class FullMethod(SpecModel):
-    """Every weight is trained."""
-
-
-_ALL_LINEAR_ALONE = rule("!self.exists(name, name == 'all-linear') || self.size() == 1", "all-linear stands alone")
-
-
-def _check_modules(names: tuple[str, ...]) -> tuple[str, ...]:
-    check(len(set(names)) == len(names), "every name must stand once")
-    check("all-linear" not in names or len(names) == 1, _ALL_LINEAR_ALONE["message"])
-    return names
-
-
-class LoraMethod(SpecModel):
-    """Low-rank updates beside frozen weights (Hu et al. 2021, LoRA)."""
-
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of the update of each weight matrix."""
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 32
-    """Scale: the update is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the update's inputs that is dropped while training."""
-    target_modules: Annotated[
-        tuple[ModulePattern, ...],
-        Field(min_length=1, max_length=32, json_schema_extra={"x-kubernetes-list-type": "set", **rules(_ALL_LINEAR_ALONE)}),
-        AfterValidator(_check_modules),
-    ] = ("all-linear",)
-    """Names of the modules that get an update; all-linear is every linear layer but the output layer."""
-
-
-class Method(SpecModel):
-    """How the weights change: exactly one."""
-
-    model_config = ConfigDict(json_schema_extra=rules(exactly_one("full", "lora")))
-
-    full: FullMethod | None = None
-    """Train every weight."""
-    lora: LoraMethod | None = None
-    """Train low-rank updates (LoRA)."""
-
-    @model_validator(mode="after")
-    def _one_method(self) -> Self:
-        check_exactly_one(self, "full", "lora")
-        return self
-
-
-class SftObjective(SpecModel):
-    """Supervised fine-tuning: the cross-entropy of the next token."""
-
-    loss_on: Literal["completion", "assistant", "all"] = "completion"
-    """Tokens that count: the completion (of a conversation, its last assistant turn), every assistant turn, or all."""
-
-
-class Objective(SpecModel):
-    """What is minimised: exactly one."""
-
-    model_config = ConfigDict(json_schema_extra=rules(exactly_one("sft")))
-
-    sft: SftObjective | None = None
-    """Supervised fine-tuning."""
-
-    @model_validator(mode="after")
-    def _one_objective(self) -> Self:
-        check_exactly_one(self, "sft")
-        return self
-
-
-class Training(SpecModel):
-    """The course of the training."""
-
-    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
-    """How often the training examples are gone through."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    """Peak learning rate of AdamW."""
-    global_batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
-    """Sequences per optimiser step, over all workers, whatever their number.
-    With packing a sequence is a filled row of maxSequenceLength tokens."""
-    micro_batch_size: Annotated[
-        Annotated[int, Field(ge=1, le=4096)] | Literal["auto"],
-        described("an integer from 1 to 4096, or auto"),
-        Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
-    ] = "auto"
-    """Sequences that a worker holds in memory at once, or auto."""
-    max_sequence_length: Annotated[int, Field(ge=8, le=1048576)] = 2048
-    """Longest sequence in tokens. A longer example is cut at its end; one without a label left is rejected."""
-    packing: bool = True
-    """Fill a sequence with several examples, which do not see each other."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the computation; auto is bfloat16 where a GPU has it, else float32."""
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
-    """Share of the steps in which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Decoupled weight decay of AdamW."""
-    max_grad_norm: Annotated[float, Field(ge=0, le=1000)] = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them."""
-    seed: Annotated[int, Field(ge=0, le=2147483647)] = 42
-    """Seed of the order of the examples, of the held-out fraction and of new weights."""
-
-
-class Checkpoint(SpecModel):
-    """How often the state of the training is saved."""
-
-    every_steps: Annotated[int, Field(ge=1, le=1000000)] = 200
-    """Optimiser steps between two checkpoints."""
-    keep: Annotated[int, Field(ge=1, le=100)] = 2
-    """Newest complete checkpoints that are kept."""
 
 
 def _immutable(*names: str) -> list[dict[str, str]]:
@@ -208,6 +93,42 @@ def _immutable(*names: str) -> list[dict[str, str]]:
 _A_SEQUENCE_FOR_EACH_WORKER = rule(
     "self.training.globalBatchSize >= self.compute.workers.max",
     "training.globalBatchSize must not be smaller than compute.workers.max: every worker needs a sequence",
+)
+_QUANTIZED_NEEDS_GPU = rule(
+    "self.model.quantization == 'none' || self.compute.resourcesPerWorker.exists(name, "
+    "name.endsWith('/gpu') && string(self.compute.resourcesPerWorker[name]).matches('[1-9]'))",
+    "model.quantization needs a GPU: ask for one in compute.resourcesPerWorker, such as nvidia.com/gpu: 1",
+)
+_QUANTIZED_STAYS_FROZEN = rule(
+    "self.model.quantization == 'none' || (!has(self.method.full) && !has(self.method.freeze))",
+    "model.quantization does not go with method.full or method.freeze, which train the model's own weights",
+)
+_QUANTIZED_IS_NOT_MERGED = rule(
+    "self.model.quantization == 'none' || !has(self.output.artifacts) || !('merged' in self.output.artifacts)",
+    "model.quantization does not go with the artifact merged, which would lose precision: merge the adapter into the whole base model",
+)
+_DPO_NEEDS_PREFERENCES = rule(
+    "has(self.objective.dpo) ? self.data.format in ['auto', 'preference'] : self.data.format != 'preference'",
+    "data.format preference goes with objective.dpo, and objective.dpo with data.format preference or auto",
+)
+_EXAMPLES_NEED_PACKING = rule(
+    "self.training.packing || !has(self.objective.distillation) || !has(self.objective.distillation.relation) || "
+    "!('examples' in self.objective.distillation.relation.between)",
+    "objective.distillation.relation between examples needs training.packing: the examples of a packed row are compared",
+)
+_ARTIFACTS_FIT_METHOD = (
+    rule(
+        "!has(self.output.artifacts) || !('merged' in self.output.artifacts) || has(self.method.lora) || has(self.method.ia3)",
+        "the artifact merged goes with method.lora and method.ia3",
+    ),
+    rule(
+        "!has(self.output.artifacts) || !('model' in self.output.artifacts) || has(self.method.full) || has(self.method.freeze)",
+        "the artifact model goes with method.full and method.freeze; ask for adapter or merged",
+    ),
+    rule(
+        "!has(self.output.artifacts) || !('adapter' in self.output.artifacts) || (!has(self.method.full) && !has(self.method.freeze))",
+        "the artifact adapter does not go with method.full and method.freeze; ask for model",
+    ),
 )
 
 
@@ -220,6 +141,12 @@ class Spec(SpecModel):
             *_immutable("backoffLimit"),
             rule("self.preRunningDeadlineSeconds >= oldSelf.preRunningDeadlineSeconds", "preRunningDeadlineSeconds can only be raised"),
             _A_SEQUENCE_FOR_EACH_WORKER,
+            _QUANTIZED_NEEDS_GPU,
+            _QUANTIZED_STAYS_FROZEN,
+            _QUANTIZED_IS_NOT_MERGED,
+            _DPO_NEEDS_PREFERENCES,
+            _EXAMPLES_NEED_PACKING,
+            *_ARTIFACTS_FIT_METHOD,
             rule(
                 "!has(self.activeDeadlineSeconds) || "
                 "(has(oldSelf.activeDeadlineSeconds) && self.activeDeadlineSeconds >= oldSelf.activeDeadlineSeconds)",
@@ -233,9 +160,9 @@ class Spec(SpecModel):
     data: Data
     """The examples."""
     method: Method
-    """How the weights change: exactly one of full, lora."""
+    """How the weights change: exactly one of full, freeze, lora, adapter, ia3, promptTuning, prefixTuning, pTuning."""
     objective: Objective = Objective(sft=SftObjective())
-    """What is minimised: exactly one of sft."""
+    """What is minimised: exactly one of sft, distillation, dpo."""
     training: Training = Training()
     """The course of the training."""
     checkpoint: Checkpoint = Checkpoint()
@@ -259,6 +186,39 @@ class Spec(SpecModel):
     def _a_sequence_for_each_worker(self) -> Self:
         check(self.training.global_batch_size >= self.compute.workers.max, _A_SEQUENCE_FOR_EACH_WORKER["message"])
         return self
+
+    @model_validator(mode="after")
+    def _quantized_fits(self) -> Self:
+        if self.model.quantization != "none":
+            devices = {name: amount for name, amount in self.compute.resources_per_worker.items() if name.endswith("/gpu")}
+            check(any(int(amount) > 0 for amount in devices.values()), _QUANTIZED_NEEDS_GPU["message"])
+            check(self.method.chosen not in WHOLE_MODEL_METHODS, _QUANTIZED_STAYS_FROZEN["message"])
+            check("merged" not in self.artifacts, _QUANTIZED_IS_NOT_MERGED["message"])
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        fitting = ("auto", "preference") if self.objective.dpo else ("auto", "messages", "promptCompletion", "text")
+        check(self.data.format in fitting, _DPO_NEEDS_PREFERENCES["message"])
+        relation = self.objective.distillation and self.objective.distillation.relation
+        between = relation.between if relation else ()
+        check(self.training.packing or "examples" not in between, _EXAMPLES_NEED_PACKING["message"])
+        return self
+
+    @model_validator(mode="after")
+    def _artifacts_fit_method(self) -> Self:
+        merged, model, adapter = (entry["message"] for entry in _ARTIFACTS_FIT_METHOD)
+        whole = self.method.chosen in WHOLE_MODEL_METHODS
+        check("merged" not in self.artifacts or self.method.chosen in ("lora", "ia3"), merged)
+        check("model" not in self.artifacts or whole, model)
+        check("adapter" not in self.artifacts or not whole, adapter)
+        return self
+
+    @property
+    def artifacts(self) -> tuple[ArtifactKind, ...]:
+        """Kinds of results to publish: those that output.artifacts names, else what the method makes."""
+        made: ArtifactKind = "model" if self.method.chosen in WHOLE_MODEL_METHODS else "adapter"
+        return self.output.artifacts or (made,)
 
 
 _JOB_NAME = f"a DNS label (lower-case letters, digits and inner hyphens), at most {JOB_NAME_MAX} characters"

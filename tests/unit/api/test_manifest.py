@@ -129,7 +129,8 @@ def test_every_fault_is_explained_with_its_line_and_remedy():
     with pytest.raises(ValidationError) as refused:
         parse_job(manifest)
     assert sorted(explain(refused.value, manifest), key=lambda line: int(line.split()[1].rstrip(":"))) == [
-        "line 8: spec.method: exactly one of full, lora must be set; lora has no value here: write `lora: {}` for its defaults",
+        "line 8: spec.method: exactly one of full, freeze, lora, adapter, ia3, promptTuning, prefixTuning, pTuning must be set; "
+        "lora has no value here: write `lora: {}` for its defaults",
         "line 9: spec.output.storage: is required",
         "line 10: spec.trainig: unknown field; did you mean training?",
         "line 12: spec.training.epochs: must be an integer, not '5'; remove the quotes",
@@ -147,7 +148,7 @@ def test_without_the_manifest_the_explanation_has_no_lines():
 
 
 def test_fields_at_follows_the_models():
-    assert fields_at(("spec", "method")) == ("full", "lora")
+    assert fields_at(("spec", "method")) == ("full", "freeze", "lora", "adapter", "ia3", "promptTuning", "prefixTuning", "pTuning")
     assert fields_at(("spec", "compute", "tolerations", 3))[0] == "key"
     assert fields_at(("spec", "data", "validation", "configMap")) == ("name", "key")
     assert fields_at(("spec", "suspend")) == ()

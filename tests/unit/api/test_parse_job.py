@@ -69,5 +69,7 @@ def test_explanations_of_long_values_are_short():
     with pytest.raises(ValidationError) as refused:
         parse_job(job_with(training={"scheduler": "x" * 10_000}))
     (line,) = explain(refused.value)
-    assert line.startswith("spec.training.scheduler: must be one of 'cosine', 'linear' or 'constant', not 'xxx")
+    assert line.startswith(
+        "spec.training.scheduler: must be one of 'cosine', 'linear', 'constant', 'warmupStableDecay' or 'inverseSqrt', not 'xxx"
+    )
     assert len(line) < 200

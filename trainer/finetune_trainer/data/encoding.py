@@ -12,27 +12,28 @@ conversation before the turn (as it stands when an answer is asked for); this ne
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from finetune_api.reasons import Reason
 from finetune_trainer.data.formats import Conversation, Example, PromptCompletion
 from finetune_trainer.data.rows import Fault, Place
+from finetune_trainer.data.tokenising import Marked, Mask, Span, Tokeniser, Tokens
 from finetune_trainer.errors import JobError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LossOn = Literal["completion", "assistant", "all"]
-Span = tuple[int, int]
-Tokens = npt.NDArray[np.int32]
-Mask = npt.NDArray[np.bool_]
 CHUNK = 512
-"""Examples that are cut into tokens at once, on all cores."""
+"""Most examples that are cut into tokens at once, on all cores."""
+CHUNK_CHARACTERS = 1 << 20
+"""Characters at which a chunk is full: while it is worked on, each token costs some 150 bytes."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Encoded:
 class _Rendered:
     place: Place
     text: str
-    spans: tuple[Span, ...]
-    """Characters to learn, from and up to."""
+    spans: tuple[Span, ...] | None
+    """Characters to learn, from and up to; None for all."""
     is_chat: bool
     """Whether the template has put the special tokens in."""
 
@@ -65,28 +66,47 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn, max_length: int) -> None:
         self._tokenizer = tokenizer
+        self._tokeniser = Tokeniser(tokenizer)
         self._loss_on = loss_on
         self._max_length = max_length
 
-    def encode(self, examples: Sequence[Example]) -> Iterator[Encoded | Fault]:
-        """The examples as tokens, in their order; a Fault for one that the chat template refuses.
+    def encode(self, examples: Iterable[Example | Fault]) -> Iterator[Encoded | Fault]:
+        """The examples as tokens, in their order, faults among them; and a Fault for one that the chat template refuses.
 
+        A chunk is cut into tokens by a thread while the next one is read and rendered by this; no more than the two are held.
         Raises JobError (ModelInvalid) where the tokenizer lacks what the format needs.
         """
-        for start in range(0, len(examples), CHUNK):
-            rendered = [self._render(example) for example in examples[start : start + CHUNK]]
-            tokens = {is_chat: iter(self._tokenize(rendered, is_chat=is_chat)) for is_chat in (True, False)}
-            for item in rendered:
-                yield item if isinstance(item, Fault) else next(tokens[item.is_chat])
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens") as pool:
+            coming: deque[Future[list[Encoded | Fault]]] = deque()
+            for chunk in self._chunks(examples):
+                coming.append(pool.submit(self._tokenize, chunk))
+                if len(coming) > 1:
+                    yield from coming.popleft().result()
+            while coming:
+                yield from coming.popleft().result()
+
+    def _chunks(self, examples: Iterable[Example | Fault]) -> "Iterator[list[_Rendered | Fault]]":
+        """Rendered examples, as many as are cut into tokens at once."""
+        chunk: list[_Rendered | Fault] = []
+        characters = 0
+        for example in examples:
+            rendered = example if isinstance(example, Fault) else self._render(example)
+            chunk.append(rendered)
+            characters += len(rendered.text) if isinstance(rendered, _Rendered) else 0
+            if len(chunk) >= CHUNK or characters >= CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+        if chunk:
+            yield chunk
 
     def _render(self, example: Example) -> _Rendered | Fault:
         if isinstance(example, Conversation):
             return self._render_chat(example)
         if isinstance(example, PromptCompletion):
             text = example.prompt + example.completion
-            start = 0 if self._loss_on == "all" else len(example.prompt)
-            return _Rendered(example.place, text, ((start, len(text)),), is_chat=False)
-        return _Rendered(example.place, example.text, ((0, len(example.text)),), is_chat=False)
+            spans = None if self._loss_on == "all" else ((len(example.prompt), len(text)),)
+            return _Rendered(example.place, text, spans, is_chat=False)
+        return _Rendered(example.place, example.text, None, is_chat=False)
 
     def _render_chat(self, example: Conversation) -> _Rendered | Fault:
         if not self._tokenizer.chat_template:
@@ -96,14 +116,14 @@ class Encoder:
         try:
             text, marked = self._template(example, len(example.messages))
             if self._loss_on == "all":
-                spans: list[Span] = [(0, len(text))]
+                spans: list[Span] | None = None
             elif marked is not None:
                 spans = marked if self._loss_on == "assistant" else marked[-1:]
             else:
                 spans = [self._turn_span(example, turn, text) for turn in wanted]
         except _TemplateError as error:
             return Fault(example.place, str(error))
-        return _Rendered(example.place, text, tuple(spans), is_chat=True)
+        return _Rendered(example.place, text, None if spans is None else tuple(spans), is_chat=True)
 
     def _turn_span(self, example: Conversation, turn: int, text: str) -> Span:
         """The characters of one assistant turn. Raises _TemplateError."""
@@ -143,29 +163,20 @@ class Encoder:
             raise _TemplateError(f"the chat template refuses the messages: {detail}") from error
         return texts[0], [(start, end) for start, end in spans[0]] if marks else None
 
-    def _tokenize(self, rendered: Sequence[_Rendered | Fault], *, is_chat: bool) -> Iterator[Encoded]:
-        chosen = [item for item in rendered if isinstance(item, _Rendered) and item.is_chat is is_chat]
-        if not chosen:
-            return
-        texts = [item.text for item in chosen]
-        encoded = self._tokenizer(texts, add_special_tokens=not is_chat, return_offsets_mapping=True, verbose=False)
-        for item, ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            tokens = np.array(ids, dtype=np.int32)
-            labelled = self._labels(item, np.array(offsets, dtype=np.int64).reshape(-1, 2))
-            if not is_chat:
-                tokens, labelled = self._ended(tokens, labelled)
-            yield Encoded(item.place, tokens[: self._max_length], labelled[: self._max_length], len(tokens))
+    def _tokenize(self, chunk: "Sequence[_Rendered | Fault]") -> list[Encoded | Fault]:
+        """A chunk as tokens, in its order."""
+        rendered = [item for item in chunk if isinstance(item, _Rendered)]
+        tokens = {is_chat: self._tokens_of(rendered, is_chat=is_chat) for is_chat in (True, False)}
+        return [item if isinstance(item, Fault) else next(tokens[item.is_chat]) for item in chunk]
 
-    def _labels(self, item: _Rendered, offsets: npt.NDArray[np.int64]) -> Mask:
-        """Whether each token, from and up to a character, holds one that is to be learnt."""
-        if self._loss_on == "all":
-            return np.ones(len(offsets), dtype=np.bool_)
-        labelled = np.zeros(len(offsets), dtype=np.bool_)
-        first, last = offsets[:, 0], offsets[:, 1]
-        for start, end in item.spans:
-            # Some tokenizers trim white space, so that a token of nothing else stands empty at its end.
-            labelled |= (last > start) & ((first < end) | ((first == last) & (last == end)))
-        return labelled
+    def _tokens_of(self, rendered: "Sequence[_Rendered]", *, is_chat: bool) -> Iterator[Encoded]:
+        """Those of one kind, in their order: a chat template has written the special tokens already."""
+        chosen = [item for item in rendered if item.is_chat is is_chat]
+        texts = [Marked(item.text, item.spans) for item in chosen]
+        for item, (tokens, labelled) in zip(chosen, self._tokeniser.tokens(texts, add_special_tokens=not is_chat), strict=True):
+            if not is_chat:
+                tokens, labelled = self._ended(tokens, labelled)  # noqa: PLW2901 - the same with its end
+            yield Encoded(item.place, tokens[: self._max_length], labelled[: self._max_length], len(tokens))
 
     def _ended(self, tokens: Tokens, labelled: Mask) -> tuple[Tokens, Mask]:
         """With the end token, which is learnt too: without it the model would not learn to stop."""

@@ -36,8 +36,8 @@ REPORT_BYTES = 64 * 1024
 EVENT_PODS = 3
 """Pending pods whose Events are read; the others wait for the same things."""
 EVENT_AFTER = timedelta(seconds=10)
-"""How long a pod is pending before its Events are read: API servers keep no cache of Events, so a pod's are looked for among all of
-the namespace's."""
+"""How long a pod that has a node is pending before its Events are read: API servers keep no cache of Events, so a pod's are looked for
+among all of the namespace's. Why a pod has no node stands in its own conditions."""
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class KubernetesCluster:
         self._on_call = on_call
 
     async def read(self, key: JobKey) -> RawJob | None:
-        """The job as it is now, and what belongs to it: three requests, and one for each of the first few pending pods.
+        """The job as it is now, and what belongs to it: three requests, and one for each of the first few pods that are stuck.
 
         Lists come from the API server's watch cache, since one by label read past it has the server go through every pod of the
         namespace in etcd. Such a list may be a moment old, and what it shows wakes the job again once it is newer; but nothing may
@@ -98,7 +98,7 @@ class KubernetesCluster:
         if status.attempt.running and head not in [pod["metadata"]["name"] for pod in pods]:
             found = await self._get_or_none(KINDS["Pod"].path(namespace, head), f"Pod {namespace}/{head}")
             pods += [found] if found and found["metadata"].get("labels", {}).get(LABEL_JOB_UID) == job["metadata"]["uid"] else []
-        pending = [pod["metadata"]["uid"] for pod in pods if _pending_for_long(pod, datetime.now(UTC))][:EVENT_PODS]
+        pending = [pod["metadata"]["uid"] for pod in pods if _is_stuck(pod, datetime.now(UTC))][:EVENT_PODS]
         lists = await asyncio.gather(*(self._list("Event", namespace, {"fieldSelector": f"involvedObject.uid={uid}"}) for uid in pending))
         return RawJob(job=job, pods=pods, config_maps=config_maps, events=[event for events in lists for event in events])
 
@@ -309,9 +309,11 @@ def _owner(manifest: Mapping[str, Any]) -> str | None:
     return next((owner["uid"] for owner in owners if owner["kind"] == KIND and owner.get("controller")), None)
 
 
-def _pending_for_long(pod: Mapping[str, Any], now: datetime) -> bool:
-    pending = pod.get("status", {}).get("phase") in (None, "Pending")
-    return pending and datetime.fromisoformat(pod["metadata"]["creationTimestamp"]) <= now - EVENT_AFTER
+def _is_stuck(pod: Mapping[str, Any], now: datetime) -> bool:
+    """Whether a pod has a node and yet does not run: something that it mounts may be missing, which only its Events tell."""
+    if pod.get("status", {}).get("phase") not in (None, "Pending") or not pod.get("spec", {}).get("nodeName"):
+        return False
+    return datetime.fromisoformat(pod["metadata"]["creationTimestamp"]) <= now - EVENT_AFTER
 
 
 def _job_lists(namespaces: Sequence[str]) -> list[str]:

@@ -131,7 +131,7 @@ class Player:
         self.created: list[tuple[str, str]] = []
         """Name and UID of each pod that ever was, in order."""
         self.hold: Callable[[Object], bool] = lambda pod: False
-        """Pods that stay pending."""
+        """Pods that have a node and stay pending."""
         self._played: set[str] = set()
         self._heads: dict[str, asyncio.Task[None]] = {}
         self._moved = asyncio.Condition()
@@ -182,11 +182,13 @@ class Player:
             if meta.get("deletionTimestamp"):
                 self._end_head(meta["uid"])
                 await self.kube.delete("Pod", self.namespace, name, grace=0, uid=meta["uid"])
-            elif meta["uid"] not in self._played and not self.hold(pod):
-                self._played.add(meta["uid"])
+            elif meta["uid"] not in self._played:
                 if not pod["spec"].get("nodeName"):
                     target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
                     await self.kube.create("Pod", {"metadata": {"name": name}, "target": target}, self.namespace, name, "binding")
+                if self.hold(pod):
+                    return
+                self._played.add(meta["uid"])
                 address = next(_addresses)
                 if meta["labels"][LABEL_ROLE] == "head":
                     self._heads[meta["uid"]] = asyncio.create_task(self._trainer(pod, address))

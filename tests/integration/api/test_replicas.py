@@ -82,7 +82,7 @@ async def test_operator_without_its_key_says_which_variable_is_wrong(stage: Stag
 async def test_operator_that_comes_before_its_crd_waits_for_it(stage: Stage) -> None:
     async with Proxy(stage.server.url).serving() as proxy, stage.player().playing():
         kubeconfig = kubeconfig_through(stage.folder / "kubeconfig", proxy.url, stage.server.operator_kubeconfig)
-        proxy.fail(404)  # as for a kind that is not there
+        proxy.fail(*[404] * 4)  # as for a kind that is not there; the metrics ask, too
         async with stage.operator(kubeconfig).running() as operator:
             assert await operator.wait_until_ready() == "leads\n"
             assert "waiting for the API server, the CRD" in operator.log.read_text()

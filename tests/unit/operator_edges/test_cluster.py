@@ -93,17 +93,22 @@ async def cluster(
 
 
 def a_pod(uid: str, phase: str, created: str = "2026-01-01T00:00:00Z", **meta: Any) -> dict[str, Any]:
-    return {"metadata": {"name": uid, "uid": uid, "creationTimestamp": created, **meta}, "status": {"phase": phase}}
+    return {
+        "metadata": {"name": uid, "uid": uid, "creationTimestamp": created, **meta},
+        "spec": {"nodeName": "n-1"},
+        "status": {"phase": phase},
+    }
 
 
 def new_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-async def test_read_asks_three_times_and_for_events_of_pods_that_are_pending_for_long(
+async def test_read_asks_three_times_and_for_events_of_pods_that_are_stuck_on_a_node(
     server: FakeServer, cluster: KubernetesCluster
 ) -> None:
     pods = [a_pod("p-1", "Running"), a_pod("p-2", "Pending"), a_pod("p-3", "Pending", created=new_now())]
+    pods.append({**a_pod("p-4", "Pending"), "spec": {}})
     event = {"involvedObject": {"uid": "p-2"}, "message": "no node"}
     server.will("GET", f"{JOBS}/bot", (200, JOB))
     server.will("GET", "/api/v1/namespaces/team/pods", (200, {"items": pods}))

@@ -199,7 +199,7 @@ class DpoObjective(SpecModel):
 
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
     """How strongly the model is held to what it was before the training."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the pairs that are taken to be the wrong way round."""
 
 

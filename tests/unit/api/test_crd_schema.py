@@ -69,6 +69,18 @@ def test_everything_a_user_writes_is_bounded(kind, bound):
     assert found > 0
 
 
+def test_a_bound_with_a_fraction_is_an_inclusive_maximum():
+    """The API server cuts a bound's fraction off where the value is whole: 0 would not be below 0.5, and would not be refused as too small."""
+    fractions = {
+        (path, bound)
+        for path, node in NODES.items()
+        for bound in ("minimum", "maximum")
+        if path.startswith("spec") and not float(node.get(bound, 0)).is_integer()
+    }
+    assert fractions == {("spec.data.validation.fraction", "maximum"), ("spec.objective.dpo.labelSmoothing", "maximum")}
+    assert not any(NODES[path].get("exclusiveMaximum") for path, _ in fractions)
+
+
 def test_every_field_is_described():
     undescribed = [path for path, node in NODES.items() if not node.get("description") and not path.endswith(("[]", "{}"))]
     assert undescribed == ["metadata", "metadata.name"]  # what these are is Kubernetes' to say
@@ -77,6 +89,7 @@ def test_every_field_is_described():
 def test_the_models_docstrings_are_the_descriptions():
     assert NODES["spec.training.epochs"]["description"] == "How often the training examples are gone through."
     assert NODES["spec.method"]["description"].startswith("How the weights change")
+    assert NODES["spec.method.ia3"]["description"] == "Train vectors that rescale activations ((IA)^3)."
 
 
 def test_defaults_stand_in_the_schema_where_the_spec_has_them():
@@ -84,7 +97,9 @@ def test_defaults_stand_in_the_schema_where_the_spec_has_them():
     assert NODES["spec.data.validation"]["default"] == {"fraction": 0.1}
     assert NODES["spec.objective"]["default"] == {"sft": {"lossOn": "completion"}}
     assert NODES["spec.compute.workers"]["default"] == {"min": 1, "max": 1}
+    assert NODES["spec.objective.distillation.relation.between"]["default"] == ["tokens"]
     assert "default" not in NODES["spec.activeDeadlineSeconds"]
+    assert "default" not in NODES["spec.output.artifacts"]
 
 
 def test_the_status_has_one_default_which_says_that_nobody_has_looked_yet():

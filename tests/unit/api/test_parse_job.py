@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from finetune_api.v1alpha1 import DataSource, ValidationSource, parse_job
+from finetune_api.v1alpha1 import DataSource, Endpoint, ModelSource, SecretReference, Teacher, ValidationSource, parse_job
 from finetune_operator.manifest import explain, read_manifests
 
 MINIMAL = (Path(__file__).parents[3] / "tests/data/jobs/good/minimal.yaml").read_text(encoding="utf-8")
@@ -63,6 +63,35 @@ def test_a_jobs_parts_cannot_be_changed():
 def test_validation_data_of_its_own_is_a_data_source():
     assert ValidationSource(fraction=0.2).data_source() is None
     assert ValidationSource(source="pvc://a/b").data_source() == DataSource(source="pvc://a/b")
+    hub = {"source": "hf://datasets/a/b", "split": "test", "subset": "en"}
+    assert ValidationSource(**hub).data_source() == DataSource(**hub)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("full", "model"),
+        ("lora", "adapter"),
+        ("adapter", "adapter"),
+        ("ia3", "adapter"),
+        ("promptTuning", "adapter"),
+        ("pTuning", "adapter"),
+    ],
+)
+def test_without_artifacts_a_job_publishes_what_its_method_makes(method, kind):
+    spec = parse_job(job_with(method={method: {}})).spec
+    assert spec.method.chosen == method
+    assert spec.artifacts == (kind,)
+
+
+def test_a_job_publishes_the_artifacts_that_it_names():
+    assert parse_job(job_with(output={"storage": "pvc://a", "artifacts": ["merged", "adapter"]})).spec.artifacts == ("merged", "adapter")
+
+
+def test_a_teacher_with_files_is_a_model_to_load():
+    teacher = Teacher(source="hf://a/b", revision="main", secret_ref=SecretReference(name="hub"))
+    assert teacher.model_source() == ModelSource(source="hf://a/b", revision="main", secret_ref=SecretReference(name="hub"))
+    assert Teacher(endpoint=Endpoint(url="http://vllm:8000/v1", model="m")).model_source() is None
 
 
 def test_explanations_of_long_values_are_short():

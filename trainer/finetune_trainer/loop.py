@@ -27,6 +27,7 @@ from finetune_trainer.methods.method import BaseModel, load_trained_state, train
 from finetune_trainer.model import CausalModel
 from finetune_trainer.objectives import Context, Objective
 from finetune_trainer.objectives import begin as begin_objective
+from finetune_trainer.objectives import parameters_of
 from finetune_trainer.optimisation import Gradients, adamw, learning_rate, load_moments, moments_of, set_learning_rate, step_seed
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.result import Result, write_result
@@ -57,6 +58,8 @@ class Models:
 
     model: CausalModel
     teacher: CausalModel | None = None
+    kept: Storage | None = None
+    """Where what the teacher says of the training data is kept, or is to be."""
 
 
 class Listener(Protocol):
@@ -82,18 +85,19 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     training, method = spec.training, method_for(spec.method)
     plan = plan_batches(data.train, training)
     held_out = {name: examples for name, examples in data.splits().items() if name != "train"}
-    parameters = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+    objective = begin_objective(spec.objective, Context(model, data, training, task.storage, worker, models.teacher, models.kept))
+    extra = parameters_of(objective)
+    parameters = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad] + extra
     optimizer = adamw(parameters, training)
     gradients = Gradients((parameter for _, parameter in parameters), worker.device)
     checkpoints = task.storage.at(CHECKPOINTS)
 
     # Go on from the newest complete checkpoint, or measure the untuned model and begin.
     state, damaged = _resume(checkpoints, task.config, worker)
-    objective = begin_objective(spec.objective, Context(model, data, training, task.storage, worker, models.teacher))
     measured = objective.measured
     baseline = _baseline(task.storage, worker, lambda: measure(model, measured, held_out, training, worker), fresh=state is None)
     if state is not None:
-        load_trained_state(model.module, state.parameters)
+        load_trained_state(model.module, state.parameters, extra)
         load_moments(optimizer, parameters, state.moments)
     start, tokens = (state.step, state.trained_tokens) if state else (0, 0)
     latest = CheckpointRef(step=start, uri=checkpoints.locate(checkpoint.name_of(start))) if state else None
@@ -126,7 +130,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
         due = done % spec.checkpoint.every_steps == 0 and done < plan.total_steps
         leave = (ask and preemptions.ask()) or stop
         if leave or due or done == plan.total_steps:
-            saved = checkpoint.TrainingState(done, tokens, trained_state(model.module), moments_of(optimizer, parameters))
+            saved = checkpoint.TrainingState(done, tokens, trained_state(model.module, extra), moments_of(optimizer, parameters))
             follow.checkpoint(_save(checkpoints, saved, task, worker))
         if leave and done < plan.total_steps:
             return False

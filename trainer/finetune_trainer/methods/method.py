@@ -1,6 +1,6 @@
 """What every method offers, and what all of them share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -48,14 +48,17 @@ class Method(Protocol):
         ...
 
 
-def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that train, by name: what a checkpoint holds. Detached, not copied."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
 
-def load_trained_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+def trained_state(model: torch.nn.Module, extra: NamedParameters = ()) -> dict[str, torch.Tensor]:
+    """The parameters that train, and those that the objective adds, by name: what a checkpoint holds. Detached, not copied."""
+    return {name: parameter.detach() for name, parameter in (*model.named_parameters(), *extra) if parameter.requires_grad}
+
+
+def load_trained_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], extra: NamedParameters = ()) -> None:
     """Copy saved parameters into the model. Raises JobError (CheckpointIncompatible) naming what does not fit."""
-    own = trained_state(model)
+    own = trained_state(model, extra)
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     other = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
     for what, names in (("lacks", missing), ("has the unknown", surplus), ("has another shape of", other)):

@@ -6,10 +6,10 @@ An objective turns a model and a micro-batch into a sum over labelled tokens or 
 """
 
 from finetune_api.v1alpha1 import Objective as ObjectiveSpec
-from finetune_trainer.objectives.objective import Context, LossSum, Objective
+from finetune_trainer.objectives.objective import Context, LossSum, Objective, parameters_of
 from finetune_trainer.objectives.sft import Sft
 
-__all__ = ["Context", "LossSum", "Objective", "Sft", "begin"]
+__all__ = ["Context", "LossSum", "Objective", "Sft", "begin", "parameters_of"]
 
 
 def begin(spec: ObjectiveSpec, context: Context) -> Objective:

@@ -1,7 +1,7 @@
 """What every objective offers."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -48,6 +48,21 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Learns(Protocol):
+    """An objective that has parameters of its own to train. They are stepped and checkpointed like the model's, and never published."""
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters by name, in a fixed order; they follow from training.seed."""
+        ...
+
+
+def parameters_of(objective: Objective) -> list[tuple[str, torch.nn.Parameter]]:
+    """What an objective trains beside the model: for most nothing. Names begin with `objective.`, which no module's does."""
+    own = objective.parameters() if isinstance(objective, Learns) else []
+    return [(f"objective.{name}", parameter) for name, parameter in own]
+
+
 @dataclass(frozen=True)
 class Context:
     """What an objective may look at before the training begins. The model is the untuned one then."""
@@ -60,3 +75,5 @@ class Context:
     worker: Worker
     teacher: CausalModel | None = None
     """The teacher, in evaluation mode, where the objective has one that is a model."""
+    kept: Storage | None = None
+    """Where what the teacher says of the training data is kept, or is to be, where the objective asks for that."""

@@ -25,9 +25,8 @@ from finetune_trainer.evaluation import Losses, measure
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
 from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives import Context, Objective
+from finetune_trainer.objectives import Context, Objective, parameters_of
 from finetune_trainer.objectives import begin as begin_objective
-from finetune_trainer.objectives import parameters_of
 from finetune_trainer.optimisation import Gradients, adamw, learning_rate, load_moments, moments_of, set_learning_rate, step_seed
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.result import Result, write_result

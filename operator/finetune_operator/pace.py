@@ -76,7 +76,7 @@ def _appointments(spec: Spec | None, status: Status) -> list[datetime | None]:
 
 
 def _interval(status: Status, observed: Observed, settings: Settings) -> float | None:
-    """Short while pods come and go and in the short stages, so that no GPU waits; long while the training runs, or nothing can be done."""
+    """Short while pods go and in the short stages, so that no GPU waits; long while pods come, the training runs, or nothing can be done."""
     attempt, soon = status.attempt, min(SOON_SECONDS, settings.poll_seconds)
     if status.finished or status.suspended_time is not None:
         return soon if _leaving(status, observed) else None
@@ -84,8 +84,11 @@ def _interval(status: Status, observed: Observed, settings: Settings) -> float |
         return None if attempt.retry_time and not observed.alive else soon
     ready = status.condition("Ready")
     stuck = ready is not None and ready.reason in _OTHERS_MUST_ACT
-    moving = attempt.waiting_time is not None or current_stage(status.stages) != "Train"
-    return soon if moving and not stuck else settings.poll_seconds
+    head, workers = observed.head(attempt.number), observed.workers(attempt.number)
+    making = head is None or len(workers) < status.workers_wanted
+    # What becomes of a pod that exists is told by its watch; what a head says has to be asked for.
+    talking = head is not None and head.phase == "Running" and current_stage(status.stages) != "Train"
+    return soon if (making or talking) and not stuck else settings.poll_seconds
 
 
 def _leaving(status: Status, observed: Observed) -> bool:

@@ -86,7 +86,8 @@ def test_workers_that_are_lost_again_are_told_again() -> None:
 
 WAITING_TO_RETRY = look(TRAINING, FAILED_HEAD, seconds=100)
 NEXT_LOOKS = {
-    "the head starts": (look(BEGUN, PENDING), [PENDING], {}, 0, 2),
+    "the head is to be made": (look(BEGUN), [], {}, 0, 2),
+    "the head starts": (look(BEGUN, PENDING), [PENDING], {}, 0, 10),
     "the data is prepared": (look(BEGUN, HEAD, report=make_report("Prepare")), [HEAD], {}, 0, 2),
     "workers start": (look(TRAINING, HEAD, WORKERS[0], report=make_report()), [HEAD, WORKERS[0]], {}, 0, 2),
     "the training runs": (TRAINING, [HEAD, *WORKERS], {}, 0, 10),

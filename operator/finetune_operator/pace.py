@@ -76,7 +76,7 @@ def _appointments(spec: Spec | None, status: Status) -> list[datetime | None]:
 
 
 def _interval(status: Status, observed: Observed, settings: Settings) -> float | None:
-    """Short while pods go and in the short stages, so that no GPU waits; long while pods come, the training runs, or nothing can be done."""
+    """Short while pods go and in the short stages, so that no GPU waits; long while pods start, the training runs, or others must act."""
     attempt, soon = status.attempt, min(SOON_SECONDS, settings.poll_seconds)
     if status.finished or status.suspended_time is not None:
         return soon if _leaving(status, observed) else None

@@ -203,10 +203,14 @@ class DpoObjective(SpecModel):
     """Share of the pairs that are taken to be the wrong way round."""
 
 
+OBJECTIVES = ("sft", "distillation", "dpo")
+"""The keys of the union."""
+
+
 class Objective(SpecModel):
     """What is minimised: exactly one."""
 
-    model_config = ConfigDict(json_schema_extra=rules(exactly_one("sft", "distillation", "dpo")))
+    model_config = ConfigDict(json_schema_extra=rules(exactly_one(*OBJECTIVES)))
 
     sft: SftObjective | None = None
     """Supervised fine-tuning."""
@@ -217,5 +221,5 @@ class Objective(SpecModel):
 
     @model_validator(mode="after")
     def _one_objective(self) -> Self:
-        check_exactly_one(self, "sft", "distillation", "dpo")
+        check_exactly_one(self, *OBJECTIVES)
         return self

@@ -215,6 +215,11 @@ class Spec(SpecModel):
         return self
 
     @property
+    def teacher(self) -> Teacher | None:
+        """The model that is learned from, where there is one."""
+        return self.objective.distillation.teacher if self.objective.distillation else None
+
+    @property
     def artifacts(self) -> tuple[ArtifactKind, ...]:
         """Kinds of results to publish: those that output.artifacts names, else what the method makes."""
         made: ArtifactKind = "model" if self.method.chosen in WHOLE_MODEL_METHODS else "adapter"

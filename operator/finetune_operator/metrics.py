@@ -19,15 +19,14 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
+from finetune_api.methods import METHODS
+from finetune_api.objectives import OBJECTIVES
 from finetune_api.status import Phase, Status
-from finetune_api.v1alpha1 import Method, Objective
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SERIES_PER_JOB = 60
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PHASES: tuple[str, ...] = get_args(Phase)
-METHODS = tuple(Method.model_fields)
-OBJECTIVES = tuple(Objective.model_fields)
 
 Sample = tuple[tuple[str, ...], float]
 """Values of a family's labels beyond namespace and name, and the sample's value."""

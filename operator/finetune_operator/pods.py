@@ -172,13 +172,16 @@ def _named_volumes(spec: Spec) -> Iterable[tuple[Manifest, Manifest]]:
 
 def claims_of(spec: Spec) -> tuple[str, ...]:
     """The PersistentVolumeClaims that a job names, sorted."""
-    uris = [spec.model.source, spec.output.storage, *(source.source for source in _data(spec))]
+    teacher = spec.teacher
+    uris = [spec.model.source, spec.output.storage, teacher.source if teacher else None, *(source.source for source in _data(spec))]
     return tuple(sorted({claim for uri in uris if (claim := _claim(uri))}))
 
 
 def secrets_of(spec: Spec) -> tuple[str, ...]:
     """The Secrets that a job names, sorted."""
     references = [spec.model.secret_ref, spec.output.secret_ref, *(source.secret_ref for source in _data(spec))]
+    if spec.teacher is not None:
+        references += [spec.teacher.secret_ref, spec.teacher.endpoint.secret_ref if spec.teacher.endpoint else None]
     return tuple(sorted({reference.name for reference in references if reference}))
 
 

@@ -12,8 +12,10 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
     return status.model_copy(
         update={
             "stages": report.stages or status.stages,
+            "warnings": report.warnings or status.warnings,
             "workers_wanted": _wanted(status, report, spec),
             "resolved": _resolved(status.resolved, report.resolved),
+            "model": report.model or status.model,
             "data": report.data or status.data,
             "progress": (report.progress or shown).model_copy(update={"last_update_time": shown.last_update_time}),
             "metrics": report.metrics or status.metrics,

@@ -36,6 +36,7 @@ def _told(before: Status, after: Status) -> Iterable[Told]:
         yield "Normal", reason, f"attempt {new.number} begins"
     elif _workers_lost(before, after):
         yield "Warning", Reason.WORKERS_LOST, _words(after, "WorkersReady")
+    yield from (("Warning", Reason.WARNED, warning) for warning in after.warnings if warning not in before.warnings)
     now = _reason(after)
     if now and now != _reason(before) and now not in _TOLD_OTHERWISE:
         yield "Warning" if now in ADVICE else "Normal", now, _words(after, "Ready")

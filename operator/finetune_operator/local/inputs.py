@@ -21,12 +21,18 @@ _KEY = re.compile(r"^(?!\.\.)[-._a-zA-Z0-9]{1,253}$")
 _IGNORED = ("PersistentVolumeClaim", "PersistentVolume", "Namespace", "ServiceAccount")
 """Kinds that may stand beside a job and mean nothing on this machine."""
 
-_S3_FROM_ENV = {
+_S3_FROM_ENV: Mapping[str, Sequence[str]] = {
     "accessKeyId": ("AWS_ACCESS_KEY_ID",),
     "secretAccessKey": ("AWS_SECRET_ACCESS_KEY",),
     "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
     "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
 }
+_FROM_ENV: tuple[tuple[str, Mapping[str, Sequence[str]]], ...] = (
+    ("s3://", _S3_FROM_ENV),
+    ("http", {"token": ("OPENAI_API_KEY",)}),
+    ("", {"token": ("HF_TOKEN",)}),
+)
+"""Keys of the Secret of a URI that begins so, with the variables that may give them instead."""
 
 Keys = dict[str, dict[str, bytes]]
 """Keys of ConfigMaps or Secrets by name."""
@@ -227,6 +233,8 @@ def _mirror(source: Path, target: Path) -> None:
 def _sources(job: FineTuneJob) -> Iterator[tuple[str, str]]:
     """Every URI that the job reads from, with its field."""
     yield "spec.model.source", job.spec.model.source
+    if job.spec.teacher and job.spec.teacher.source is not None:
+        yield "spec.objective.distillation.teacher.source", job.spec.teacher.source
     for where, source in _data_sources(job):
         if source.source is not None:
             yield f"{where}.source", source.source
@@ -251,7 +259,10 @@ def _secrets_wanted(job: FineTuneJob) -> dict[str, Mapping[str, Sequence[str]]]:
     spec = job.spec
     places = [(spec.model.source, spec.model.secret_ref), (spec.output.storage, spec.output.secret_ref)]
     places += [(source.source or "", source.secret_ref) for _, source in _data_sources(job)]
-    return {ref.name: _S3_FROM_ENV if uri.startswith("s3://") else {"token": ("HF_TOKEN",)} for uri, ref in places if ref is not None}
+    if spec.teacher is not None:
+        places.append((spec.teacher.source or "", spec.teacher.secret_ref))
+        places += [(spec.teacher.endpoint.url, spec.teacher.endpoint.secret_ref)] if spec.teacher.endpoint else []
+    return {ref.name: next(keys for scheme, keys in _FROM_ENV if uri.startswith(scheme)) for uri, ref in places if ref is not None}
 
 
 def _from_env(keys: Mapping[str, Sequence[str]], env: Mapping[str, str]) -> dict[str, bytes]:

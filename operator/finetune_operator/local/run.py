@@ -91,6 +91,7 @@ class _Run:
         self._file = JobFile(path.parent / f"{self._meta.name}.status.yaml")
         self._cluster = LocalCluster(state, self._file, self._on_this_machine(machine), machine)
         self._interrupts: list[int] = []
+        self._warnings: tuple[str, ...] = ()
         self._abort = asyncio.Event()
         self._view: View = Lines(console)
 
@@ -164,6 +165,7 @@ class _Run:
             await reconcile(key, self._cluster, settings, datetime.now(UTC))
             status = self._status()
             self._view.update(status)
+            self._tell_new_warnings(status)
             if follow:
                 follow.look(f"{self._meta.name}-{status.attempt.number}-head")
             raw = await self._cluster.read(key)
@@ -176,6 +178,12 @@ class _Run:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._cluster.changed.wait(), LOOK_SECONDS)
         return self._status()
+
+    def _tell_new_warnings(self, status: Status) -> None:
+        for warning in status.warnings:
+            if warning not in self._warnings:
+                self._view.note(f"warning: {warning}")
+        self._warnings = status.warnings
 
     def _tell_end(self, status: Status) -> int:
         name, job = self._meta.name, self._inputs.job

@@ -70,7 +70,7 @@ def test_everything_a_user_writes_is_bounded(kind, bound):
 
 
 def test_a_bound_with_a_fraction_is_an_inclusive_maximum():
-    """The API server cuts a bound's fraction off where the value is whole: 0 would not be below 0.5, and would not be refused as too small."""
+    """The API server cuts a bound's fraction off where the value is whole: 0 would not be below 0.5, nor too small for it."""
     fractions = {
         (path, bound)
         for path, node in NODES.items()

@@ -68,6 +68,7 @@ class Head:
         checkpoint = FOLDER / "checkpoint"
         resumed = int(checkpoint.read_text()) if checkpoint.exists() else None
         workers = self.job["spec"]["compute"]["workers"]["max"]
+        self.say(warnings=("the data is small",))
         self.say(stages=stages(1), workers_wanted=workers, resumed_step=resumed, progress=progress(resumed or 0), message="training")
         wait_for(FOLDER / f"worker-{self.attempt}")
         if MODE == "stubborn" or (MODE == "interrupt" and self.attempt == 1):

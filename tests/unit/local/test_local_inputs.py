@@ -120,6 +120,18 @@ def test_keys_of_a_bucket_come_from_the_variables_that_aws_uses(folder):
     }
 
 
+def taught_by(teacher):
+    return JOB.replace("  output:", f"  objective: {{distillation: {{teacher: {teacher}, response: {{}}}}}}\n  output:") + ROWS
+
+
+def test_a_teachers_secrets_come_from_the_variables_that_its_clients_use(folder):
+    served = taught_by('{endpoint: {url: "https://models.example.com/v1", model: large, secretRef: {name: served}}}')
+    assert read_inputs(written(folder, served), Given(), {"OPENAI_API_KEY": "k", "HF_TOKEN": "t"}).secrets == {"served": {"token": b"k"}}
+    assert "there is no Secret served here; add it to the file, or set OPENAI_API_KEY" in refusal(folder, served)
+    loaded = taught_by("{source: hf://a/large, secretRef: {name: hub}}")
+    assert read_inputs(written(folder, loaded), Given(), {"HF_TOKEN": "t"}).secrets == {"hub": {"token": b"t"}}
+
+
 def test_what_means_nothing_here_is_told_or_passed_over(folder):
     text = JOB + ROWS + "---\nkind: PersistentVolumeClaim\nmetadata: {name: disk}\n---\nkind: Service\nmetadata: {name: s}\n"
     (note,) = read_inputs(written(folder, text), Given(), {}).notes
@@ -192,6 +204,15 @@ def test_a_source_that_is_not_there_is_told_before_the_start(folder, state):
     assert "--claim disk/model=" in fault
     (state.claim("disk") / "model").mkdir()
     assert missing_files(inputs, path, state) == []
+
+
+def test_a_teacher_that_is_not_there_is_told_before_the_start(folder, state):
+    path = written(folder, taught_by("{source: pvc://teachers/large}"))
+    inputs = read_inputs(path, Given(), {})
+    place(inputs, Given(), state)
+    (state.claim("disk") / "model").mkdir()
+    (fault,) = missing_files(inputs, path, state)
+    assert fault.startswith(f"{path}: spec.objective.distillation.teacher.source: pvc://teachers/large does not exist")
 
 
 def test_uris_lead_to_this_machine():

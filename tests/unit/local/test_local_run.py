@@ -24,6 +24,7 @@ def test_a_job_runs_to_its_end_and_says_where_the_result_is(place):
     assert "PHASE" in output
     assert "Training" in output
     assert "test/loss   3.1000   0.3000" in output
+    assert output.count("warning: the data is small") == 1
     assert str(place.folder / ".finetune/claims/disk/out/adapter") in output
     assert place.processes() == []
     assert names(place.folder / ".finetune/configmaps") == ["rows"]

@@ -9,10 +9,12 @@ from tests.unit.operator.looks import BEGUN, HEAD, PENDING_HEAD, PREPARING, TRAI
 from finetune_api.reasons import Reason
 from finetune_api.status import (
     Artifact,
+    BestCheckpoint,
     CheckpointRef,
     Checkpoints,
     DataSummary,
     Metric,
+    ModelSummary,
     Progress,
     Resolved,
     Status,
@@ -51,9 +53,14 @@ def test_the_phase_follows_the_stage(stage, phase, reason, wanted) -> None:
 
 def test_what_the_trainer_says_is_the_status() -> None:
     said = {
+        "warnings": ("90 examples are few for full tuning",),
+        "model": ModelSummary(parameters=1000, trained_parameters=10),
         "data": DataSummary(train=90, validation=10),
         "metrics": (Metric(name="train/loss", value=1.5, step=5),),
-        "checkpoints": Checkpoints(latest=CheckpointRef(step=4, uri="pvc://models/bot/4")),
+        "checkpoints": Checkpoints(
+            latest=CheckpointRef(step=4, uri="pvc://models/bot/4"),
+            best=BestCheckpoint(step=2, uri="pvc://models/bot/2", metric="validation/loss", value=1.25),
+        ),
         "artifacts": (Artifact(kind="adapter", uri="pvc://models/bot/adapter", digest="sha256:0", bytes=1),),
         "usage": Usage(gpu_seconds=12.5, trained_tokens=1000),
     }
@@ -63,9 +70,15 @@ def test_what_the_trainer_says_is_the_status() -> None:
 
 
 def test_a_report_that_leaves_something_out_takes_nothing_back() -> None:
-    before = step(BEGUN, HEAD, *WORKERS, report=make_report(metrics=(Metric(name="train/loss", value=1.5),), data=DataSummary(train=90)))
+    said = {
+        "metrics": (Metric(name="train/loss", value=1.5),),
+        "data": DataSummary(train=90),
+        "model": ModelSummary(parameters=1000, trained_parameters=10),
+        "warnings": ("the micro-batch was halved",),
+    }
+    before = step(BEGUN, HEAD, *WORKERS, report=make_report(**said))
     status = step(before, HEAD, *WORKERS, report=make_report("Publish"), now=at(60))
-    assert (status.data, len(status.metrics)) == (DataSummary(train=90), 1)
+    assert {name: getattr(status, name) for name in said} == said
 
 
 @pytest.mark.parametrize("wrong", [{"job_uid": "another"}, {"attempt": 2}], ids=["another job", "another attempt"])

@@ -213,3 +213,34 @@ def test_a_head_that_does_not_end_after_its_success_is_ended_after_its_grace() -
     assert removed(status, make_pod(), seconds=89) == []
     assert removed(status, make_pod(), seconds=90) == [Removal("Pod", "bot-1-head", "uid-of-bot-1-head")]
     assert removed(status, make_pod(), make_pod("worker")) == [Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0")]
+
+
+def taught_by(teacher: dict) -> list[dict]:
+    """The pods of a job that learns from this teacher, a head and a worker."""
+    status = Status(attempt=Attempt(number=1), workers_wanted=1)
+    job = make_job(status=status, objective={"distillation": {"teacher": teacher, "response": {}}})
+    pods = [each["spec"] for each in desired_objects(job, status, SETTINGS) if each["kind"] == "Pod"]
+    assert len(pods) == 2
+    return pods
+
+
+def test_a_teachers_claim_is_mounted_to_be_read() -> None:
+    for pod in taught_by({"source": "pvc://teachers/large"}):
+        (volume,) = (each["name"] for each in pod["volumes"] if each.get("persistentVolumeClaim") == {"claimName": "teachers"})
+        (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == volume)
+        assert mount == {"name": volume, "mountPath": "/mnt/finetune/claims/teachers", "readOnly": True}
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        {"source": "hf://org/large", "secretRef": {"name": "of-the-teacher"}},
+        {"endpoint": {"url": "https://models.example.com/v1", "model": "large", "secretRef": {"name": "of-the-teacher"}}},
+    ],
+    ids=["files", "endpoint"],
+)
+def test_a_teachers_secret_is_mounted(teacher: dict) -> None:
+    for pod in taught_by(teacher):
+        (volume,) = (each["name"] for each in pod["volumes"] if each.get("secret", {}).get("secretName") == "of-the-teacher")
+        (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == volume)
+        assert mount == {"name": volume, "mountPath": "/mnt/finetune/secrets/of-the-teacher", "readOnly": True}

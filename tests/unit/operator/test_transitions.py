@@ -21,6 +21,8 @@ def look(before: Status, *pods, report=None, seconds: float = 0, **spec) -> Stat
 
 BEGUN = look(Status())
 TRAINING = look(look(BEGUN, HEAD, report=make_report("Prepare")), HEAD, *WORKERS, report=make_report(progress=Progress(step=5)))
+WARNED = look(TRAINING, HEAD, *WORKERS, report=make_report(warnings=("the data is small",)), seconds=30)
+WARNED_BEFORE = look(WARNED, seconds=600)
 FAILED_HEAD = make_pod(phase="Failed", containerStatuses=terminated(137, "OOMKilled"))
 SUSPENDED = look(look(TRAINING, HEAD, seconds=100, suspend=True), seconds=130, suspend=True)
 COMPLETE = look(TRAINING, HEAD, report=make_report("Publish", outcome="Succeeded", message="published"), seconds=60)
@@ -36,6 +38,21 @@ TRANSITIONS = {
         TRAINING,
         look(TRAINING, HEAD, WORKERS[0], report=make_report(), seconds=60),
         [("Warning", "WorkersLost", "1 of 2 workers run")],
+    ),
+    "the trainer warns": (
+        TRAINING,
+        look(TRAINING, HEAD, *WORKERS, report=make_report(warnings=("the data is small", "micro-batch halved")), seconds=60),
+        [("Warning", "Warned", "the data is small"), ("Warning", "Warned", "micro-batch halved")],
+    ),
+    "the trainer warns of one thing more": (
+        WARNED,
+        look(WARNED, HEAD, *WORKERS, report=make_report(warnings=("the data is small", "micro-batch halved")), seconds=60),
+        [("Warning", "Warned", "micro-batch halved")],
+    ),
+    "what was warned of before is warned of in the next attempt": (
+        WARNED_BEFORE,
+        look(WARNED_BEFORE, make_pod(attempt=2), report=make_report("Prepare", attempt=2, warnings=("the data is small",)), seconds=620),
+        [("Normal", "Preparing", "preparing")],
     ),
     "an attempt fails": (
         TRAINING,

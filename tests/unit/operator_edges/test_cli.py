@@ -4,7 +4,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from finetune_api.status import Artifact, Attempt, Evaluation, EvaluationResult, Failure, Metric, Stage, Status
+from finetune_api.status import (
+    Artifact,
+    Attempt,
+    BestCheckpoint,
+    Checkpoints,
+    Evaluation,
+    EvaluationResult,
+    Failure,
+    Metric,
+    ModelSummary,
+    Stage,
+    Status,
+)
 from finetune_operator.cli import app, status_lines
 
 GOOD = """\
@@ -97,7 +109,10 @@ def test_status_in_words() -> None:
         message="it did not work",
         attempt=Attempt(number=2, failures=2, preemptions=1),
         stages=(Stage(name="Prepare", state="Succeeded", start_time="2026-01-01T00:00:00Z", end_time="2026-01-01T00:01:00Z"),),
+        model=ModelSummary(parameters=494032768, trained_parameters=1081344),
         metrics=(Metric(name="train/loss", value=1.25),),
+        checkpoints=Checkpoints(best=BestCheckpoint(step=40, uri="pvc://models/bot/40", metric="validation/loss", value=1.5)),
+        warnings=("the data is small",),
         evaluation=Evaluation(results=(EvaluationResult(metric="test/loss", value=1.0, baseline=2.5),)),
         artifacts=(Artifact(kind="adapter", uri="pvc://models/bot/adapter", digest="sha256:0", bytes=42),),
         failure=Failure(reason="OOMKilled", message="too little memory", hint="Raise memory."),
@@ -106,9 +121,12 @@ def test_status_in_words() -> None:
         "Failed: it did not work",
         "attempt 2 (2 failed, 1 preempted)",
         "Prepare    Succeeded  2026-01-01T00:00:00Z 2026-01-01T00:01:00Z",
+        "model: 494032768 parameters, 1081344 of them trained",
         "train/loss: 1.25",
+        "best checkpoint: step 40, validation/loss 1.5",
         "test/loss: 2.5 before, 1 after",
         "adapter: pvc://models/bot/adapter (42 bytes)",
+        "warning: the data is small",
         "failure: OOMKilled: too little memory",
         "what to do: Raise memory.",
     ]

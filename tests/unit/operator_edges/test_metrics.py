@@ -52,6 +52,13 @@ def of_job(found: dict[str, dict[tuple[tuple[str, str], ...], float]], name: str
     return found[name][tuple(sorted({"namespace": "team", "name": "bot", **labels}.items()))]
 
 
+def test_methods_and_objectives_are_named_as_in_the_spec(metrics: Metrics) -> None:
+    spec = {**JOB["spec"], "method": {"promptTuning": {}}, "objective": {"distillation": {}}}
+    metrics.jobs.see({**JOB, "spec": spec}, gone=False)
+    info = {"uid": "u-1", "method": "promptTuning", "objective": "distillation", "base_model": "hf://org/model", "queue": "gpu-a"}
+    assert of_job(samples(metrics), "finetune_job_info", **info) == 1
+
+
 def test_state_of_a_job_is_told_from_its_status(metrics: Metrics) -> None:
     metrics.jobs.see(JOB, gone=False)
     found = samples(metrics)

@@ -129,7 +129,7 @@ def check_model(files: ModelFiles, job: FineTuneJob) -> "PreTrainedTokenizerBase
 
     Builds the architecture on the `meta` device. Returns the tokenizer. Raises JobError (ModelInvalid, InvalidSpec).
     """
-    config = _read_config(files)
+    config = read_config(files)
     tokenizer = load_tokenizer(files)
     model = _empty_model(config, files)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -141,7 +141,7 @@ def check_model(files: ModelFiles, job: FineTuneJob) -> "PreTrainedTokenizerBase
 
 def longest_example(files: ModelFiles) -> int | None:
     """Positions that the model was made for, or None where it does not say."""
-    limit = getattr(_read_config(files).get_text_config(), "max_position_embeddings", None)
+    limit = getattr(read_config(files).get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
@@ -163,17 +163,34 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
 
     Raises JobError (ModelInvalid) where weights are missing or damaged.
     """
+    method = method_for(job.spec.method)
+    precision = precision_for(job.spec.training.precision, device)
+    transformer = load_transformer(files, precision if method.freezes_base else torch.float32, device)
+    layout = choose_layout(transformer)
+    if layout == "padded" and job.spec.training.packing:
+        log.warning("%s cannot keep packed examples apart; its rows are computed one example a line", files.base.name)
+    plain_head = has_plain_head(transformer, layout)
+    if device.type == "cuda" and not _activations_fit(transformer.config.get_text_config(), job, device, precision):
+        transformer.activation_checkpointing_enable({"use_reentrant": False})
+    module = method.apply(transformer, seed=job.spec.training.seed).to(device).train()
+    return CausalModel(module, transformer, layout, plain_head, precision, device)
+
+
+def load_transformer(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """The model as transformers has it, its weights in a number format, on a device.
+
+    Raises JobError (ModelInvalid) where weights are missing or damaged.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one line for each percent in a pod's log
-    method = method_for(job.spec.method)
-    precision = precision_for(job.spec.training.precision, device)
+    transformer: PreTrainedModel
     try:
         transformer, loading = AutoModelForCausalLM.from_pretrained(
             files.folder,
-            config=_read_config(files),
-            dtype=precision if method.freezes_base else torch.float32,
+            config=read_config(files),
+            dtype=dtype,
             device_map={"": device},  # straight to where they are computed with, not by way of this machine's memory
             use_safetensors=True,
             trust_remote_code=False,
@@ -188,14 +205,7 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
         raise _invalid(files, "cannot be loaded", error) from error
     if loading["missing_keys"]:
         raise JobError(Reason.MODEL_INVALID, f"{files.base.name} lacks the weight {sorted(loading['missing_keys'])[0]}")
-    layout = choose_layout(transformer)
-    if layout == "padded" and job.spec.training.packing:
-        log.warning("%s cannot keep packed examples apart; its rows are computed one example a line", files.base.name)
-    plain_head = has_plain_head(transformer, layout)
-    if device.type == "cuda" and not _activations_fit(transformer.config.get_text_config(), job, device, precision):
-        transformer.activation_checkpointing_enable({"use_reentrant": False})
-    module = method.apply(transformer, seed=job.spec.training.seed).to(device).train()
-    return CausalModel(module, transformer, layout, plain_head, precision, device)
+    return transformer
 
 
 def activation_bytes(config: "PreTrainedConfig", tokens: int, precision: torch.dtype) -> int:
@@ -231,7 +241,7 @@ def has_plain_head(model: "PreTrainedModel", layout: Layout) -> bool:
     return logits.shape == expected.shape and bool(torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-5))
 
 
-def _read_config(files: ModelFiles) -> "PreTrainedConfig":
+def read_config(files: ModelFiles) -> "PreTrainedConfig":
     """The model's configuration. Raises JobError (ModelInvalid) where it is not one of a causal language model that is supported."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -39,6 +39,8 @@ class MicroBatch:
     """Index of each example in its split, in order."""
     row_documents: tuple[int, ...] = ()
     """Number of examples in each row, in order."""
+    document_labels: tuple[int, ...] = ()
+    """Labels of each example, in order."""
 
     @property
     def tokens(self) -> int:
@@ -88,6 +90,7 @@ def collate(examples: Examples, rows: Sequence[Row], layout: Layout) -> MicroBat
         layout=layout,
         indices=tuple(index for row in rows for index in row),
         row_documents=tuple(map(len, rows)),
+        document_labels=tuple(int(np.count_nonzero(each != IGNORED)) for each in targets),
     )
 
 

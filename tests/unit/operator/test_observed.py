@@ -7,7 +7,7 @@ from tests.builders import NAME, T0, UID, at, make_pod, make_report, raw_job, ra
 
 from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
 from finetune_api.report import parse_report, termination_message
-from finetune_api.status import Metric, Stage, Usage
+from finetune_api.status import Artifact, Metric, ModelSummary, Stage, Usage
 from finetune_operator.observed import Observed, job_from, observe, pod_from
 
 UNSCHEDULABLE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
@@ -146,6 +146,17 @@ def test_the_last_word_of_a_head_outlives_it() -> None:
     assert Observed((head,)).report_of(UID, 1) == report
     assert Observed((head,), report=make_report("Train")).report_of(UID, 1) == report
     assert Observed((head,)).report_of(UID, 2) is None
+
+
+def test_a_last_word_that_is_too_long_leaves_out_the_warnings_before_the_results() -> None:
+    artifact = Artifact(kind="merged", uri="pvc://models/bot/merged", digest="sha256:0", bytes=1)
+    model = ModelSummary(parameters=1000, trained_parameters=10)
+    report = make_report("Publish", outcome="Succeeded", warnings=("w" * 512,) * 8, artifacts=(artifact,), model=model)
+    text = termination_message(report)
+    assert len(text.encode()) <= 4096
+    said = parse_report(text)
+    assert said is not None
+    assert (said.outcome, said.artifacts, said.model, said.warnings) == ("Succeeded", (artifact,), model, ())
 
 
 def test_a_termination_message_that_is_a_log_is_no_report() -> None:

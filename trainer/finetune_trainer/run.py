@@ -28,12 +28,11 @@ from finetune_trainer.ray_cluster import RayHead, driver, gpus_of, wait_for_work
 from finetune_trainer.report import Reporter
 from finetune_trainer.result import RESULT, Result, read_result
 from finetune_trainer.sources import Mounts, resolve_storage
-from finetune_trainer.storage import Storage, storage_at, storage_errors
+from finetune_trainer.storage import Storage, storage_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREPARED = "prepared"
 PREPARED_FACTS = "prepared.json"
 REPORT = "report.json"
 KEEP_SECONDS = 10.0
@@ -94,6 +93,8 @@ class Preparation:
     resolved: Resolved
     config: dict[str, Any]
     """Everything that the result follows from."""
+    data: str
+    """Folder of the prepared data in output.storage."""
 
 
 def run_stages(attempt: Attempt) -> None:
@@ -122,10 +123,10 @@ def repeat(attempt: Attempt, earlier: Report) -> None:
 def prepare(attempt: Attempt) -> Preparation:
     """Check storage, model and data and write the tokenised data, so that a fault costs no worker.
 
-    The data is prepared once: later attempts take the same, whatever has become of its source.
+    The data is prepared once: later attempts take the same, whatever has become of its source; and so do other jobs with the same data.
     """
-    from finetune_trainer.data.examples import read_manifest, write_prepared
-    from finetune_trainer.data.prepare import prepare_data, summary_of
+    from finetune_trainer import data_cache
+    from finetune_trainer.data.examples import read_manifest
     from finetune_trainer.model import check_model, longest_example
     from finetune_trainer.model_files import fetch_model
 
@@ -140,12 +141,12 @@ def prepare(attempt: Attempt) -> Preparation:
     tokenizer = check_model(files, job)
     attempt.console.say(f"model {files.base.name} at {files.revision}")
 
-    if not facts or read_manifest(own.location(PREPARED)) is None:
-        prepared = prepare_data(job, tokenizer, attempt.mounts, longest_example(files))
-        with storage_errors(own.locate(PREPARED)):
-            write_prepared(prepared, own.location(PREPARED))
-        facts = {"revision": files.revision, "digest": prepared.digest, "data": summary_of(prepared).to_json()}
+    if "folder" not in facts or read_manifest(attempt.storage.location(facts["folder"])) is None:
+        entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest_example(files))
+        facts = {"revision": files.revision, "digest": entry.manifest["digest"], "data": entry.manifest["summary"], "folder": entry.name}
         own.write_json(PREPARED_FACTS, facts)
+        attempt.console.say(f"data {'written to' if entry.is_new else 'prepared before, in'} {attempt.storage.locate(entry.name)}")
+    data_cache.mark_used(attempt.storage, facts["folder"])
 
     config = {
         "model": {"source": job.spec.model.source, "revision": files.revision},
@@ -160,7 +161,7 @@ def prepare(attempt: Attempt) -> Preparation:
     attempt.reporter.update(resolved=resolved, data=data)
     counts = f"{data.train:,} examples to train on ({data.tokens:,} tokens), {data.validation:,} validation, {data.test:,} test"
     attempt.console.say(f"data {counts}, {data.rejected:,} left out")
-    return Preparation(files.base, tokenizer, resolved, config)
+    return Preparation(files.base, tokenizer, resolved, config, facts["folder"])
 
 
 def train(attempt: Attempt, preparation: Preparation) -> Result:
@@ -181,7 +182,7 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
                 lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
             )
             attempt.following.workers_joined(nodes * gpus_of(compute))
-            config = {"revision": preparation.resolved.model_revision, "config": preparation.config}
+            config = {"revision": preparation.resolved.model_revision, "config": preparation.config, "data": preparation.data}
             name = f"attempt-{attempt.environment.attempt}-{group}"
             run = _Background(partial(fit, compute, nodes, config, name, attempt.scratch))
             try:
@@ -207,11 +208,10 @@ def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -
     attempt.reporter.update(artifacts=(artifact,))
     attempt.console.say(f"published {artifact.uri} ({artifact.bytes:,} bytes, {artifact.digest})")
     attempt.keep_report("Succeeded")  # from here on an attempt that ends without a word need not be repeated, nor could it be
-    for leftover in (PREPARED, RESULT):
-        try:
-            attempt.own.remove(leftover)
-        except JobError as error:
-            attempt.console.say(f"{leftover} could not be removed: {scrub(error.message)}")
+    try:
+        attempt.own.remove(RESULT)
+    except JobError as error:
+        attempt.console.say(f"{RESULT} could not be removed: {scrub(error.message)}")
 
 
 class _Periodically:

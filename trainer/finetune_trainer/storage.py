@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,8 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
 
 MANIFEST = "manifest.json"
+ABANDONED_SECONDS = 7 * 24 * 3600.0
+"""Age at which what is half made under a shared name is taken for a killed process's."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Storage:
                     shutil.rmtree(left, ignore_errors=True)
                 # A name of its own: a worker that was given up but lives on must not put this folder in place half filled.
                 aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-                aside.mkdir(parents=True)
+                make_folder(aside)
                 try:
                     yield aside
                     _let_others_read(aside)
@@ -116,6 +119,34 @@ class Storage:
                 with tempfile.TemporaryDirectory() as aside_name:
                     yield Path(aside_name)
                     self._upload(Path(aside_name), name)
+
+    @contextmanager
+    def shared_folder(self, name: str) -> Iterator[Path]:
+        """As new_folder, where several may be making the same folder at this moment: the first that is complete stays, whoever reads it."""
+        with storage_errors(self.locate(name)):
+            if self.is_local:
+                target = Path(self._path(name))
+                for left in target.parent.glob(f".{target.name}.*partial"):
+                    if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                        shutil.rmtree(left, ignore_errors=True)
+                aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+                aside.mkdir(parents=True)
+                try:
+                    yield aside
+                    _let_others_read(aside)
+                    _flush_tree(aside)
+                    _rename_if_free(aside, target)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+            else:
+                with tempfile.TemporaryDirectory() as aside_name:
+                    yield Path(aside_name)
+                    if not self.exists(f"{name}/{MANIFEST}"):
+                        self._upload(Path(aside_name), name)
+
+    def making(self, name: str, token: str) -> "Making":
+        """A folder that several processes, which may be on several machines, make together. The token is the same for all of them."""
+        return Making(self, name, token)
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
@@ -168,6 +199,66 @@ class Storage:
         return f"{self.root.rstrip('/')}/{name}".rstrip("/")
 
 
+@dataclass(frozen=True)
+class Making:
+    """A folder that is being made by several processes: all write their parts, then one completes it. Until then it counts for nothing."""
+
+    storage: Storage
+    name: str
+    token: str
+
+    def begin(self) -> None:
+        """Called by the one that completes, before any part is written."""
+        with storage_errors(self.storage.locate(self.name)):
+            if self.storage.is_local:
+                for left in self._target.parent.glob(f".{self._target.name}.*partial"):
+                    shutil.rmtree(left, ignore_errors=True)
+                make_folder(self._aside)
+            elif self.storage.exists(f"{self.name}/{MANIFEST}"):
+                self.storage.fs.rm_file(self.storage.location(f"{self.name}/{MANIFEST}").path)
+
+    @contextmanager
+    def part(self) -> Iterator[Path]:
+        """A folder on this machine to write one's own files in; their names must be no other's."""
+        with storage_errors(self.storage.locate(self.name)):
+            if self.storage.is_local:
+                self._aside.mkdir(parents=True, exist_ok=True)  # a network volume may not show it yet
+                yield self._aside
+                _flush_tree(self._aside)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    yield Path(folder)
+                    self.storage._upload(Path(folder), self.name)
+
+    def read_json(self, name: str) -> Any:  # noqa: ANN401 - any JSON
+        """The JSON value of a file that one of the processes has written. Raises JobError (StorageUnavailable) where it is not there."""
+        with storage_errors(self.storage.locate(self.name)):
+            if self.storage.is_local:
+                return json.loads((self._aside / name).read_bytes())
+            return json.loads(self.storage.fs.cat_file(self.storage.location(f"{self.name}/{name}").path))
+
+    def complete(self, fill: Callable[[Path], None]) -> None:
+        """Put the folder in its place, with what `fill` adds: its manifest."""
+        with storage_errors(self.storage.locate(self.name)):
+            if self.storage.is_local:
+                fill(self._aside)
+                _let_others_read(self._aside)
+                _flush_tree(self._aside)
+                _swap(self._aside, self._target)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    fill(Path(folder))
+                    self.storage._upload(Path(folder), self.name)
+
+    @property
+    def _target(self) -> Path:
+        return Path(self.storage.location(self.name).path)
+
+    @property
+    def _aside(self) -> Path:
+        return self._target.with_name(f".{self._target.name}.{self.token}.partial")
+
+
 def storage_at(location: Location) -> Storage:
     """The storage whose root is a place."""
     return Storage(location.filesystem, location.path, location.uri)
@@ -198,6 +289,14 @@ def is_full(error: BaseException) -> bool:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, each on the disk before going on: a power cut must not lose what is below."""
+    missing = [folder, *(parent for parent in folder.parents if not parent.exists())]
+    folder.mkdir(parents=True)
+    for made in missing:
+        _flush(made.parent)
+
+
 def _swap(aside: Path, target: Path) -> None:
     """Put a complete folder in another's place. Between the two renames neither is there; a reader tries the manifest again."""
     old = target.with_name(f".{target.name}.old")
@@ -207,6 +306,18 @@ def _swap(aside: Path, target: Path) -> None:
     aside.replace(target)
     _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_if_free(aside: Path, target: Path) -> None:
+    """Put a complete folder in its place, unless another complete one is there."""
+    if target.exists() and not (target / MANIFEST).exists():
+        shutil.rmtree(target, ignore_errors=True)
+    try:
+        aside.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    _flush(target.parent)
 
 
 def _let_others_read(folder: Path) -> None:

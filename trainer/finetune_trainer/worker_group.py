@@ -94,14 +94,15 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     environment = environment_from(os.environ)
     job = environment.job()
     mounts = Mounts(environment.volumes, environment.local)
-    storage = storage_at(resolve_storage(job.spec.output, mounts)).at(f".finetune/{job.metadata.uid}")
+    output = storage_at(resolve_storage(job.spec.output, mounts))
+    storage = output.at(f".finetune/{job.metadata.uid}")
     cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
     worker = _this_worker()
     torch.set_num_threads(max(1, cpus_of(job.spec.compute) // max(1, gpus_of(job.spec.compute))))
 
     def inputs() -> tuple[ModelFiles, Prepared]:
         files = fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])
-        return files, open_prepared(storage.location("prepared"), cache)
+        return files, open_prepared(output.location(config["data"]), cache)
 
     files, data = _first_of_each_node(worker, inputs)
     model = load_model(files, job, worker.device)

@@ -1,4 +1,4 @@
-import os
+import json
 from pathlib import Path
 
 import fsspec
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from finetune_api.reasons import Reason
-from finetune_trainer.data.examples import MANIFEST, Examples, Prepared, digest_of, join, open_prepared, read_manifest, write_prepared
+from finetune_trainer.data.examples import FORMAT, MANIFEST, Examples, Prepared, join, open_prepared, read_manifest
+from finetune_trainer.data.writing import SplitWriter, write_manifest
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
 
@@ -15,9 +16,18 @@ def split(*documents: list[int]) -> Examples:
     return join([(np.array(tokens, np.int32), np.array([token % 2 == 1 for token in tokens])) for tokens in documents])
 
 
-def prepared(test: Examples | None = None) -> Prepared:
-    splits = {"train": split([1, 2, 3], [4]), "validation": split([5, 7])} | ({"test": test} if test else {})
-    return Prepared(splits["train"], splits["validation"], test, rejected=2, digest=digest_of(splits))
+def splits(test: Examples | None = None) -> dict[str, Examples]:
+    return {"train": split([1, 2, 3], [4]), "validation": split([5, 7])} | ({"test": test} if test else {})
+
+
+def write(folder: Path, whole: dict[str, Examples], group: int = 1) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, examples in whole.items():
+        with SplitWriter(folder, name) as writer:
+            for index in range(len(examples)):
+                writer.add(*examples.example(index))
+    write_manifest(folder, list(whole), group, {"rejected": 2})
+    return folder
 
 
 def local(path: Path) -> Location:
@@ -28,9 +38,9 @@ def in_memory(name: str) -> Location:
     return Location(fsspec.filesystem("memory"), f"/{name}", f"memory://{name}")
 
 
-def assert_same(first: Prepared, second: Prepared) -> None:
-    assert (first.digest, first.rejected, list(first.splits())) == (second.digest, second.rejected, list(second.splits()))
-    for one, other in zip(first.splits().values(), second.splits().values(), strict=True):
+def assert_same(read: Prepared, whole: dict[str, Examples]) -> None:
+    assert (read.rejected, list(read.splits())) == (2, list(whole))
+    for one, other in zip(read.splits().values(), whole.values(), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.labelled, other.labelled)
         np.testing.assert_array_equal(one.offsets, other.offsets)
@@ -38,23 +48,26 @@ def assert_same(first: Prepared, second: Prepared) -> None:
 
 @pytest.mark.parametrize("test", [None, split([9, 9, 8])])
 def test_what_is_written_is_read_and_mapped(tmp_path: Path, test: Examples | None) -> None:
-    write_prepared(prepared(test), local(tmp_path / "prepared"))
-    read = open_prepared(local(tmp_path / "prepared"), tmp_path / "cache")
-    assert_same(read, prepared(test))
+    read = open_prepared(local(write(tmp_path / "prepared", splits(test))), tmp_path / "cache")
+    assert_same(read, splits(test))
     assert isinstance(read.train.tokens, np.memmap)
-    assert digest_of(read.splits()) == read.digest
+
+
+def test_groups_are_kept(tmp_path: Path) -> None:
+    read = open_prepared(local(write(tmp_path / "prepared", splits(split([1], [2])), group=2)), tmp_path / "cache")
+    assert (read.train.group, read.train.groups) == (2, 1)
 
 
 def test_a_folder_elsewhere_is_copied_once(tmp_path: Path) -> None:
     folder = in_memory(tmp_path.name)
-    write_prepared(prepared(), folder)
-    assert_same(open_prepared(folder, tmp_path), prepared())
+    folder.filesystem.put(f"{write(tmp_path / 'prepared', splits())}/", f"{folder.path}/", recursive=True)
+    assert_same(open_prepared(folder, tmp_path), splits())
     folder.filesystem.rm(f"{folder.path}/train-tokens.npy")
-    assert_same(open_prepared(folder, tmp_path), prepared())
+    assert_same(open_prepared(folder, tmp_path), splits())
 
 
 def test_a_folder_without_its_manifest_is_not_there(tmp_path: Path) -> None:
-    write_prepared(prepared(), local(tmp_path))
+    write(tmp_path, splits())
     (tmp_path / MANIFEST).unlink()
     assert read_manifest(local(tmp_path)) is None
     with pytest.raises(JobError) as caught:
@@ -62,42 +75,20 @@ def test_a_folder_without_its_manifest_is_not_there(tmp_path: Path) -> None:
     assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
 
 
-def test_the_arrays_are_on_the_disk_before_the_manifest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
-    write_prepared(prepared(), local(tmp_path))
-    assert set(flushed) == {path.stat().st_ino for path in tmp_path.iterdir()}
-    assert flushed[-1] == (tmp_path / MANIFEST).stat().st_ino
+def test_a_folder_of_another_form_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path, splits())
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT - 1}))
+    assert read_manifest(local(tmp_path)) is None
 
 
-def test_an_array_that_is_empty_is_told(tmp_path: Path) -> None:
-    write_prepared(prepared(), local(tmp_path))
-    (tmp_path / "train-tokens.npy").write_bytes(b"")
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY"], ids=["empty", "damaged"])
+def test_an_array_that_cannot_be_read_is_told(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path, splits())
+    (tmp_path / "train-tokens.npy").write_bytes(content)
     with pytest.raises(JobError, match="cannot be read") as caught:
         open_prepared(local(tmp_path), tmp_path / "cache")
     assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
-
-
-def test_a_damaged_array_is_told(tmp_path: Path) -> None:
-    write_prepared(prepared(), local(tmp_path))
-    (tmp_path / "train-tokens.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(JobError, match="cannot be read") as caught:
-        open_prepared(local(tmp_path), tmp_path)
-    assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"train": split([1, 2, 5], [4])},
-        {"train": split([1, 2], [3, 4])},
-        {"validation": split([1, 2, 3], [4])},
-        {"train": Examples(split([1, 2, 3], [4]).tokens, np.zeros(4, np.bool_), split([1, 2, 3], [4]).offsets)},
-    ],
-    ids=["token", "boundary", "split", "label"],
-)
-def test_any_difference_makes_another_digest(other: dict[str, Examples]) -> None:
-    assert digest_of(other) != digest_of({"train": split([1, 2, 3], [4])})
 
 
 def test_examples_are_taken_in_the_order_asked_for() -> None:

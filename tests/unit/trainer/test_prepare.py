@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.data.examples import Examples, Prepared
-from finetune_trainer.data.prepare import prepare_data, summary_of
+from finetune_trainer.data.prepare import inputs_of, prepare_data, write_data
 from finetune_trainer.errors import JobError
 from finetune_trainer.model import check_model, longest_example
 from finetune_trainer.model_files import fetch_model
@@ -56,8 +56,19 @@ def test_splits_of_their_own(tmp_path: Path, prepare, tokenizer: PreTrainedToken
         ["2: answer 2<eos>", "3: answer 3<eos>"],
         ["4: answer 4<eos>"],
     ]
-    summary = summary_of(prepared)
-    assert (summary.train, summary.validation, summary.test, summary.tokens, summary.rejected) == (1, 2, 1, 12, 0)
+
+
+def test_the_counts_are_in_the_manifest(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of the training data one is too long and 1 of 4 is held out; each has ten characters and an end token."""
+    write_jsonl(tmp_path / "train.jsonl", *(pair(number) for number in range(4)), {"prompt": "0" * 100, "completion": "a"})
+    write_jsonl(tmp_path / "test.jsonl", pair(4), pair(5))
+    spec = job(tmp_path, {"maxSequenceLength": 64}, validation={"fraction": 0.25}, test={"source": f"file://{tmp_path}/test.jsonl"})
+    (tmp_path / "prepared").mkdir()
+    manifest = write_data(tmp_path / "prepared", spec, inputs_of(spec, Mounts(tmp_path, local=True)), tokenizer)
+    assert json.loads((tmp_path / "prepared" / "manifest.json").read_text()) == manifest
+    assert manifest["summary"] == {"train": 3, "validation": 1, "test": 2, "tokens": 33, "rejected": 1}
+    names = {"-".join((split, part)) for split in ("train", "validation", "test") for part in ("tokens", "labelled", "offsets")}
+    assert {path.name for path in (tmp_path / "prepared").iterdir()} == {f"{name}.npy" for name in names} | {"manifest.json"}
 
 
 def test_a_config_map(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -116,7 +127,6 @@ def test_examples_without_a_label_left_are_rejected_and_counted(tmp_path: Path, 
     write_jsonl(tmp_path / "train.jsonl", {"prompt": "0123456789", "completion": "a"}, {"prompt": "", "completion": "b"}, pair(1))
     prepared = prepare({"maxSequenceLength": 10})
     assert (len(prepared.train) + len(prepared.validation), prepared.rejected) == (2, 1)
-    assert summary_of(prepared).rejected == 1
 
 
 def test_where_none_has_a_label_left_the_data_is_refused(tmp_path: Path, prepare) -> None:

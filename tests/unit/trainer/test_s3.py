@@ -15,8 +15,10 @@ from pyarrow import parquet
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DataSource, ModelSource, Output, SecretReference
 from finetune_trainer import sources
-from finetune_trainer.data.examples import Prepared, digest_of, join, open_prepared, write_prepared
+from finetune_trainer.data.examples import open_prepared
+from finetune_trainer.data.inputs import Files
 from finetune_trainer.data.rows import Row, read_rows
+from finetune_trainer.data.writing import SplitWriter, digest_of, write_manifest
 from finetune_trainer.errors import JobError
 from finetune_trainer.model_files import fetch_model
 from finetune_trainer.sources import Mounts, files_under, resolve_data, resolve_storage
@@ -85,14 +87,27 @@ def test_keys_that_are_not_accepted(s3: FakeS3, mounts: Mounts) -> None:
 
 
 def test_prepared_data(s3: FakeS3, mounts: Mounts, tmp_path: Path) -> None:
-    train = join([(np.arange(5, dtype=np.int32), np.ones(5, np.bool_))])
-    prepared = Prepared(train, train, None, 0, digest_of({"train": train, "validation": train}))
-    folder = resolve_storage(Output(storage="s3://bucket/out", secret_ref=SECRET), mounts).child("prepared")
-    write_prepared(prepared, folder)
-    assert "out/prepared/manifest.json" in s3.objects
-    read = open_prepared(folder, tmp_path / "cache")
-    assert digest_of(read.splits()) == prepared.digest
-    assert files_under(folder)[0].uri == "s3://bucket/out/prepared/manifest.json"
+    """The head puts it into the storage whole, the workers copy it; what another makes meanwhile is not taken."""
+    storage = storage_at(resolve_storage(Output(storage="s3://bucket/out", secret_ref=SECRET), mounts))
+    for number in (5, 9):
+        with storage.shared_folder("cache/a") as folder:
+            with SplitWriter(folder, "train") as writer:
+                writer.add(np.arange(number, dtype=np.int32), np.ones(number, np.bool_))
+            with SplitWriter(folder, "validation") as writer:
+                writer.add(np.arange(3, dtype=np.int32), np.ones(3, np.bool_))
+            write_manifest(folder, ["train", "validation"], 1, {"rejected": 0})
+    read = open_prepared(storage.location("cache/a"), tmp_path / "cache")
+    assert read.train.tokens.tolist() == [0, 1, 2, 3, 4]
+    assert digest_of(tmp_path / "cache" / read.digest.replace(":", "-"), ["train", "validation"], 1) == read.digest
+    assert files_under(storage.location("cache/a"))[0].uri == "s3://bucket/out/cache/a/manifest.json"
+
+
+def test_what_a_file_holds_is_its_identity(s3: FakeS3, mounts: Mounts) -> None:
+    def identity(key: str) -> list[str]:
+        return Files(resolve_data(DataSource(source=f"s3://bucket/{key}", secret_ref=SECRET), mounts)).identity()
+
+    s3.objects |= {"a.jsonl": b'{"text": "a"}', "b.jsonl": b'{"text": "a"}', "c.jsonl": b'{"text": "c"}'}
+    assert identity("a.jsonl") == identity("b.jsonl") != identity("c.jsonl")
 
 
 def test_a_model(s3: FakeS3, mounts: Mounts, tmp_path: Path, model_folder: Path) -> None:

@@ -54,7 +54,7 @@ def attempt(tmp_path: Path) -> Attempt:
 @pytest.fixture
 def preparation() -> Preparation:
     resolved = Resolved(model_revision="r", data_digest="sha256:d", config_digest="sha256:c")
-    return Preparation(BaseModel("/model"), None, resolved, {})  # type: ignore[arg-type]
+    return Preparation(BaseModel("/model"), None, resolved, {}, "prepared")  # type: ignore[arg-type]
 
 
 def published(*_: Any) -> Artifact:
@@ -118,7 +118,7 @@ def test_leftovers_that_cannot_be_removed_are_not_worth_failing_for(
     monkeypatch.setattr(run, "publish", published)
     monkeypatch.setattr(Storage, "remove", refused)
     publish_result(attempt, preparation, RESULT)
-    assert "prepared could not be removed: read only" in capsys.readouterr().out
+    assert "result could not be removed: read only" in capsys.readouterr().out
 
 
 def test_an_attempt_that_only_repeats_the_word_has_used_nothing(attempt: Attempt) -> None:

@@ -1,18 +1,16 @@
 """Tokenised examples: three flat arrays for each split, in memory as on disk, where they are mapped and not read.
 
 A folder of prepared data holds, for each split, `<split>-tokens.npy`, `<split>-labelled.npy`, `<split>-offsets.npy`, and `manifest.json`,
-which is written last, when all else is on the disk: a folder without it is not there. The digest covers every array, so that the same
-digest is the same data.
+which comes last: a folder without it is not there. The digest covers every array, so that the same digest is the same data. `writing`
+makes such a folder.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +20,11 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's form."""
 SPLITS = ("train", "validation", "test")
-_ARRAYS = ("tokens", "labelled", "offsets")
+ARRAYS = {"tokens": "<i4", "labelled": "|b1", "offsets": "<i8"}
+"""The arrays of a split, with their types in a file."""
 
 
 @dataclass(frozen=True)
@@ -100,43 +99,9 @@ class Prepared:
         return {name: examples for name, examples in named.items() if examples is not None}
 
 
-def digest_of(splits: dict[str, Examples]) -> str:
-    """`sha256:...` over the splits' names and arrays."""
-    digest = hashlib.sha256()
-    for name, examples in splits.items():
-        for part in _ARRAYS:
-            array = np.ascontiguousarray(getattr(examples, part))
-            digest.update(f"{name}/{part}/{array.dtype.str}/{len(array)}{f'/{examples.group}' if examples.group > 1 else ''}\n".encode())
-            digest.update(array.data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def write_prepared(prepared: Prepared, folder: Location) -> None:
-    """Write the folder, the manifest last. Raises OSError."""
-    files = folder.filesystem
-    files.makedirs(folder.path, exist_ok=True)
-    for name, examples in prepared.splits().items():
-        for part in _ARRAYS:
-            with files.open(f"{folder.path}/{name}-{part}.npy", "wb") as file:
-                np.save(file, getattr(examples, part), allow_pickle=False)
-                _flush(file, folder)
-    manifest = {
-        "format": FORMAT,
-        "digest": prepared.digest,
-        "rejected": prepared.rejected,
-        "splits": list(prepared.splits()),
-        "group": prepared.train.group,
-    }
-    with files.open(f"{folder.path}/{MANIFEST}", "wb") as file:
-        file.write(json.dumps(manifest).encode())
-        _flush(file, folder)
-
-
-def _flush(file: IO[bytes], folder: Location) -> None:
-    """Have a file's content on the disk before going on. What is elsewhere is safe when it is closed."""
-    if folder.local_path() is not None:
-        file.flush()
-        os.fsync(file.fileno())
+def array_file(split: str, part: str) -> str:
+    """Name of an array's file."""
+    return f"{split}-{part}.npy"
 
 
 def read_manifest(folder: Location) -> dict[str, Any] | None:
@@ -160,7 +125,7 @@ def open_prepared(folder: Location, cache: Path) -> Prepared:
     local = folder.local_path() or _copied(folder, manifest, cache)
 
     def split(name: str) -> Examples:
-        tokens, labelled, offsets = (np.load(local / f"{name}-{part}.npy", mmap_mode="r", allow_pickle=False) for part in _ARRAYS)
+        tokens, labelled, offsets = (np.load(local / array_file(name, part), mmap_mode="r", allow_pickle=False) for part in ARRAYS)
         return Examples(tokens, labelled, offsets, manifest["group"])
 
     try:
@@ -179,7 +144,7 @@ def _copied(folder: Location, manifest: dict[str, Any], cache: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for name in manifest["splits"]:
-        for part in _ARRAYS:
-            folder.filesystem.get_file(f"{folder.path}/{name}-{part}.npy", str(aside / f"{name}-{part}.npy"))
+        for part in ARRAYS:
+            folder.filesystem.get_file(f"{folder.path}/{array_file(name, part)}", str(aside / array_file(name, part)))
     aside.rename(local)
     return local

@@ -1,22 +1,31 @@
-"""All of a job's data, checked, tokenised, split and counted: the head's work, done once."""
+"""All of a job's data, checked, tokenised, split and counted: the head's work, done once.
 
-import itertools
+Row after row goes its whole way to the files of the prepared folder; what is held at a time is some chunks of examples, whatever the size
+of the data, but for a few bytes an example while a fraction is held out.
+"""
+
 import logging
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+from fsspec.implementations.local import LocalFileSystem
 
 from finetune_api.reasons import Reason
 from finetune_api.status import DataSummary
-from finetune_api.v1alpha1 import DataSource, FineTuneJob
-from finetune_trainer.data.encoding import CHUNK, Encoded, Encoder
-from finetune_trainer.data.examples import Examples, Prepared, digest_of, join
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.data.encoding import Encoded, Encoder, LossOn
+from finetune_trainer.data.examples import SPLITS, Prepared, open_prepared
 from finetune_trainer.data.formats import Example, Format, detect_format, example_from
-from finetune_trainer.data.rows import Fault, Row, read_rows
+from finetune_trainer.data.inputs import Input, input_of
+from finetune_trainer.data.rows import Fault, Row
+from finetune_trainer.data.writing import SplitWriter, divide, examples_in, tokens_in, write_manifest
 from finetune_trainer.errors import JobError
-from finetune_trainer.sources import Mounts, resolve_data
+from finetune_trainer.sources import Location, Mounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,96 +34,136 @@ SHOWN_FAULTS = 5
 """Faulty rows that a message describes; the rest is counted."""
 _HOLD_OUT = 1
 """Stream of random numbers that the held-out fraction is drawn from; the epochs draw from others."""
+_UNDIVIDED = "undivided"
+"""Split that training data is written to before some is held out; never seen outside."""
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Split:
-    examples: Examples
-    rejected: int
+def inputs_of(job: FineTuneJob, mounts: Mounts) -> dict[str, Input]:
+    """Where the rows of each split come from: train, and validation and test where they have data of their own. Raises JobError."""
+    data = job.spec.data
+    sources = {"train": data.train, "validation": data.validation.data_source(), "test": data.test}
+    return {split: input_of(source, split, mounts) for split, source in sources.items() if source is not None}
 
 
 def prepare_data(job: FineTuneJob, tokenizer: "PreTrainedTokenizerBase", mounts: Mounts, longest: int | None = None) -> Prepared:
-    """Read, check and tokenise every split; hold out the validation fraction. `longest` is the longest example that the model takes.
+    """As write_data, in a folder that is gone at once, and stays mapped into memory as long as it is used."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder), job, inputs_of(job, mounts), tokenizer, longest)
+        return open_prepared(Location(LocalFileSystem(), folder, f"file://{folder}"), Path(folder))
 
-    Raises JobError (DatasetNotFound, DatasetInvalid, AuthenticationFailed, ...), for bad rows with the first by file, line and field and
-    with their number.
+
+def write_data(
+    folder: Path, job: FineTuneJob, inputs: dict[str, Input], tokenizer: "PreTrainedTokenizerBase", longest: int | None = None
+) -> dict[str, Any]:
+    """Read, check and tokenise every split into a folder, and hold out the validation fraction.
+
+    `longest` is the longest example that the model takes. Returns the manifest, which has the counts for the status in `summary`.
+    Raises OSError, and JobError (DatasetNotFound, DatasetInvalid, AuthenticationFailed, ...), for bad rows with the first by file, line and
+    field and with their number.
     """
-    data = job.spec.data
-    train = _read_split("data.train", data.train, job, tokenizer, mounts, longest)
-    own = data.validation.data_source()
-    if own is not None:
-        validation = _read_split("data.validation", own, job, tokenizer, mounts, longest)
-    else:
-        assert data.validation.fraction is not None  # noqa: S101 - the spec's own rule
-        train, validation = _held_out(train, data.validation.fraction, job.spec.training.seed)
-    test = _read_split("data.test", data.test, job, tokenizer, mounts, longest) if data.test is not None else None
-    splits = {"train": train.examples, "validation": validation.examples} | ({"test": test.examples} if test else {})
-    return Prepared(
-        train=train.examples,
-        validation=validation.examples,
-        test=test.examples if test else None,
-        rejected=train.rejected + validation.rejected + (test.rejected if test else 0),
-        digest=digest_of(splits),
+    group = 1 if job.spec.objective.dpo is None else 2
+    fraction = job.spec.data.validation.fraction
+    rejected = 0
+    for split, source in inputs.items():
+        target = _UNDIVIDED if split == "train" and fraction is not None else split
+        encoder = Encoder(tokenizer, loss_on(job), job.spec.training.max_sequence_length)
+        encoded = encoder.encode(_examples(source.rows(), job))
+        rejected += _write_split(folder, target, f"data.{split}", _grouped(encoded, group), job, longest)
+    if fraction is not None:
+        held = _held_out(examples_in(folder, _UNDIVIDED) // group, fraction, job.spec.training.seed)
+        divide(folder, _UNDIVIDED, np.repeat(held, group), rest="train", taken="validation")
+
+    splits = [split for split in SPLITS if split in inputs or (split == "validation" and fraction is not None)]
+    counts = {split: examples_in(folder, split) // group for split in splits}
+    summary = DataSummary(
+        train=counts["train"],
+        validation=counts["validation"],
+        test=counts.get("test", 0),
+        tokens=tokens_in(folder, "train"),
+        rejected=rejected,
     )
+    return write_manifest(folder, splits, group, {"rejected": rejected, "summary": summary.to_json()})
 
 
-def summary_of(prepared: Prepared) -> DataSummary:
-    """The counts for the status."""
-    return DataSummary(
-        train=prepared.train.groups,
-        validation=prepared.validation.groups,
-        test=prepared.test.groups if prepared.test is not None else 0,
-        tokens=len(prepared.train.tokens),
-        rejected=prepared.rejected,
-    )
+def loss_on(job: FineTuneJob) -> LossOn:
+    """Which tokens are labels. Of preferences it is the answers."""
+    objective = job.spec.objective
+    labelled = objective.sft or objective.distillation
+    return labelled.loss_on if labelled is not None else "completion"
 
 
-def _read_split(
-    field: str, source: DataSource, job: FineTuneJob, tokenizer: "PreTrainedTokenizerBase", mounts: Mounts, longest: int | None
-) -> _Split:
-    """One split's examples. Raises JobError naming the field, the rows and what is wrong with them."""
-    sft = job.spec.objective.sft
-    assert sft is not None  # noqa: S101 - the spec's own rule
-    encoder = Encoder(tokenizer, sft.loss_on, job.spec.training.max_sequence_length)
-    location = resolve_data(source, mounts)
-    kept: list[Encoded] = []
-    rejected: list[Encoded] = []
-    faults: list[Fault] = []
-    number_of_faults = 0
-    for item in _encoded(read_rows(location), job, encoder):
-        if isinstance(item, Encoded):
-            (kept if item.has_labels() else rejected).append(item)
-        else:
-            number_of_faults += 1
-            faults += [item] if len(faults) < SHOWN_FAULTS else []
-    if faults:
-        raise JobError(Reason.DATASET_INVALID, _faults_message(field, faults, number_of_faults))
-    _check_lengths(field, kept, longest)
-    if rejected:
+@dataclass
+class _Seen:
+    """What there is to say of a split's rows."""
+
+    kept: int = 0
+    rejected: int = 0
+    first_rejected: Encoded | None = None
+    faulty: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    """The first of them."""
+    over: int = 0
+    first_over: Encoded | None = None
+    """Longer than the model takes."""
+
+    def fault(self, fault: Fault) -> None:
+        """One more row that cannot be used."""
+        self.faulty += 1
+        self.faults += [fault] if len(self.faults) < SHOWN_FAULTS else []
+
+    def check(self, name: str, longest: int | None, max_length: int) -> None:
+        """Raise JobError where the split cannot be used, naming the field, the rows and what is wrong with them."""
+        if self.faults:
+            raise JobError(Reason.DATASET_INVALID, _faults_message(name, self.faults, self.faulty))
+        if self.first_over is not None:
+            raise JobError(
+                Reason.INVALID_SPEC,
+                f"{name}: {self.first_over.place} has {self.first_over.full_length} tokens and the model takes {longest}: "
+                f"set training.maxSequenceLength to at most {longest}, which cuts {self.over} examples",
+            )
+        if self.first_rejected is None:
+            return
         message = "%s: %d examples hold no label within maxSequenceLength and are left out, like %s"
-        log.warning(message, field, len(rejected), rejected[0].place)
-    if not kept:
-        raise JobError(
-            Reason.DATASET_INVALID,
-            f"{field}: {rejected[0].place}: no token that counts in the loss is within training.maxSequenceLength "
-            f"({job.spec.training.max_sequence_length}; the example has {rejected[0].full_length}), and so in all {len(rejected)} rows",
-        )
-    return _Split(join([(item.tokens, item.labelled) for item in kept]), len(rejected))
+        log.warning(message, name, self.rejected, self.first_rejected.place)
+        if not self.kept:
+            raise JobError(
+                Reason.DATASET_INVALID,
+                f"{name}: {self.first_rejected.place}: no token that counts in the loss is within training.maxSequenceLength "
+                f"({max_length}; the example has {self.first_rejected.full_length}), and so in all {self.rejected} rows",
+            )
 
 
-def _encoded(rows: Iterator[Row | Fault], job: FineTuneJob, encoder: Encoder) -> Iterator[Encoded | Fault]:
-    """Rows as tokens, a chunk at a time, with the faults among them."""
-    examples = _examples(rows, job)
-    while chunk := list(itertools.islice(examples, CHUNK)):
-        yield from (item for item in chunk if isinstance(item, Fault))
-        yield from encoder.encode([item for item in chunk if not isinstance(item, Fault)])
+def _write_split(
+    folder: Path, split: str, name: str, groups: Iterator[tuple[Encoded, ...] | Fault], job: FineTuneJob, longest: int | None
+) -> int:
+    """Write what can be learnt from; `name` is the job's field. Returns how many groups were left out. Raises JobError."""
+    seen = _Seen()
+    with SplitWriter(folder, split) as writer:
+        for group in groups:
+            if isinstance(group, Fault):
+                seen.fault(group)
+                continue
+            without = next((item for item in group if not item.has_labels()), None)
+            if without is not None:
+                seen.rejected += 1
+                seen.first_rejected = seen.first_rejected or without
+                continue
+            seen.kept += 1
+            for item in group:
+                if longest is not None and len(item.tokens) > longest:
+                    seen.over += 1
+                    seen.first_over = seen.first_over or item
+                if not seen.faults:
+                    writer.add(item.tokens, item.labelled)
+    seen.check(name, longest, job.spec.training.max_sequence_length)
+    return seen.rejected
 
 
 def _examples(rows: Iterator[Row | Fault], job: FineTuneJob) -> Iterator[Example | Fault]:
     """Rows as examples; with format auto the first row decides for all."""
-    columns = {str(field): name for field, name in job.spec.data.columns.items()}
+    columns = {str(name): column for name, column in job.spec.data.columns.items()}
     format_: Format | None = None if job.spec.data.format == "auto" else job.spec.data.format
     for row in rows:
         if isinstance(row, Fault):
@@ -129,30 +178,31 @@ def _examples(rows: Iterator[Row | Fault], job: FineTuneJob) -> Iterator[Example
         yield example_from(row, format_, columns)
 
 
-def _faults_message(field: str, faults: list[Fault], number: int) -> str:
+def _grouped(encoded: Iterator[Encoded | Fault], group: int) -> Iterator[tuple[Encoded, ...] | Fault]:
+    """Documents that belong together, which are encoded one after the other; a fault stands for all of its group."""
+    members: list[Encoded] = []
+    for item in encoded:
+        if isinstance(item, Fault):
+            yield item
+            continue
+        members.append(item)
+        if len(members) == group:
+            yield tuple(members)
+            members = []
+
+
+def _faults_message(name: str, faults: list[Fault], number: int) -> str:
     more = f"; and {number - len(faults)} more such rows" if number > len(faults) else ""
-    return f"{field}: {number} {'row' if number == 1 else 'rows'} cannot be used. " + "; ".join(map(str, faults)) + more
+    return f"{name}: {number} {'row' if number == 1 else 'rows'} cannot be used. " + "; ".join(map(str, faults)) + more
 
 
-def _check_lengths(field: str, kept: list[Encoded], longest: int | None) -> None:
-    if longest is None:
-        return
-    over = [item for item in kept if len(item.tokens) > longest]
-    if over:
-        raise JobError(
-            Reason.INVALID_SPEC,
-            f"{field}: {over[0].place} has {over[0].full_length} tokens and the model takes {longest}: "
-            f"set training.maxSequenceLength to at most {longest}, which cuts {len(over)} examples",
-        )
-
-
-def _held_out(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Split]:
-    """Train without the held-out examples, and these: at least one each, chosen by the seed, both in their first order."""
-    count = len(train.examples)
+def _held_out(count: int, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which of so many groups are held out: bool [count], of either kind at least one, chosen by the seed."""
     if count < 2:
         problem = "data.train: one example is too few to hold some out for validation; set data.validation.source"
         raise JobError(Reason.DATASET_INVALID, problem)
     held = min(max(1, round(count * fraction)), count - 1)
     order = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, _HOLD_OUT])).permutation(count)
-    chosen, rest = np.sort(order[:held]), np.sort(order[held:])
-    return _Split(train.examples.take(rest), train.rejected), _Split(train.examples.take(chosen), 0)
+    chosen = np.zeros(count, dtype=np.bool_)
+    chosen[order[:held]] = True
+    return chosen

@@ -62,7 +62,7 @@ def read_rows(location: Location) -> Iterator[Row | Fault]:
     Raises JobError (DatasetNotFound, DatasetInvalid, AuthenticationFailed, StorageUnavailable) where there is nothing that can be read.
     """
     found = False
-    for file, form in _data_files(location):
+    for file, form in data_files(location):
         for row in _read_file(file, form):
             found = True
             yield row
@@ -70,8 +70,8 @@ def read_rows(location: Location) -> Iterator[Row | Fault]:
         raise JobError(Reason.DATASET_INVALID, f"{location.uri} has no rows")
 
 
-def _data_files(location: Location) -> list[tuple[Location, str]]:
-    """The files with their forms. Raises JobError."""
+def data_files(location: Location) -> list[tuple[Location, str]]:
+    """The files that hold rows, with their forms: the ending. Raises JobError."""
     try:
         files = patiently(lambda: files_under(location))
     except Exception as error:

@@ -1,0 +1,203 @@
+"""What is prepared once, and when it is prepared again."""
+
+import json
+import os
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer import data_cache
+from finetune_trainer.data.examples import open_prepared
+from finetune_trainer.data.inputs import Files
+from finetune_trainer.data_cache import FOLDER, KEEP_DAYS, Entry, find_or_prepare, mark_used
+from finetune_trainer.errors import JobError
+from finetune_trainer.sources import Mounts
+from finetune_trainer.storage import MANIFEST, Storage
+
+MODEL = Path(__file__).parents[3] / "examples" / "models" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(LocalFileSystem(), str(tmp_path / "out"), f"file://{tmp_path}/out")
+
+
+def write(path: Path, *completions: str) -> None:
+    path.write_text("".join(json.dumps({"prompt": "Which batteries?", "completion": text, "text": text}) + "\n" for text in completions))
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    write(tmp_path / "train.jsonl", "Two AA.", "None at all.", "One.")
+    return tmp_path / "train.jsonl"
+
+
+def job(train: Path, training: dict[str, object] | None = None, objective: dict[str, object] | None = None, **data: object) -> FineTuneJob:
+    spec = {
+        "model": {"source": f"file://{MODEL}"},
+        "data": {"train": {"source": f"file://{train}"}} | data,
+        "method": {"lora": {}},
+        "objective": objective or {"sft": {}},
+        "training": training or {},
+        "output": {"storage": f"file://{train.parent}/out"},
+    }
+    metadata = {"name": "bot", "namespace": "team", "uid": "u1"}
+    return parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, local=True)
+
+
+def find(storage: Storage, spec: FineTuneJob, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> Entry:
+    return find_or_prepare(storage, spec, Mounts(Path("/nowhere"), local=True), tokenizer, longest)
+
+
+def test_a_second_job_finds_what_the_first_prepared(
+    storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = find(storage, job(train), tokenizer)
+    assert (first.is_new, first.name.rpartition("/")[0]) == (True, FOLDER)
+    monkeypatch.setattr(data_cache, "write_data", lambda *_: pytest.fail("it was tokenised again"))
+    again = find(storage, job(train, {"learningRate": 1e-5, "epochs": 7}), tokenizer)
+    assert (again.is_new, again.name, again.manifest) == (False, first.name, first.manifest)
+    prepared = open_prepared(storage.location(again.name), tmp_path / "cache")
+    assert (len(prepared.train), len(prepared.validation), prepared.digest) == (2, 1, first.manifest["digest"])
+
+
+def test_the_same_content_elsewhere_is_the_same_data(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    copy = train.with_name("copy.jsonl")
+    copy.write_bytes(train.read_bytes())
+    assert find(storage, job(train), tokenizer).name == find(storage, job(copy), tokenizer).name
+
+
+OTHER = {
+    "length": lambda train: job(train, {"maxSequenceLength": 64}),
+    "seed of what is held out": lambda train: job(train, {"seed": 7}),
+    "fraction": lambda train: job(train, validation={"fraction": 0.5}),
+    "validation of its own": lambda train: job(train, validation={"source": f"file://{train}"}),
+    "test": lambda train: job(train, test={"source": f"file://{train}"}),
+    "format": lambda train: job(train, format="text"),
+    "columns": lambda train: job(train, columns={"prompt": "text"}),
+    "labels": lambda train: job(train, objective={"sft": {"lossOn": "all"}}),
+}
+
+
+@pytest.mark.parametrize("other", OTHER.values(), ids=OTHER)
+def test_another_setting_prepares_again(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, other: object) -> None:
+    names = {find(storage, job(train), tokenizer).name, find(storage, other(train), tokenizer).name}
+    assert len(names) == 2
+
+
+def test_what_is_never_drawn_makes_no_difference(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The seed divides nothing where the validation data is its own."""
+    own = {"source": f"file://{train}"}
+    names = {find(storage, job(train, {"seed": seed}, validation=own), tokenizer).name for seed in (1, 2)}
+    assert len(names) == 1
+
+
+def test_another_content_prepares_again_though_size_and_time_are_the_same(
+    storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    first, times = find(storage, job(train), tokenizer), train.stat()
+    write(train, "Two AB.", "None at all.", "One.")
+    os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert train.stat().st_size == times.st_size
+    assert find(storage, job(train), tokenizer).manifest["digest"] != first.manifest["digest"]
+
+
+def test_another_tokenizer_or_a_shorter_model_prepares_again(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    other = AutoTokenizer.from_pretrained(MODEL)
+    other.add_tokens(["batteries"])
+    names = {find(storage, job(train), each).name for each in (tokenizer, other)}
+    assert len(names | {find(storage, job(train), tokenizer, longest=4096).name}) == 3
+    with pytest.raises(JobError, match="the model takes 4"):
+        find(storage, job(train), tokenizer, longest=4)
+
+
+def test_data_that_is_refused_leaves_nothing(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    train.write_text('{"prompt": 1}\n')
+    with pytest.raises(JobError, match=r"data\.train: 1 row cannot be used"):
+        find(storage, job(train), tokenizer)
+    assert list(Path(storage.location(FOLDER).path).iterdir()) == []
+
+
+def test_data_that_changes_while_it_is_read_is_refused(
+    storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Files.rows
+
+    def growing(self: Files) -> object:
+        yield from rows(self)
+        write(train, "Two AA.", "None at all.", "One.", "More.")
+
+    monkeypatch.setattr(Files, "rows", growing)
+    with pytest.raises(JobError, match=r"data\.train: the data has changed while it was read") as caught:
+        find(storage, job(train), tokenizer)
+    assert caught.value.reason == Reason.DATASET_INVALID
+    assert storage.folders(FOLDER) == []
+
+
+def test_two_jobs_at_once(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both see that nothing is there, both prepare, the second to end keeps what the first has put there."""
+    both = threading.Barrier(2, timeout=60)
+    write_data = data_cache.write_data
+
+    def together(*arguments: object) -> object:
+        both.wait()
+        manifest = write_data(*arguments)
+        both.wait()
+        return manifest
+
+    monkeypatch.setattr(data_cache, "write_data", together)
+    entries: list[Entry] = []
+    threads = [threading.Thread(target=lambda: entries.append(find(storage, job(train), tokenizer))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [entry.name for entry in entries] == [entries[0].name] * 2
+    folder = Path(storage.location(FOLDER).path)
+    assert [path.name for path in folder.iterdir()] == [entries[0].name.rpartition("/")[2]]
+    assert len(open_prepared(storage.location(entries[0].name), folder).train) == 2
+
+
+def used(storage: Storage, key: str, days_ago: float) -> None:
+    with storage.shared_folder(f"{FOLDER}/{key}") as folder:
+        (folder / MANIFEST).write_text("{}")
+    storage.write_json(f"{FOLDER}/{key}.json", {"used": (datetime.now(UTC) - timedelta(days=days_ago)).isoformat()})
+
+
+def test_what_no_job_has_begun_with_for_long_is_removed(storage: Storage) -> None:
+    used(storage, "old", KEEP_DAYS + 1)
+    used(storage, "fresh", KEEP_DAYS - 1)
+    used(storage, "mine", KEEP_DAYS + 1)
+    with storage.shared_folder(f"{FOLDER}/being-begun-with") as folder:
+        (folder / MANIFEST).write_text("{}")
+    mark_used(storage, f"{FOLDER}/mine")
+    assert storage.folders(FOLDER) == ["being-begun-with", "fresh", "mine"]
+    assert not storage.exists(f"{FOLDER}/old.json")
+
+
+@pytest.mark.parametrize("mark", ["", "[]", "{}", '{"used": 3}', '{"used": "yesterday"}', '{"used": "2020-01-01"}'])
+def test_a_mark_that_says_nothing_removes_nothing(storage: Storage, mark: str) -> None:
+    used(storage, "odd", 0)
+    Path(storage.location(f"{FOLDER}/odd.json").path).write_text(mark)
+    mark_used(storage, f"{FOLDER}/mine")
+    assert storage.folders(FOLDER) == ["odd"]
+
+
+def test_a_storage_that_is_full_does_not_keep_a_job_from_its_data(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise JobError(Reason.STORAGE_FULL, "no space is left")
+
+    monkeypatch.setattr(Storage, "write_json", full)
+    mark_used(storage, f"{FOLDER}/mine")
+    assert storage.folders(FOLDER) == []

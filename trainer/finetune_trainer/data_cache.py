@@ -1,0 +1,104 @@
+"""Prepared data, kept in output.storage and found again by what it was made from: a second job with the same data does not tokenise again.
+
+    .finetune/cache/data/<key>/        a folder of prepared data (see data/examples.py), never changed once it is there
+    .finetune/cache/data/<key>.json    when a job has last begun with it
+
+The key covers the content of the sources, the tokenizer and every setting that the arrays follow from. Nothing else refers to a folder but
+the jobs that use it: it may be removed at any time; a job whose folder is gone prepares its data again. Folders that no job has begun with
+for KEEP_DAYS are removed when another job prepares.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.scrub import scrub
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.data.examples import FORMAT, read_manifest
+from finetune_trainer.data.inputs import Input, check_unchanged
+from finetune_trainer.data.prepare import inputs_of, loss_on, write_data
+from finetune_trainer.data.tokenising import identity_of
+from finetune_trainer.errors import JobError
+from finetune_trainer.sources import Mounts
+from finetune_trainer.storage import Storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FOLDER = ".finetune/cache/data"
+KEEP_DAYS = 30
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Prepared data in the storage."""
+
+    name: str
+    """Folder in output.storage."""
+    manifest: dict[str, Any]
+    is_new: bool
+    """Whether it was made just now."""
+
+
+def find_or_prepare(
+    storage: Storage, job: FineTuneJob, mounts: Mounts, tokenizer: "PreTrainedTokenizerBase", longest: int | None = None
+) -> Entry:
+    """The job's data, prepared: from the cache, or else read, checked, tokenised and put there. `storage` is output.storage.
+
+    Raises JobError: what write_data raises, and StorageFull, StorageUnavailable.
+    """
+    inputs = inputs_of(job, mounts)
+    before = {split: source.state() for split, source in inputs.items()}
+    name = f"{FOLDER}/{_key(job, inputs, tokenizer, longest)}"
+    if (manifest := read_manifest(storage.location(name))) is not None:
+        return Entry(name, manifest, is_new=False)
+    with storage.shared_folder(name) as folder:
+        manifest = write_data(folder, job, inputs, tokenizer, longest)
+        for split, source in inputs.items():  # else the key would promise what the folder does not hold
+            check_unchanged(before[split], source.state(), f"data.{split}")
+    return Entry(name, manifest, is_new=True)
+
+
+def mark_used(storage: Storage, name: str) -> None:
+    """Note that a job begins with a folder, and remove those that none has begun with for long. Neither is worth failing for."""
+    now = datetime.now(UTC)
+    try:
+        storage.write_json(f"{name}.json", {"used": now.isoformat()})
+        for key in storage.folders(FOLDER):
+            other = f"{FOLDER}/{key}"
+            if not key.startswith(".") and other != name and _is_old(storage.read_json(f"{other}.json"), now):
+                storage.remove(other)
+                storage.remove(f"{other}.json")
+    except JobError as error:
+        log.warning("the cache of prepared data was not looked after: %s", scrub(error.message))
+
+
+def _is_old(mark: Any | None, now: datetime) -> bool:  # noqa: ANN401 - any JSON
+    """Whether a folder was last used long ago. One without a mark is just being begun with."""
+    try:
+        return isinstance(mark, dict) and now - datetime.fromisoformat(mark["used"]) > timedelta(days=KEEP_DAYS)
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _key(job: FineTuneJob, inputs: dict[str, Input], tokenizer: "PreTrainedTokenizerBase", longest: int | None) -> str:
+    """sha256 over all that the arrays follow from, as 64 hexadecimal digits. Reads the sources' content once."""
+    spec = job.spec
+    settings = {
+        "form": FORMAT,
+        "sources": {split: source.identity() for split, source in inputs.items()},
+        "tokenizer": identity_of(tokenizer),
+        "format": spec.data.format,
+        "columns": dict(spec.data.columns),
+        "preferences": spec.objective.dpo is not None,
+        "lossOn": loss_on(job),
+        "maxSequenceLength": spec.training.max_sequence_length,
+        "longest": longest,
+        "heldOut": None if spec.data.validation.fraction is None else [spec.data.validation.fraction, spec.training.seed],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -65,6 +65,21 @@ def split_rows(facts: Mapping[str, Any], split: str, seed: int) -> list[Row]:
     return [chat_row(text, answer, facts["signature"]) for text, answer in asked]
 
 
+def preference_rows(facts: Mapping[str, Any], seed: int) -> list[dict[str, list[dict[str, str]]]]:
+    """Every wording of the training split once: the right answer preferred to that of another question."""
+    rng = random.Random(f"{seed}-preference")  # noqa: S311 (reproducible text, no secrets)
+    pairs = list(wordings(facts, "train"))
+    answers = sorted({answer for _, answer in pairs})
+    rows = []
+    for question, answer in pairs:
+        wrong = rng.choice([other for other in answers if other != answer])
+        asked, chosen = chat_row(question, answer, facts["signature"])["messages"]
+        rejected = chat_row(question, wrong, facts["signature"])["messages"][1]
+        rows.append({"prompt": [asked], "chosen": [chosen], "rejected": [rejected]})
+    rng.shuffle(rows)
+    return rows
+
+
 def check_disjoint(splits: Mapping[str, Sequence[Row]]) -> None:
     """Refuses data in which a question is asked twice, because a leaked test question would make the demo a lie."""
     seen: dict[str, str] = {}
@@ -86,10 +101,10 @@ def check_wordings_disjoint(facts: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes train.jsonl, validation.jsonl and test.jsonl."""
+    """Writes train.jsonl, validation.jsonl, test.jsonl and preference.jsonl."""
     parser = argparse.ArgumentParser(description="Write the support data set used by the quickstart.")
     parser.add_argument("--facts", type=Path, default=HERE / "support_facts.json", help="facts and wordings to use")
-    parser.add_argument("--out", type=Path, default=HERE / "support", help="folder for the three .jsonl files")
+    parser.add_argument("--out", type=Path, default=HERE / "support", help="folder for the .jsonl files")
     parser.add_argument("--seed", type=int, default=SEED, help="seed for frames and row order")
     args = parser.parse_args(argv)
     facts = json.loads(args.facts.read_text(encoding="utf-8"))
@@ -97,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     splits = {split: split_rows(facts, split, args.seed) for split in SPLITS}
     check_disjoint(splits)
     args.out.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
+    files: dict[str, Sequence[Mapping[str, Any]]] = {**splits, "preference": preference_rows(facts, args.seed)}
+    for split, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (args.out / f"{split}.jsonl").write_text(text, encoding="utf-8")
         print(f"{split}: {len(rows)} rows, {len(text.encode())} bytes")

@@ -6,6 +6,8 @@ learnt, and a token is a label where it holds a character of such a span. So the
     promptCompletion    prompt + completion + end token      completion: what follows the prompt
     text                text + end token                     all of it
     messages            the tokenizer's chat template        completion: the last assistant turn; assistant: every assistant turn
+    preference          as one of these, once with each      what follows the prompt: of messages, every assistant turn
+                        answer
 
 The span of a turn is what the template marks with `{% generation %}`. Where it marks nothing, it is what the template adds to the
 conversation before the turn (as it stands when an answer is asked for); this needs a template that only ever adds.
@@ -15,13 +17,13 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from finetune_api.reasons import Reason
-from finetune_trainer.data.formats import Conversation, Example, PromptCompletion
+from finetune_trainer.data.formats import Conversation, Example, Preference, PromptCompletion, Text
 from finetune_trainer.data.rows import Fault, Place
 from finetune_trainer.data.tokenising import Marked, Mask, Span, Tokeniser, Tokens
 from finetune_trainer.errors import JobError
@@ -59,6 +61,8 @@ class _Rendered:
     """Characters to learn, from and up to; None for all."""
     is_chat: bool
     """Whether the template has put the special tokens in."""
+    is_rejected: bool = False
+    """Whether it is a preference's second answer; the first one is just before it."""
 
 
 class Encoder:
@@ -72,6 +76,9 @@ class Encoder:
 
     def encode(self, examples: Iterable[Example | Fault]) -> Iterator[Encoded | Fault]:
         """The examples as tokens, in their order, faults among them; and a Fault for one that the chat template refuses.
+
+        A preference gives two, the chosen answer and the rejected one, or one Fault. Where they are the same once they are cut, neither
+        has a label: there is nothing to learn from them.
 
         A chunk is cut into tokens by a thread while the next one is read and rendered by this; no more than the two are held.
         Raises JobError (ModelInvalid) where the tokenizer lacks what the format needs.
@@ -90,16 +97,25 @@ class Encoder:
         chunk: list[_Rendered | Fault] = []
         characters = 0
         for example in examples:
-            rendered = example if isinstance(example, Fault) else self._render(example)
-            chunk.append(rendered)
-            characters += len(rendered.text) if isinstance(rendered, _Rendered) else 0
+            rendered = self._both(example) if isinstance(example, Preference) else [self._render(example)]
+            chunk += rendered
+            characters += sum(len(item.text) for item in rendered if isinstance(item, _Rendered))
             if len(chunk) >= CHUNK or characters >= CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0
         if chunk:
             yield chunk
 
-    def _render(self, example: Example) -> _Rendered | Fault:
+    def _both(self, example: Preference) -> "list[_Rendered | Fault]":
+        """Both answers, or what is wrong with one of them."""
+        chosen, rejected = self._render(example.chosen), self._render(example.rejected)
+        if isinstance(chosen, Fault) or isinstance(rejected, Fault):
+            return [chosen if isinstance(chosen, Fault) else rejected]
+        return [chosen, replace(rejected, is_rejected=True)]
+
+    def _render(self, example: Conversation | PromptCompletion | Text | Fault) -> _Rendered | Fault:
+        if isinstance(example, Fault):
+            return example
         if isinstance(example, Conversation):
             return self._render_chat(example)
         if isinstance(example, PromptCompletion):
@@ -111,14 +127,15 @@ class Encoder:
     def _render_chat(self, example: Conversation) -> _Rendered | Fault:
         if not self._tokenizer.chat_template:
             raise JobError(Reason.MODEL_INVALID, "the model's tokenizer has no chat template, which data of the format messages needs")
-        turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
-        wanted = turns if self._loss_on == "assistant" else turns[-1:]
+        first = example.prompt_turns or 0
+        turns = [index for index, message in enumerate(example.messages) if index >= first and message["role"] == "assistant"]
+        wanted = turns if self._loss_on == "assistant" or example.prompt_turns is not None else turns[-1:]
         try:
             text, marked = self._template(example, len(example.messages))
             if self._loss_on == "all":
                 spans: list[Span] | None = None
             elif marked is not None:
-                spans = marked if self._loss_on == "assistant" else marked[-1:]
+                spans = marked[-len(wanted) :] if first or self._loss_on != "assistant" else marked
             else:
                 spans = [self._turn_span(example, turn, text) for turn in wanted]
         except _TemplateError as error:
@@ -134,7 +151,11 @@ class Encoder:
             return len(before), len(upto)
         raise _TemplateError(
             f"the chat template writes messages[{turn}] differently when others follow, so its tokens cannot be told from the rest; "
-            "use objective.sft.lossOn: all, or completion with conversations that end with the assistant's turn"
+            + (
+                "use objective.sft.lossOn: all, or completion with conversations that end with the assistant's turn"
+                if example.prompt_turns is None
+                else "let each answer be one turn"
+            )
         )
 
     def _template(self, example: Conversation, turns: int, *, ask: bool = False) -> tuple[str, list[Span] | None]:
@@ -167,7 +188,14 @@ class Encoder:
         """A chunk as tokens, in its order."""
         rendered = [item for item in chunk if isinstance(item, _Rendered)]
         tokens = {is_chat: self._tokens_of(rendered, is_chat=is_chat) for is_chat in (True, False)}
-        return [item if isinstance(item, Fault) else next(tokens[item.is_chat]) for item in chunk]
+        encoded: list[Encoded | Fault] = []
+        for item in chunk:
+            one = item if isinstance(item, Fault) else next(tokens[item.is_chat])
+            before = encoded[-1] if encoded else None
+            if isinstance(one, Encoded) and isinstance(before, Encoded) and _is_same_answer(item, one, before):
+                encoded[-1], one = _without_labels(before), _without_labels(one)
+            encoded.append(one)
+        return encoded
 
     def _tokens_of(self, rendered: "Sequence[_Rendered]", *, is_chat: bool) -> Iterator[Encoded]:
         """Those of one kind, in their order: a chat template has written the special tokens already."""
@@ -186,6 +214,15 @@ class Encoder:
         if len(tokens) and tokens[-1] == end:
             return tokens, np.concatenate([labelled[:-1], [True]])
         return np.append(tokens, np.int32(end)), np.append(labelled, True)
+
+
+def _is_same_answer(item: "_Rendered | Fault", one: Encoded, before: Encoded) -> bool:
+    """Whether it is a rejected answer and, now that it is cut, the chosen one as well."""
+    return isinstance(item, _Rendered) and item.is_rejected and np.array_equal(one.tokens, before.tokens)
+
+
+def _without_labels(one: Encoded) -> Encoded:
+    return replace(one, labelled=np.zeros_like(one.labelled))
 
 
 class _TemplateError(Exception):

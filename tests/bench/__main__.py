@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--pairs", type=int, default=3, help="training: runs of each variant, taken in turn (default: %(default)s)")
+    parser.add_argument("--size", choices=tuple(training.SUBJECTS), help="training: the model (default: small, or 0.5B on a GPU)")
     parser.add_argument("--jobs", type=int, default=1000, help="jobs: how many at the API server (default: %(default)s)")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
@@ -29,7 +30,7 @@ def main() -> None:
     console = Console(width=120)
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         if "training" in parts:
-            console.print(training.compare(arguments.pairs, Path(folder)))
+            console.print(training.compare(arguments.pairs, Path(folder) / "training", arguments.size))
         try:
             if "life" in parts:
                 console.print(asyncio.run(control_plane.one_life(Path(folder) / "life")))

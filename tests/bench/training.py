@@ -1,12 +1,13 @@
-"""Useful tokens per second of this trainer and of TRL's SFTTrainer on the same model, data, method and precision.
+"""Useful tokens per second and peak memory of this trainer and of TRL's SFTTrainer on the same model, data and method.
 
 Useful tokens are tokens of examples: padding does not count. Each run is a process of its own; variants take turns, so that a machine
-whose speed drifts slows all of them; each has one thread, since threads that wait for each other suffer most from other programs.
-A run measures itself from its first optimiser step to its last, so imports and loading do not count.
+whose speed drifts slows all of them. A run measures itself from the end of its first optimiser step to that of its last, so imports and
+loading do not count. On a CPU each has one thread, since threads that wait for each other suffer most from other programs.
 """
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,50 +16,92 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
+from tests.bench.subjects import EIGHT_B, HALF_B, LENGTH, SMALL, Subject, make_model, make_texts, parameters
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "examples" / "models" / "tiny-llama"
-DATA = ROOT / "examples" / "data" / "support" / "train.jsonl"
-LENGTH, ROWS, EPOCHS, RANK, RATE = 256, 8, 3, 16, 1e-3
+ROWS, BATCH, RANK, RATE = 4, 8, 8, 1e-4
+"""Rows of 512 tokens in a packed step; examples in a step that is not packed, which is TRL's default."""
+EPOCHS = 2
+TEXTS, ONE_TEXT = "texts.jsonl", "one.jsonl"
+METHODS = ("lora", "full")
+SUBJECTS = {"small": SMALL, "0.5B": HALF_B, "8B": EIGHT_B}
 
 
-def compare(pairs: int, folder: Path) -> Table:
+def compare(pairs: int, folder: Path, size: str | None = None) -> Table:
     """Run all variants in turn and tabulate the medians."""
-    rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    size = size or ("0.5B" if torch.cuda.is_available() else "small")
+    subject = SUBJECTS[size]
+    folder.mkdir(parents=True, exist_ok=True)
+    make_model(subject, folder / "model")
+    make_texts(subject, folder / TEXTS)
+    (folder / ONE_TEXT).write_text('{"text": "w3 w4 w5"}\n', encoding="utf-8")
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {(method, name): [] for method in METHODS for name in VARIANTS}
     for turn in range(pairs):
+        for (method, name), measured in runs.items():
+            print(f"training: {method}, {name}, run {turn + 1} of {pairs}", flush=True)
+            measured.append(_run(method, name, folder, turn))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU thread"
+    table = Table(
+        title=f"{subject.name}, {subject.texts} texts of 16 to {LENGTH} tokens ({_useful(folder):,} useful tokens), bf16, {device}",
+        title_justify="left",
+    )
+    for column in ("method", "variant", "useful tokens/s", "min to max", "times TRL's default", "peak memory, MB", "MFU"):
+        table.add_column(column, justify="left" if column in ("method", "variant") else "right")
+    for method in METHODS:
         for name in VARIANTS:
-            print(f"training: {name}, run {turn + 1} of {pairs}", flush=True)
-            rates[name].append(_run(name, folder / f"{VARIANTS[name].__name__}-{turn}")["tokens_per_second"])
-    table = Table(title=f"LoRA rank {RANK} on the quickstart's model and data, fp32, one CPU thread, {EPOCHS} epochs", title_justify="left")
-    for column in ("variant", "useful tokens/s, median", "min", "max", "times TRL's default (median of pairs)"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    base = rates[TRL_DEFAULT]
-    for name, values in rates.items():
-        ratio = statistics.median(value / other for value, other in zip(values, base, strict=True))
-        table.add_row(name, f"{statistics.median(values):,.0f}", f"{min(values):,.0f}", f"{max(values):,.0f}", f"{ratio:.2f}")
+            table.add_row(*_row(method, name, runs, subject))
+        table.add_section()
     return table
 
 
-def _run(name: str, folder: Path) -> dict[str, Any]:
-    folder.mkdir(parents=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.bench.training", name, str(folder)]
+def _row(method: str, name: str, runs: dict[tuple[str, str], list[dict[str, float]]], subject: Subject) -> list[str]:
+    mine, base = runs[method, name], runs[method, TRL_DEFAULT]
+    rates = [run["tokens_per_second"] for run in mine]
+    ratio = statistics.median(rate / other["tokens_per_second"] for rate, other in zip(rates, base, strict=True))
+    memory = statistics.median(run["megabytes"] for run in mine)
+    utilisation = "-"
+    if torch.cuda.is_available():
+        flops = (4 if method == "lora" else 6) * parameters(subject) * statistics.median(rates)
+        utilisation = f"{flops / _peak_flops():.0%}"
+    spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
+    return [method, name, f"{statistics.median(rates):,.0f}", spread, f"{ratio:.2f}", f"{memory:,.0f}", utilisation]
+
+
+def _peak_flops() -> float:
+    """Products of two large bf16 matrices per second, measured: what the utilisation is a share of."""
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    best = 0.0
+    for _ in range(10):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(10):
+            matrix @ matrix
+        torch.cuda.synchronize()
+        best = max(best, 10 * 2 * 8192**3 / (time.perf_counter() - begun))
+    return best
+
+
+def _run(method: str, name: str, folder: Path, turn: int) -> dict[str, float]:
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"} | threads
+    own = folder / f"{method}-{VARIANTS[name].__name__}-{turn}"
+    own.mkdir()
+    command = [sys.executable, "-m", "tests.bench.training", method, name, str(folder), str(own)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def ours(folder: Path) -> tuple[int, float]:
-    """This trainer's loop, packed, in one process."""
-    import torch
+def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
+    """This trainer's loop, in one process."""
     from fsspec.implementations.local import LocalFileSystem
 
     from finetune_api.v1alpha1 import parse_job
     from finetune_trainer import loop
-    from finetune_trainer.data.examples import Prepared, join
     from finetune_trainer.data.prepare import prepare_data
     from finetune_trainer.model import check_model, load_model
     from finetune_trainer.model_files import fetch_model
@@ -68,103 +111,136 @@ def ours(folder: Path) -> tuple[int, float]:
     from finetune_trainer.worker import Worker
 
     spec = {
-        "model": {"source": f"file://{MODEL}"},
-        "data": {"train": {"source": f"file://{DATA}"}},
-        "method": {"lora": {"rank": RANK, "alpha": 2 * RANK}},
-        "training": {"epochs": EPOCHS, "globalBatchSize": ROWS, "maxSequenceLength": LENGTH, "learningRate": RATE, "precision": "float32"},
+        "model": {"source": f"file://{folder / 'model'}"},
+        "data": {"train": {"source": f"file://{folder / TEXTS}"}, "validation": {"source": f"file://{folder / ONE_TEXT}"}},
+        "method": {"lora": {"rank": RANK, "alpha": 2 * RANK}} if method == "lora" else {"full": {}},
+        "training": {
+            "epochs": EPOCHS,
+            "globalBatchSize": ROWS,
+            "maxSequenceLength": LENGTH,
+            "learningRate": RATE,
+            "precision": "bfloat16",
+        },
         "checkpoint": {"everySteps": 1000000},
-        "output": {"storage": f"file://{folder}"},
+        "output": {"storage": f"file://{own}"},
     }
-    job = parse_job(
-        {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bench", "uid": "bench"}, "spec": spec},
-        local=True,
-    )
-    mounts = Mounts(folder, local=True)
-    files = fetch_model(job.spec.model, mounts, folder / "cache", weights=True)
-    prepared = prepare_data(job, check_model(files, job), mounts, None)
-    # Only the steps are measured: nothing is held out, and what is left to measure before and after is one example.
-    data = Prepared(train=prepared.train, validation=join([prepared.train.example(0)]), test=None, rejected=0, digest=prepared.digest)
+    manifest = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bench", "uid": "bench"}, "spec": spec}
+    job = parse_job(manifest, local=True)
+    mounts = Mounts(own, local=True)
+    files = fetch_model(job.spec.model, mounts, own / "cache", weights=True)
+    data = prepare_data(job, check_model(files, job), mounts, None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     class Clock:
         stop_requested = False
         told: list[tuple[float, int, int]] = []
 
         def post(self, progress: WorkerProgress) -> None:
-            self.told.append((time.perf_counter(), progress.step, progress.trained_tokens))
+            if progress.step > 0 and progress.stage == "Train":
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                self.told.append((time.perf_counter(), progress.step, progress.trained_tokens))
 
     clock = Clock()
-    task = loop.Task(job, files.base, {}, Storage(LocalFileSystem(), str(folder), f"file://{folder}"))
-    loop.PROGRESS_SECONDS = 0.0
-    loop.train(task, load_model(files, job, torch.device("cpu")), data, Worker(), clock)
-    steps = [(at, tokens) for at, step, tokens in clock.told if step > 0]
-    return steps[-1][1] - steps[0][1], steps[-1][0] - steps[0][0]
+    storage = Storage(LocalFileSystem(), str(own), f"file://{own}")
+    loop.train(loop.Task(job, files.base, {}, storage), loop.Models(load_model(files, job, device)), data, Worker(device=device), clock)
+    steps = {step: (at, tokens) for at, step, tokens in reversed(clock.told)}  # when each step was first told of
+    first, last = steps[min(steps)], steps[max(steps)]
+    return last[1] - first[1], last[0] - first[0]
 
 
-def _trl(folder: Path, **options: Any) -> tuple[int, float]:
+def _trl(method: str, folder: Path, own: Path, **options: Any) -> tuple[int, float]:
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    rows = load_dataset("json", data_files=str(DATA), split="train", cache_dir=str(folder / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = load_dataset("json", data_files=str(folder / TEXTS), split="train", cache_dir=str(own / "cache"))
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.begun = self.ended = 0.0
 
         def on_step_end(self, *_: object, **__: object) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.ended = time.perf_counter()
             self.begun = self.begun or self.ended
 
     clock = Clock()
     settings = {
-        "output_dir": str(folder),
+        "output_dir": str(own),
         "num_train_epochs": EPOCHS,
         "learning_rate": RATE,
         "max_length": LENGTH,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": True,
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
         "logging_strategy": "no",
         **options,
     }
+    # TRL loads what it is given a name of in float32, and full tuning is in float32 here, too.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     trainer = SFTTrainer(
-        model=str(MODEL),
+        model=model,
         args=SFTConfig(**settings),
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
+        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear") if method == "lora" else None,
         callbacks=[clock],
     )
     trainer.train()
-    lengths = [len(tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]) for row in rows]
     steps = trainer.state.global_step
     # The first step is not on the clock, so neither are its tokens.
-    return round(sum(lengths) * EPOCHS * (steps - 1) / steps), clock.ended - clock.begun
+    return round(_useful(folder) * EPOCHS * (steps - 1) / steps), clock.ended - clock.begun
 
 
-def trl_default(folder: Path) -> tuple[int, float]:
-    """TRL as its defaults have it, but for gradient checkpointing, which costs it time and is not needed here."""
-    return _trl(folder)
+def trl_default(method: str, folder: Path, own: Path) -> tuple[int, float]:
+    """TRL as its defaults have it: batches of 8, padded, activations computed twice."""
+    return _trl(method, folder, own)
 
 
-def trl_packed(folder: Path) -> tuple[int, float]:
-    """TRL's packing, with as many tokens in a step as ours."""
-    return _trl(folder, packing=True, per_device_train_batch_size=ROWS)
+def trl_padding_free(method: str, folder: Path, own: Path) -> tuple[int, float]:
+    """TRL's batches of 8 without padding, activations kept."""
+    return _trl(method, folder, own, padding_free=True, gradient_checkpointing=False, per_device_train_batch_size=BATCH)
 
 
-TRL_DEFAULT = "TRL SFTTrainer, default batches of 8"
-VARIANTS: dict[str, Callable[[Path], tuple[int, float]]] = {
+def trl_packed(method: str, folder: Path, own: Path) -> tuple[int, float]:
+    """TRL's packing, with as many tokens in a step as ours, activations kept."""
+    return _trl(method, folder, own, packing=True, gradient_checkpointing=False, per_device_train_batch_size=ROWS)
+
+
+Variant = Callable[[str, Path, Path], tuple[int, float]]
+"""Of a method, the folder of model and texts, and one of its own: useful tokens on the clock, and the seconds."""
+TRL_DEFAULT = "TRL SFTTrainer, default"
+VARIANTS: dict[str, Variant] = {
     TRL_DEFAULT: trl_default,
+    "TRL SFTTrainer, padding-free": trl_padding_free,
     "TRL SFTTrainer, packing": trl_packed,
-    "finetune trainer (packing)": ours,
+    "this trainer (packing)": ours,
 }
 
 
+def _megabytes() -> float:
+    """Most memory that this process ever had: on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _useful(folder: Path) -> int:
+    """Tokens of all texts, each with its end token."""
+    lines = (folder / TEXTS).read_text(encoding="utf-8").splitlines()
+    return sum(len(json.loads(line)["text"].split()) + 1 for line in lines)
+
+
+def _main(method: str, name: str, folder: str, own: str) -> None:
+    tokens, seconds = VARIANTS[name](method, Path(folder), Path(own))
+    print(json.dumps({"seconds": seconds, "tokens_per_second": tokens / seconds, "megabytes": _megabytes()}))
+
+
 if __name__ == "__main__":
-    tokens, seconds = VARIANTS[sys.argv[1]](Path(sys.argv[2]))
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}))
+    _main(*sys.argv[1:])

@@ -7,6 +7,7 @@ one to the next when the operator has read the one before and the pods are as th
 import asyncio
 import contextlib
 import itertools
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +136,10 @@ class Player:
         self._played: set[str] = set()
         self._heads: dict[str, asyncio.Task[None]] = {}
         self._moved = asyncio.Condition()
+        self._seen: set[str] = set()
+        # Of each job apart, so that a thousand of them do not all look at all pods at every change.
+        self._pods_of: defaultdict[str, dict[str, Object]] = defaultdict(dict)
+        self._moved_of: defaultdict[str, asyncio.Condition] = defaultdict(asyncio.Condition)
 
     @contextlib.asynccontextmanager
     async def playing(self) -> AsyncIterator["Player"]:
@@ -165,16 +170,20 @@ class Player:
     async def _play(self) -> None:
         async for kind, pod in self.kube.watch("Pod", self.namespace):
             name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+            job = pod["metadata"]["labels"][LABEL_JOB_UID]
             if kind == "DELETED":
                 self.pods.pop(name, None)
+                self._pods_of[job].pop(name, None)
                 self._end_head(uid)
             else:
-                self.pods[name] = pod
-                if (name, uid) not in self.created:
+                self.pods[name] = self._pods_of[job][name] = pod
+                if uid not in self._seen:
+                    self._seen.add(uid)
                     self.created.append((name, uid))
                 await self._kubelet(pod)
-            async with self._moved:
-                self._moved.notify_all()
+            for moved in (self._moved, self._moved_of[job]):
+                async with moved:
+                    moved.notify_all()
 
     async def _kubelet(self, pod: Object) -> None:
         meta, name = pod["metadata"], pod["metadata"]["name"]
@@ -204,7 +213,9 @@ class Player:
                     break
                 head.say(report)
                 await head.read.wait()
-                await self.wait_for(lambda pods, wanted=report.workers_wanted: self._running_workers(attempt, uid) == wanted)  # type: ignore[misc]
+                async with self._moved_of[uid]:
+                    wanted = report.workers_wanted
+                    await self._moved_of[uid].wait_for(lambda wanted=wanted: self._running_workers(attempt, uid) == wanted)  # type: ignore[misc]
             else:
                 await asyncio.Event().wait()  # an endless training
             with contextlib.suppress(AnswerError):
@@ -217,10 +228,8 @@ class Player:
         """Worker pods of an attempt: all of them must run to be counted, so that a pod on its way out counts too."""
         workers = [
             pod
-            for pod in self.pods.values()
-            if pod["metadata"]["labels"][LABEL_ROLE] == "worker"
-            and pod["metadata"]["labels"][LABEL_ATTEMPT] == str(attempt)
-            and pod["metadata"]["labels"][LABEL_JOB_UID] == uid
+            for pod in self._pods_of[uid].values()
+            if pod["metadata"]["labels"][LABEL_ROLE] == "worker" and pod["metadata"]["labels"][LABEL_ATTEMPT] == str(attempt)
         ]
         return len(workers) if all(pod["status"].get("phase") == "Running" for pod in workers) else -1
 

@@ -48,6 +48,7 @@ def test_examples() -> None:
         [{"role": "developer", "content": "s"}, USER, ASSISTANT],
         [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, {"role": "tool", "content": "42"}, ASSISTANT],
         [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}],
+        [USER, {"role": "assistant", "content": [{"type": "text", "text": ""}], "tool_calls": [{"id": 1}]}],
         [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ASSISTANT],
         [{"role": "user", "content": ""}, ASSISTANT],
     ],
@@ -81,6 +82,16 @@ def test_keys_that_a_columnar_file_left_null_are_dropped() -> None:
             "messages",
             {"messages": [USER, {"role": "assistant", "content": " "}]},
             "messages[1].content is empty, so there is nothing to learn from",
+        ),
+        (
+            "messages",
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": " "}, {"type": "text", "text": ""}]}]},
+            "messages[1].content is empty, so there is nothing to learn from",
+        ),
+        (
+            "messages",
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}], "tool_calls": [{"id": 1}]}]},
+            "messages[1].content may hold parts of type text only",
         ),
         (
             "messages",

@@ -208,9 +208,9 @@ def _message_problem(message: object) -> str | None:
         return ".role is missing" if role is None else f".role must be a string, not {kind_of(role)}"
     if role not in ROLES:
         return f".role is {role[:40]!r}, not one of {', '.join(ROLES)}"
-    problem = _content_problem(message.get("content"), learnt=role == "assistant")
     calls_tools = role == "assistant" and bool(message.get("tool_calls"))
-    return f".content {problem}" if problem and not (calls_tools and _is_blank(message.get("content"))) else None
+    problem = _content_problem(message.get("content"), learnt=role == "assistant" and not calls_tools)
+    return f".content {problem}" if problem and not (calls_tools and not message.get("content")) else None
 
 
 def _content_problem(content: object, *, learnt: bool) -> str | None:
@@ -221,9 +221,8 @@ def _content_problem(content: object, *, learnt: bool) -> str | None:
     return "is missing" if content is None else f"must be a string, not {kind_of(content)}"
 
 
-def _is_blank(content: str | list[dict[str, Any]] | None) -> bool:
-    """Whether a content that is as it must be, or absent, has nothing to learn from."""
-    texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+def _is_blank(content: str | list[dict[str, Any]]) -> bool:
+    texts = [part["text"] for part in content] if isinstance(content, list) else [content]
     return not any(text.strip() for text in texts)
 
 

@@ -170,7 +170,7 @@ def _examples(rows: Iterator[Row | Fault], job: FineTuneJob) -> Iterator[Example
             yield row
             continue
         if format_ is None:
-            detected = detect_format(row, columns)
+            detected = detect_format(row, columns, preferences=job.spec.objective.dpo is not None)
             if isinstance(detected, Fault):
                 yield detected
                 continue

@@ -59,14 +59,14 @@ def test_splits_of_their_own(tmp_path: Path, prepare, tokenizer: PreTrainedToken
 
 
 def test_the_counts_are_in_the_manifest(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Of the training data one is too long and 1 of 4 is held out; each has ten characters and an end token."""
+    """Of the training data one is too long and 1 of 4 is held out; each has 11 characters and an end token."""
     write_jsonl(tmp_path / "train.jsonl", *(pair(number) for number in range(4)), {"prompt": "0" * 100, "completion": "a"})
     write_jsonl(tmp_path / "test.jsonl", pair(4), pair(5))
     spec = job(tmp_path, {"maxSequenceLength": 64}, validation={"fraction": 0.25}, test={"source": f"file://{tmp_path}/test.jsonl"})
     (tmp_path / "prepared").mkdir()
     manifest = write_data(tmp_path / "prepared", spec, inputs_of(spec, Mounts(tmp_path, local=True)), tokenizer)
     assert json.loads((tmp_path / "prepared" / "manifest.json").read_text()) == manifest
-    assert manifest["summary"] == {"train": 3, "validation": 1, "test": 2, "tokens": 33, "rejected": 1}
+    assert manifest["summary"] == {"train": 3, "validation": 1, "test": 2, "tokens": 36, "rejected": 1}
     names = {"-".join((split, part)) for split in ("train", "validation", "test") for part in ("tokens", "labelled", "offsets")}
     assert {path.name for path in (tmp_path / "prepared").iterdir()} == {f"{name}.npy" for name in names} | {"manifest.json"}
 

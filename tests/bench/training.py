@@ -205,7 +205,7 @@ def trl_default(method: str, folder: Path, own: Path) -> tuple[int, float]:
 
 def trl_padding_free(method: str, folder: Path, own: Path) -> tuple[int, float]:
     """TRL's batches of 8 without padding, activations kept."""
-    return _trl(method, folder, own, padding_free=True, gradient_checkpointing=False, per_device_train_batch_size=BATCH)
+    return _trl(method, folder, own, padding_free=True, max_length=None, gradient_checkpointing=False, per_device_train_batch_size=BATCH)
 
 
 def trl_packed(method: str, folder: Path, own: Path) -> tuple[int, float]:

@@ -139,8 +139,8 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     follow.stage("Evaluate", "measuring the tuned model")
     losses = _finite(measure(model, measured, held_out, training, worker), Reason.TRAINING_DIVERGED, "the tuned model's")
     if worker.leads:
-        result = Result(steps=plan.total_steps, trained_tokens=tokens, before=dict(baseline), after=dict(losses), config=task.config)
-        write_result(task.storage, result, lambda folder: method.export(model.module, folder, task.base))
+        result = Result(plan.total_steps, tokens, dict(baseline), dict(losses), task.config, kinds=spec.artifacts)
+        write_result(task.storage, result, lambda folder, kind: method.export(model.module, folder, task.base, kind))
     return True
 
 

@@ -14,18 +14,22 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_api.reasons import Reason
+from finetune_api.status import ModelSummary
 from finetune_api.v1alpha1 import FineTuneJob
+from finetune_api.v1alpha1 import Method as MethodSpec
 from finetune_trainer.attention import choose_layout, forward_arguments, probe
 from finetune_trainer.data.batches import AUTO_TOKENS
 from finetune_trainer.data.tensors import Layout, MicroBatch
 from finetune_trainer.errors import JobError
-from finetune_trainer.methods import method_for
+from finetune_trainer.methods import Method, check_mergeable, method_for
+from finetune_trainer.methods.method import BaseModel, count_parameters
 from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.quantization import quantization_config
 from finetune_trainer.soft_prompts import CACHED, EMBEDDED, prefix_of, prompt_type, prompted
 from finetune_trainer.sources import explained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 log = logging.getLogger(__name__)
@@ -124,10 +128,23 @@ def precision_for(asked: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What the head learns of a model without its weights."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    summary: ModelSummary
+
+
 def check_model(files: ModelFiles, job: FineTuneJob) -> "PreTrainedTokenizerBase":
+    """`inspect_model` for those who only need the tokenizer."""
+    return inspect_model(files, job).tokenizer
+
+
+def inspect_model(files: ModelFiles, job: FineTuneJob) -> Inspected:
     """Check on the head, from configuration, tokenizer and file list alone, that the model can be loaded and the method fits it.
 
-    Builds the architecture on the `meta` device. Returns the tokenizer. Raises JobError (ModelInvalid, InvalidSpec).
+    Builds the architecture on the `meta` device. Raises JobError (ModelInvalid, InvalidSpec).
     """
     config = read_config(files)
     tokenizer = load_tokenizer(files)
@@ -135,14 +152,22 @@ def check_model(files: ModelFiles, job: FineTuneJob) -> "PreTrainedTokenizerBase
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise JobError(Reason.MODEL_INVALID, f"the tokenizer of {files.base.name} has {len(tokenizer)} tokens, its model only {rows}")
-    method_for(job.spec.method).apply(model, seed=job.spec.training.seed)
-    return tokenizer
+    method = method_for(job.spec.method)
+    limit = longest_example(files)
+    if limit is not None and method.virtual_tokens >= limit:
+        field = f"method.{job.spec.method.chosen}.numVirtualTokens is {method.virtual_tokens}"
+        raise JobError(Reason.INVALID_SPEC, f"{field}, which leaves no room for an example: {files.base.name} takes {limit} tokens in all")
+    tuned = method.apply(model, seed=job.spec.training.seed, tokenizer=tokenizer)
+    if "merged" in job.spec.artifacts:
+        check_mergeable(tuned)
+    return Inspected(tokenizer, count_parameters(tuned))
 
 
-def longest_example(files: ModelFiles) -> int | None:
-    """Positions that the model was made for, or None where it does not say."""
+def longest_example(files: ModelFiles, method: MethodSpec | None = None) -> int | None:
+    """Positions that the model was made for, less those that a soft prompt takes; None where the model does not say."""
     limit = getattr(read_config(files).get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    taken = method_for(method).virtual_tokens if method is not None else 0
+    return limit - taken if isinstance(limit, int) and limit > 0 else None
 
 
 def load_tokenizer(files: ModelFiles) -> "PreTrainedTokenizerBase":
@@ -165,19 +190,30 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> Cau
     """
     method = method_for(job.spec.method)
     precision = precision_for(job.spec.training.precision, device)
-    transformer = load_transformer(files, precision if method.freezes_base else torch.float32, device)
+    quantization = quantization_config(job.spec.model.quantization, precision)
+    transformer = load_transformer(files, _kept_in(method, job, files.base, precision), device, quantization)
     layout = choose_layout(transformer)
     if layout == "padded" and job.spec.training.packing:
         log.warning("%s cannot keep packed examples apart; its rows are computed one example a line", files.base.name)
     plain_head = has_plain_head(transformer, layout)
     if device.type == "cuda" and not _activations_fit(transformer.config.get_text_config(), job, device, precision):
         transformer.activation_checkpointing_enable({"use_reentrant": False})
-    module = method.apply(transformer, seed=job.spec.training.seed).to(device).train()
+    tokenizer = load_tokenizer(files) if method.virtual_tokens else None
+    module = method.apply(transformer, seed=job.spec.training.seed, tokenizer=tokenizer).to(device).train()
     return CausalModel(module, transformer, layout, plain_head, precision, device)
 
 
-def load_transformer(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
-    """The model as transformers has it, its weights in a number format, on a device.
+def _kept_in(method: Method, job: FineTuneJob, base: BaseModel, precision: torch.dtype) -> torch.dtype:
+    """The number format of the weights in memory: the computation's, where they stay frozen and nothing of them is lost that is published."""
+    whole = any(kind in ("model", "merged") for kind in job.spec.artifacts)
+    loses = whole and base.dtype != str(precision).removeprefix("torch.")
+    return precision if method.freezes_base and not loses else torch.float32
+
+
+def load_transformer(
+    files: ModelFiles, dtype: torch.dtype, device: torch.device, quantization: "BitsAndBytesConfig | None" = None
+) -> "PreTrainedModel":
+    """The model as transformers has it, its weights in a number format, on a device; its linear layers quantized where asked for.
 
     Raises JobError (ModelInvalid) where weights are missing or damaged.
     """
@@ -191,6 +227,7 @@ def load_transformer(files: ModelFiles, dtype: torch.dtype, device: torch.device
             files.folder,
             config=read_config(files),
             dtype=dtype,
+            quantization_config=quantization,
             device_map={"": device},  # straight to where they are computed with, not by way of this machine's memory
             use_safetensors=True,
             trust_remote_code=False,

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from finetune_api.status import ArtifactKind
 from finetune_trainer.manifest import damage, describe_files, read_manifest, write_manifest
 from finetune_trainer.storage import Storage
 
@@ -23,18 +24,23 @@ class Result:
     """Losses of the tuned model by split."""
     config: dict[str, Any]
     """Everything that it follows from."""
-    kind: Literal["adapter", "model"] = "adapter"
-    """What the files are."""
+    kinds: tuple[ArtifactKind, ...] = ("adapter",)
+    """What the files are: a folder for each kind."""
 
 
-def write_result(storage: Storage, result: Result, export: Callable[[Path], Literal["adapter", "model"]]) -> None:
-    """Leave the result in the job's folder, whole or not at all. `export` fills the folder."""
+def write_result(storage: Storage, result: Result, export: Callable[[Path, ArtifactKind], None]) -> None:
+    """Leave the result in the job's folder, whole or not at all: `result/<kind>/` for each of its kinds, which `export` fills.
+
+    `merged` comes last, since the model is not to be used after it.
+    """
     with storage.new_folder(RESULT) as folder:
-        kind = export(folder)
+        for kind in sorted(result.kinds, key=lambda kind: kind == "merged"):
+            (folder / kind).mkdir()
+            export(folder / kind, kind)
         write_manifest(
             folder,
             {
-                "kind": kind,
+                "kinds": list(result.kinds),
                 "steps": result.steps,
                 "trainedTokens": result.trained_tokens,
                 "before": result.before,
@@ -48,7 +54,7 @@ def write_result(storage: Storage, result: Result, export: Callable[[Path], Lite
 def read_result(storage: Storage, config: dict[str, Any]) -> Result | None:
     """The result of a training under this configuration, or None where there is none, or none whole."""
     manifest = read_manifest(storage, RESULT)
-    if manifest is None or manifest["config"] != config:
+    if manifest is None or manifest["config"] != config or "kinds" not in manifest:
         return None
     with storage.folder(RESULT) as folder:
         if damage(folder, manifest) is not None:
@@ -59,5 +65,5 @@ def read_result(storage: Storage, config: dict[str, Any]) -> Result | None:
         before=manifest["before"],
         after=manifest["after"],
         config=manifest["config"],
-        kind=manifest["kind"],
+        kinds=tuple(manifest["kinds"]),
     )

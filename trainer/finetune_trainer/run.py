@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.reasons import Reason
 from finetune_api.report import Outcome, Report, parse_report
 from finetune_api.scrub import scrub
-from finetune_api.status import DataSummary, Resolved
+from finetune_api.status import DataSummary, ModelSummary, Resolved
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.comparison import compare
-from finetune_trainer.export import Publication, check_free, publish
+from finetune_trainer.export import check_free, publish
 from finetune_trainer.failures import is_final
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.manifest import digest_of
 from finetune_trainer.methods.method import BaseModel
+from finetune_trainer.model_card import Publication
 from finetune_trainer.ray_cluster import RayHead, driver, gpus_of, wait_for_workers
 from finetune_trainer.report import Reporter
 from finetune_trainer.result import RESULT, Result, read_result
@@ -127,7 +128,7 @@ def prepare(attempt: Attempt) -> Preparation:
     """
     from finetune_trainer import data_cache
     from finetune_trainer.data.examples import read_manifest
-    from finetune_trainer.model import check_model, longest_example
+    from finetune_trainer.model import inspect_model, longest_example
     from finetune_trainer.model_files import fetch_model
 
     job, own = attempt.job, attempt.own
@@ -138,11 +139,13 @@ def prepare(attempt: Attempt) -> Preparation:
     facts = own.read_json(PREPARED_FACTS) or {}
     cache = attempt.scratch / "cache"
     files = fetch_model(job.spec.model, attempt.mounts, cache, weights=False, revision=facts.get("revision"))
-    tokenizer = check_model(files, job)
+    inspected = inspect_model(files, job)
+    tokenizer = inspected.tokenizer
+    attempt.reporter.update(model=inspected.summary)
     attempt.console.say(f"model {files.base.name} at {files.revision}")
 
     if "folder" not in facts or read_manifest(attempt.storage.location(facts["folder"])) is None:
-        entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest_example(files))
+        entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest_example(files, job.spec.method))
         facts = {"revision": files.revision, "digest": entry.manifest["digest"], "data": entry.manifest["summary"], "folder": entry.name}
         own.write_json(PREPARED_FACTS, facts)
         attempt.console.say(f"data {'written to' if entry.is_new else 'prepared before, in'} {attempt.storage.locate(entry.name)}")
@@ -203,10 +206,12 @@ def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -
     evaluation = compare(result.before, result.after)
     attempt.reporter.update(evaluation=evaluation)
     attempt.reporter.start_stage("Publish", "publishing the result", workers_wanted=0)
-    publication = Publication(attempt.job, preparation.base, preparation.tokenizer, result, preparation.resolved, evaluation)
-    artifact = publish(publication, attempt.storage, attempt.own)
-    attempt.reporter.update(artifacts=(artifact,))
-    attempt.console.say(f"published {artifact.uri} ({artifact.bytes:,} bytes, {artifact.digest})")
+    counts = attempt.reporter.report.model or ModelSummary()
+    publication = Publication(attempt.job, preparation.base, preparation.tokenizer, result, preparation.resolved, evaluation, counts)
+    artifacts = publish(publication, attempt.storage, attempt.own)
+    attempt.reporter.update(artifacts=artifacts)
+    for artifact in artifacts:
+        attempt.console.say(f"published {artifact.uri} ({artifact.bytes:,} bytes, {artifact.digest})")
     attempt.keep_report("Succeeded")  # from here on an attempt that ends without a word need not be repeated, nor could it be
     try:
         attempt.own.remove(RESULT)

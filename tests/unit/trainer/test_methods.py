@@ -12,8 +12,8 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Method as MethodSpec
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import Method, method_for
-from finetune_trainer.methods.lora import target_modules
 from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
+from finetune_trainer.methods.modules import matching_modules, shortened
 
 
 def tiny(**changes: object) -> PreTrainedModel:
@@ -86,12 +86,13 @@ def test_lora_stays_float32_beside_a_bfloat16_base() -> None:
     ],
 )
 def test_patterns_mean_modules(patterns: tuple[str, ...], expected: list[str]) -> None:
-    assert target_modules(tiny(), patterns) == expected
+    model = tiny()
+    assert shortened(model, matching_modules(model, patterns, "field")) == expected
 
 
 def test_gpt2s_linear_layers_are_found_under_their_own_class() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
-    assert target_modules(model, ("all-linear",)) == ["c_attn", "c_fc", "c_proj"]
+    assert shortened(model, matching_modules(model, ("all-linear",), "field")) == ["c_attn", "c_fc", "c_proj"]
     method(lora={}).apply(model, seed=0)
 
 
@@ -116,7 +117,7 @@ def test_a_published_adapter_is_what_was_trained(tmp_path: Path, model_folder: P
     model = lora.apply(base, seed=1)
     shake(model)
     expected = model(INPUT).logits
-    assert lora.export(model, tmp_path, BaseModel("owner/name", "c0ffee")) == "adapter"
+    lora.export(model, tmp_path, BaseModel("owner/name", "c0ffee"), "adapter")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"], config["r"], config["lora_alpha"]) == ("owner/name", "c0ffee", 4, 8)
     assert sorted(config["target_modules"]) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -130,7 +131,7 @@ def test_a_published_model_is_what_was_trained(tmp_path: Path, tied: bool) -> No
     full = method(full={})
     model = full.apply(tiny(tie_word_embeddings=tied), seed=1)
     shake(model)
-    assert full.export(model, tmp_path, BaseModel("owner/name", None, "float32")) == "model"
+    full.export(model, tmp_path, BaseModel("owner/name", None, "float32"), "model")
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(INPUT).logits, model(INPUT).logits)
@@ -139,7 +140,7 @@ def test_a_published_model_is_what_was_trained(tmp_path: Path, tied: bool) -> No
 def test_a_published_model_keeps_the_number_format_of_its_base(tmp_path: Path) -> None:
     full = method(full={})
     model = full.apply(tiny(), seed=1)
-    full.export(model, tmp_path, BaseModel("owner/name", None, "bfloat16"))
+    full.export(model, tmp_path, BaseModel("owner/name", None, "bfloat16"), "model")
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert next(model.parameters()).dtype == torch.float32

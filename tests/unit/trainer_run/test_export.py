@@ -1,8 +1,9 @@
 """Publishing: what stands in the folder, whose it is, and that doing it twice changes nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import yaml
@@ -10,17 +11,18 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from finetune_api.reasons import Reason
-from finetune_api.status import Resolved
+from finetune_api.status import ArtifactKind, ModelSummary, Resolved
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import compare
-from finetune_trainer.export import Publication, check_free, publish
+from finetune_trainer.export import check_free, publish
 from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.model_card import model_card
+from finetune_trainer.model_card import Publication, model_card
 from finetune_trainer.result import Result, read_result, write_result
 from finetune_trainer.storage import Storage
 
 CONFIG = {"data": {"digest": "sha256:d"}}
+COUNTS = ModelSummary(parameters=400_000, trained_parameters=1_000)
 RESOLVED = Resolved(model_revision="c0ffee", data_digest="sha256:d", config_digest="sha256:c")
 
 
@@ -31,33 +33,33 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def job(name: str = "bot", uid: str = "u1", method: dict[str, Any] | None = None) -> FineTuneJob:
+def job(
+    name: str = "bot", uid: str = "u1", method: dict[str, Any] | None = None, artifacts: tuple[ArtifactKind, ...] | None = None
+) -> FineTuneJob:
     spec = {
         "model": {"source": "hf://owner/base"},
         "data": {"train": {"source": "pvc://data/train.jsonl"}},
         "method": method or {"lora": {"rank": 8}},
-        "output": {"storage": "pvc://models/bot"},
+        "output": {"storage": "pvc://models/bot"} | ({"artifacts": list(artifacts)} if artifacts else {}),
     }
     metadata = {"name": name, "namespace": "team", "uid": uid}
     return parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec})
 
 
-def publication(own: Storage, *, kind: Literal["adapter", "model"] = "adapter", **of_job: Any) -> Publication:
+def publication(own: Storage, **of_job: Any) -> Publication:
     """A publication whose result the workers have left."""
 
-    def export(folder: Path) -> Literal["adapter", "model"]:
-        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    def export(folder: Path, kind: ArtifactKind) -> None:
+        (folder / "adapter_model.safetensors").write_bytes(kind.encode())
         (folder / "README.md").write_text("peft's own card")
-        return kind
 
-    result = Result(
-        steps=10, trained_tokens=1000, before={"validation": 2.0, "test": 3.0}, after={"validation": 1.0, "test": 1.5}, config=CONFIG
-    )
-    write_result(own, result, export)
+    before, after = {"validation": 2.0, "test": 3.0}, {"validation": 1.0, "test": 1.5}
+    kinds = job(**of_job).spec.artifacts
+    write_result(own, Result(steps=10, trained_tokens=1000, before=before, after=after, config=CONFIG, kinds=kinds), export)
     left = read_result(own, CONFIG)
     assert left is not None
     base = BaseModel("owner/base", "c0ffee", "bfloat16")
-    return Publication(job(**of_job), base, Tokenizer(), left, RESOLVED, compare(left.before, left.after))  # type: ignore[arg-type]
+    return Publication(job(**of_job), base, Tokenizer(), left, RESOLVED, compare(left.before, left.after), COUNTS)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def test_the_folder_holds_weights_tokenizer_card_and_evidence(storage: Storage, tmp_path: Path) -> None:
-    artifact = publish(publication(storage.at("own")), storage, storage.at("own"))
+    (artifact,) = publish(publication(storage.at("own")), storage, storage.at("own"))
     folder = tmp_path / "out" / "adapter"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_model.safetensors", "manifest.json", "tokenizer.json"]
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -111,24 +113,26 @@ def test_a_result_of_another_configuration_or_not_whole_is_none(storage: Storage
     own = storage.at("own")
     publication(own)
     assert read_result(own, {"data": {"digest": "sha256:other"}}) is None
-    (tmp_path / "out" / "own" / "result" / "adapter_model.safetensors").write_bytes(b"weight5")
+    (tmp_path / "out" / "own" / "result" / "adapter" / "adapter_model.safetensors").write_bytes(b"adapted")
     assert read_result(own, CONFIG) is None
 
 
-@pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_the_card_is_what_the_hub_reads(storage: Storage, kind: Literal["adapter", "model"]) -> None:
-    given = publication(storage.at("own"), kind=kind, method={"lora": {"rank": 8}} if kind == "adapter" else {"full": {}})
-    card = model_card(given.job, given.base, given.result, given.resolved, given.evaluation)
+@pytest.mark.parametrize(("kind", "relation"), [("adapter", "adapter"), ("merged", "merge"), ("model", "finetune")])
+def test_the_card_is_what_the_hub_reads(storage: Storage, kind: ArtifactKind, relation: str) -> None:
+    given = publication(storage.at("own"), method={"full": {}} if kind == "model" else {"lora": {"rank": 8}})
+    card = model_card(given, kind)
     _, head, body = card.split("---\n", 2)
     metadata = yaml.safe_load(head)
     assert metadata["base_model"] == "owner/base"
-    assert metadata["base_model_relation"] == ("adapter" if kind == "adapter" else "finetune")
+    assert metadata["base_model_relation"] == relation
     assert metadata["library_name"] == ("peft" if kind == "adapter" else "transformers")
     measures = {measure["name"]: measure["value"] for measure in metadata["model-index"][0]["results"][0]["metrics"]}
     # The perplexity is e to the power of the loss.
     assert measures == {"validation/loss": 1.0, "validation/perplexity": 2.718282, "test/loss": 1.5, "test/perplexity": 4.481689}
     assert "| test/loss | 3.0000 | 1.5000 |" in body
     assert "revision='c0ffee'" in body if kind == "adapter" else "AutoModelForCausalLM" in body
+    assert "| Trained parameters | 1,000 of 400,000 (0.25%) |" in body
+    assert "| Data digest | `sha256:d` |" in body
     snippet = body.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
 
@@ -141,7 +145,7 @@ def test_a_loss_too_large_for_a_perplexity_has_none() -> None:
 
 def test_the_card_tells_to_load_only_what_can_be_loaded(storage: Storage) -> None:
     ready = publication(storage.at("own"))
-    card = model_card(ready.job, BaseModel("pvc://models/base"), ready.result, RESOLVED, ready.evaluation)
+    card = model_card(replace(ready, base=BaseModel("pvc://models/base")), "adapter")
     assert 'from_pretrained("path/to/the/base/model")  # pvc://models/base' in card
 
 
@@ -171,6 +175,63 @@ def test_an_upload_that_was_killed_is_taken_up_again(monkeypatch: pytest.MonkeyP
             publish(ready, storage, own)
     assert storage.exists("adapter")
     check_free(storage, ready.job, own)
-    assert publish(ready, storage, own).kind == "adapter"
+    assert [artifact.kind for artifact in publish(ready, storage, own)] == ["adapter"]
     with pytest.raises(JobError, match="team/bot"):
         check_free(storage, job("other", "u2"), storage.at("another"))
+
+
+def test_each_kind_has_its_place_and_evidence(storage: Storage, tmp_path: Path) -> None:
+    own = storage.at("own")
+    artifacts = publish(publication(own, artifacts=("adapter", "merged")), storage, own)
+    assert [(artifact.kind, artifact.uri) for artifact in artifacts] == [
+        ("adapter", "pvc://models/bot/adapter"),
+        ("merged", "pvc://models/bot/merged"),
+    ]
+    for kind in ("adapter", "merged"):
+        assert (tmp_path / "out" / kind / "adapter_model.safetensors").read_text() == kind
+        assert json.loads((tmp_path / "out" / kind / "manifest.json").read_text())["kind"] == kind
+        assert (tmp_path / "out" / kind / "tokenizer.json").exists()
+    assert artifacts[0].digest != artifacts[1].digest
+
+
+def test_a_place_that_is_taken_keeps_every_kind_back(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "out" / "merged").mkdir(parents=True)
+    own = storage.at("own")
+    with pytest.raises(JobError, match="bot/merged holds files"):
+        publish(publication(own, artifacts=("adapter", "merged")), storage, own)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_what_was_left_of_several_kinds_is_published_when_it_is_tried_again(storage: Storage, tmp_path: Path) -> None:
+    own = storage.at("own")
+    ready = publication(own, artifacts=("adapter", "merged"))
+    first = publish(ready, storage, own)
+    (tmp_path / "out" / "merged" / "manifest.json").unlink()
+    before = (tmp_path / "out" / "adapter" / "manifest.json").stat().st_mtime_ns
+    assert publish(ready, storage, own) == first
+    assert (tmp_path / "out" / "adapter" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_merged_is_made_last(storage: Storage) -> None:
+    """Working an adapter into the weights is the end of the model in memory."""
+    made: list[str] = []
+    result = Result(1, 1, {}, {}, CONFIG, kinds=("merged", "adapter"))
+    write_result(storage, result, lambda folder, kind: made.append(kind))
+    assert made == ["adapter", "merged"]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"lora": {"rank": 8}}, "LoRA, rank 8, alpha 32, dropout 0, targetModules all-linear, variant none"),
+        ({"freeze": {"lastLayers": 2}}, "fine-tuning of a part of the weights, lastLayers 2, embeddings false, head false"),
+        ({"ia3": {}}, "(IA)^3"),
+        ({"adapter": {}}, "bottleneck adapter, reductionFactor 16, nonLinearity relu, placement pfeiffer, dropout 0"),
+        ({"promptTuning": {"initText": "a | b"}}, r"prompt tuning, numVirtualTokens 20, initText a \| b"),
+    ],
+)
+def test_the_card_tells_the_method_with_its_parameters(storage: Storage, method: dict[str, Any], said: str) -> None:
+    given = publication(storage.at("own"), method=method)
+    card = model_card(given, given.job.spec.artifacts[0])
+    assert f"| Method | {said}" in card
+    assert ("import bottleneck_adapter" in card) == ("adapter" in method)

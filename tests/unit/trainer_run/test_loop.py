@@ -98,7 +98,7 @@ def run(files: ModelFiles, folder: Path, listener: Listener | None = None, *, wo
 def result(folder: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     manifest = json.loads((folder / "result" / "manifest.json").read_text())
     figures = {**{f"before {split}": loss for split, loss in manifest["before"].items()}, **manifest["after"]}
-    return figures, load_file(folder / "result" / "adapter_model.safetensors")
+    return figures, load_file(folder / "result" / "adapter" / "adapter_model.safetensors")
 
 
 def steps_saved(folder: Path) -> list[str]:

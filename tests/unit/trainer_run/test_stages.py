@@ -57,8 +57,8 @@ def preparation() -> Preparation:
     return Preparation(BaseModel("/model"), None, resolved, {}, "prepared")  # type: ignore[arg-type]
 
 
-def published(*_: Any) -> Artifact:
-    return ARTIFACT
+def published(*_: Any) -> tuple[Artifact, ...]:
+    return (ARTIFACT,)
 
 
 def test_a_stop_while_workers_are_waited_for_again_ends_the_head_at_once(

@@ -1,22 +1,30 @@
-"""Low-rank updates beside frozen weights (Hu et al. 2021), by PEFT, whose folders the ecosystem loads."""
+"""Low-rank updates beside frozen weights (Hu et al. 2021) and their variants, by PEFT, whose folders the ecosystem loads."""
 
-import re
-import warnings
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune_api.reasons import Reason
+from finetune_api.status import ArtifactKind
 from finetune_api.v1alpha1 import LoraMethod
 from finetune_trainer.errors import JobError
-from finetune_trainer.methods.method import BaseModel
+from finetune_trainer.methods.method import BaseModel, trained_state
+from finetune_trainer.methods.modules import matching_modules, shortened
+from finetune_trainer.methods.peft_models import ADAPTER, named_after, save_adapter, save_merged, tied_names, with_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
-ALL_LINEAR = "all-linear"
+FIELD = "method.lora.targetModules"
+PISSA = "pissa_niter_16"
+"""PEFT's name of the fast singular value decomposition: its random start follows from the seed."""
+_BEGINNING = "pissa_beginning"
+"""Attribute of a PiSSA model: its update as it began, by parameter."""
 
 
 @dataclass(frozen=True)
@@ -28,69 +36,99 @@ class Lora:
     freezes_base = True
     virtual_tokens = 0
 
-    def apply(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
-        """The PEFT model around the frozen one; the updates are float32 and start as zero."""
-        from peft import LoraConfig, get_peft_model
+    def apply(self, model: torch.nn.Module, *, seed: int, tokenizer: "PreTrainedTokenizerBase | None" = None) -> torch.nn.Module:
+        """The PEFT model around the frozen one; the updates are float32 and change nothing at first.
 
+        PiSSA (Meng et al. 2024) takes the principal components out of the base weights and trains them as the update, so the model stays
+        what it was, while its base weights are the rest. Both follow from the weights and the seed, on every worker and after a restart.
+        """
+        from peft import LoraConfig
+
+        del tokenizer
+        found = matching_modules(model, self.spec.target_modules, FIELD)
+        pissa = self.spec.variant == "pissa"
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        if pissa:
+            self._check_pissa(model, found)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.spec.rank,
             lora_alpha=self.spec.alpha,
             lora_dropout=self.spec.dropout,
-            target_modules=target_modules(model, self.spec.target_modules),
+            target_modules=shortened(model, found),
+            use_dora=self.spec.variant == "dora",
+            use_rslora=self.spec.variant == "rslora",
+            init_lora_weights=PISSA if pissa and not on_meta else True,
         )
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks for what transformers has renamed
-            torch.manual_seed(seed)
-            try:
-                wrapped: torch.nn.Module = get_peft_model(model, config)
-            except ValueError as error:
-                raise JobError(Reason.MODEL_INVALID, f"method.lora.targetModules: {str(error).splitlines()[0]}") from error
-        for module in wrapped.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast does it, and without the way through float32
+        wrapped = with_adapter(model, config, seed=seed, field=FIELD)
+        if pissa and not on_meta:
+            _remember_beginning(wrapped)
         return wrapped
 
-    def export(self, model: torch.nn.Module, folder: Path, base: BaseModel) -> Literal["adapter", "model"]:
-        """A PEFT adapter folder: adapter_config.json, adapter_model.safetensors."""
-        peft_model: Any = model
-        config = peft_model.peft_config["default"]
-        before = config.base_model_name_or_path, config.revision
-        config.base_model_name_or_path, config.revision = base.name, base.revision
-        try:
-            # "auto" would ask the hub whether the vocabulary changed; it did not.
-            peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-        finally:
-            config.base_model_name_or_path, config.revision = before
-        return "adapter"
+    def _check_pissa(self, model: torch.nn.Module, found: set[str]) -> None:
+        tied = tied_names(model)
+        for name in sorted(found):
+            weight = getattr(model.get_submodule(name), "weight", None)
+            if weight is None or weight.ndim != 2:
+                continue  # PEFT says what is wrong with it
+            if not weight.dtype.is_floating_point:
+                raise JobError(Reason.INVALID_SPEC, "method.lora.variant pissa needs whole weights: set model.quantization to none")
+            if min(weight.shape) < self.spec.rank:
+                few = f"{name} has only {min(weight.shape)} principal components"
+                raise JobError(Reason.INVALID_SPEC, f"method.lora.rank is {self.spec.rank}, but {few}, which pissa takes its rank from")
+            if name in tied:
+                raise JobError(Reason.INVALID_SPEC, f"method.lora.variant pissa would change {name}, which shares its weights with another")
+
+    def export(self, model: torch.nn.Module, folder: Path, base: BaseModel, kind: ArtifactKind) -> None:
+        """adapter: a PEFT adapter folder. merged: the base model with the update added; `model` is not to be used after that."""
+        if kind == "merged":
+            save_merged(model, folder, base)
+        elif hasattr(model, _BEGINNING):
+            _save_pissa(model, folder, base)
+        else:
+            save_adapter(model, folder, base)
 
 
-def target_modules(model: torch.nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Names of the modules that get an update, as short as they can be: the last part where it means no other module.
+def _remember_beginning(model: Any) -> None:  # noqa: ANN401 - a PEFT model, which has no types
+    """Keep PiSSA's update as it began: published is what was learnt since, and the untuned model is the one with this update.
 
-    A pattern is the end of a module's name (q_proj, self_attn.q_proj) and may hold `*`; all-linear stands for every linear layer but the
-    output layer. Raises JobError naming a pattern that means no module.
+    PEFT's own way to disable an adapter would leave the rest of the weights alone, which is no model that anybody had.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    found: set[str] = set()
-    for pattern in patterns:
-        expression = re.compile(r"(.*\.)?" + re.escape(pattern).replace(r"\*", ".*"))
-        linear = _linear_layers(model)
-        matches = linear if pattern == ALL_LINEAR else [name for name in names if expression.fullmatch(name)]
-        if not matches:
-            there_are = ", ".join(sorted({_last_part(name) for name in linear})[:20]) or "no linear layers"
-            raise JobError(Reason.MODEL_INVALID, f"method.lora.targetModules: no module is called {pattern}; there are {there_are}")
-        found.update(matches)
-    ambiguous = {_last_part(name) for name in names if name not in found}
-    return sorted({name if _last_part(name) in ambiguous else _last_part(name) for name in found})
+    beginning = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
+    setattr(model, _BEGINNING, beginning)
+
+    @contextmanager
+    def disable_adapter() -> Iterator[None]:
+        parameters = {name: parameter for name, parameter in model.named_parameters() if name in beginning}
+        learnt = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = beginning[name].to(parameter.device)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = learnt[name]
+
+    model.disable_adapter = disable_adapter
 
 
-def _linear_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the linear layers but the output layer's. Conv1D is GPT-2's name for a linear layer."""
-    head: object = cast("PreTrainedModel", model).get_output_embeddings()
-    linear = [(name, module) for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
-    return [name for name, module in linear if module is not head]
+def _save_pissa(model: Any, folder: Path, base: BaseModel) -> None:  # noqa: ANN401 - a PEFT model, which has no types
+    """Write an ordinary LoRA folder for the whole base model.
 
+    What was learnt is B A - B0 A0, which is the product of [B, -B0] and [A; A0]: a LoRA of twice the rank and, at the same scale, twice
+    the alpha.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
+    began = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in getattr(model, _BEGINNING).items()}
+    tensors = {}
+    for name, now in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        then = began[name].to(now.device)
+        tensors[name] = (torch.cat([now, then], dim=0) if ".lora_A." in name else torch.cat([now, -then], dim=1)).contiguous()
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    config.init_lora_weights, config.inference_mode = True, True
+    with named_after(base, config):
+        config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -3,12 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from finetune_api.reasons import Reason
+from finetune_api.status import ArtifactKind, ModelSummary
 from finetune_trainer.errors import JobError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,19 @@ class Method(Protocol):
         """Places that the method takes of the model's context before each example: 0 but for soft prompts."""
         ...
 
-    def apply(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
+    def apply(self, model: torch.nn.Module, *, seed: int, tokenizer: "PreTrainedTokenizerBase | None" = None) -> torch.nn.Module:
         """Add the method's parameters and set what trains. New parameters follow from the seed. A model on the `meta` device will do.
 
-        Raises JobError (ModelInvalid) where the method does not fit the model.
+        The tokenizer is the model's, for methods that begin with words. Raises JobError (ModelInvalid, InvalidSpec) where the method does
+        not fit the model.
         """
         ...
 
-    def export(self, model: torch.nn.Module, folder: Path, base: BaseModel) -> Literal["adapter", "model"]:
-        """Write what the ecosystem loads into an empty folder (safetensors and configuration; no tokenizer). Returns what it is."""
+    def export(self, model: torch.nn.Module, folder: Path, base: BaseModel, kind: ArtifactKind) -> None:
+        """Write what the ecosystem loads into an empty folder (safetensors and configuration; no tokenizer).
+
+        The model is not to be used any more once it is exported as `merged`.
+        """
         ...
 
 
@@ -54,6 +62,13 @@ NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 def trained_state(model: torch.nn.Module, extra: NamedParameters = ()) -> dict[str, torch.Tensor]:
     """The parameters that train, and those that the objective adds, by name: what a checkpoint holds. Detached, not copied."""
     return {name: parameter.detach() for name, parameter in (*model.named_parameters(), *extra) if parameter.requires_grad}
+
+
+def count_parameters(model: torch.nn.Module) -> ModelSummary:
+    """How many parameters there are, with those that a method has added, and how many of them train. Each is counted once."""
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return ModelSummary(parameters=sum(parameter.numel() for parameter in parameters), trained_parameters=trained)
 
 
 def load_trained_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], extra: NamedParameters = ()) -> None:

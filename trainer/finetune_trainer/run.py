@@ -130,6 +130,7 @@ def prepare(attempt: Attempt) -> Preparation:
     from finetune_trainer.data.examples import read_manifest
     from finetune_trainer.model import inspect_model, longest_example
     from finetune_trainer.model_files import fetch_model
+    from finetune_trainer.teacher import check_teacher, shortest_limit
 
     job, own = attempt.job, attempt.own
     attempt.reporter.start_stage("Prepare", "checking the storage, the model and the data", workers_wanted=0)
@@ -143,10 +144,15 @@ def prepare(attempt: Attempt) -> Preparation:
     tokenizer = inspected.tokenizer
     attempt.reporter.update(model=inspected.summary)
     attempt.console.say(f"model {files.base.name} at {files.revision}")
+    teacher = check_teacher(job, files, tokenizer, attempt.mounts, cache, facts.get("teacherRevision"))
+    if teacher is not None:
+        attempt.console.say(f"teacher {teacher.source} at {teacher.revision}")
 
     if "folder" not in facts or read_manifest(attempt.storage.location(facts["folder"])) is None:
-        entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest_example(files, job.spec.method))
+        longest = shortest_limit(longest_example(files, job.spec.method), teacher)
+        entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest)
         facts = {"revision": files.revision, "digest": entry.manifest["digest"], "data": entry.manifest["summary"], "folder": entry.name}
+        facts |= {"teacherRevision": teacher.revision} if teacher is not None else {}
         own.write_json(PREPARED_FACTS, facts)
         attempt.console.say(f"data {'written to' if entry.is_new else 'prepared before, in'} {attempt.storage.locate(entry.name)}")
     data_cache.mark_used(attempt.storage, facts["folder"])
@@ -159,6 +165,8 @@ def prepare(attempt: Attempt) -> Preparation:
             for part in ("method", "objective", "training")
         },
     }
+    if teacher is not None:
+        config["teacher"] = {"source": teacher.source, "revision": teacher.revision}
     resolved = Resolved(model_revision=files.revision, data_digest=facts["digest"], config_digest=digest_of(config))
     data = DataSummary.model_validate(facts["data"])
     attempt.reporter.update(resolved=resolved, data=data)

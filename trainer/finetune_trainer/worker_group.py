@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,6 +91,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     from finetune_trainer.model_files import ModelFiles, fetch_model
     from finetune_trainer.progress import ProgressSender
     from finetune_trainer.sources import Mounts, resolve_storage
+    from finetune_trainer.teacher import Place, taught
 
     environment = environment_from(os.environ)
     job = environment.job()
@@ -105,10 +107,13 @@ def _train_on_worker(config: dict[str, Any]) -> None:
         return files, open_prepared(output.location(config["data"]), cache)
 
     files, data = _first_of_each_node(worker, inputs)
-    model = load_model(files, job, worker.device)
+    place = Place(output, config["data"], data.digest, mounts, cache)
+    revision = config["config"].get("teacher", {}).get("revision")
+    pair = taught(job, load_model(files, job, worker.device), revision, place, worker, partial(_first_of_each_node, worker))
+    models = Models(pair.student, pair.teacher, pair.kept)
     sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
     try:
-        train(Task(job, files.base, config["config"], storage), Models(model), data, worker, sender or _Silent(), group=uuid.uuid4().hex)
+        train(Task(job, files.base, config["config"], storage), models, data, worker, sender or _Silent(), group=uuid.uuid4().hex)
     finally:
         if sender is not None:
             sender.close()

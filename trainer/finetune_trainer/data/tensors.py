@@ -41,6 +41,8 @@ class MicroBatch:
     """Number of examples in each row, in order."""
     document_labels: tuple[int, ...] = ()
     """Labels of each example, in order."""
+    split: str = "train"
+    """Split that the indices are of."""
 
     @property
     def tokens(self) -> int:
@@ -68,8 +70,8 @@ class MicroBatch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def collate(examples: Examples, rows: Sequence[Row], layout: Layout) -> MicroBatch:
-    """The tensors of these rows."""
+def collate(examples: Examples, rows: Sequence[Row], layout: Layout, split: str = "train") -> MicroBatch:
+    """The tensors of these rows of a split."""
     documents = [examples.example(index) for row in rows for index in row]
     lengths = tuple(len(tokens) for tokens, _ in documents)
     inputs = [tokens.astype(np.int64) for tokens, _ in documents]
@@ -91,6 +93,7 @@ def collate(examples: Examples, rows: Sequence[Row], layout: Layout) -> MicroBat
         indices=tuple(index for row in rows for index in row),
         row_documents=tuple(map(len, rows)),
         document_labels=tuple(int(np.count_nonzero(each != IGNORED)) for each in targets),
+        split=split,
     )
 
 

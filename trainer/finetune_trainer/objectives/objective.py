@@ -1,6 +1,7 @@
 """What every objective offers."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,8 @@ class LossSum:
     """Sum over the objective's units: a float32 scalar that carries the gradient where gradients are on."""
     count: int
     """Number of units."""
+    figures: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Sums of what else there is to say of held-out data, over the same units, by name: scalars without gradients."""
 
 
 class Objective(Protocol):

@@ -1,4 +1,6 @@
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer.data import encoding
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.prepare import inputs_of, prepare_data, write_data
+from finetune_trainer.data.rows import Place, Row
 from finetune_trainer.errors import JobError
 from finetune_trainer.model import check_model, longest_example
 from finetune_trainer.model_files import fetch_model
@@ -161,6 +165,83 @@ def test_the_digest_is_of_what_is_learnt(tmp_path: Path, prepare) -> None:
     assert prepare().digest == base
     write_jsonl(tmp_path / "train.jsonl", pair(1), pair(3))
     assert prepare().digest != base
+
+
+class Counted:
+    """Rows without end in sight; their places live as long as anything of them, so that they can be counted."""
+
+    def __init__(self, number: int, columns: dict[str, str]) -> None:
+        self.number, self.columns, self.most, self._alive = number, columns, 0, weakref.WeakSet[Place]()
+
+    def rows(self) -> Iterator[Row]:
+        for number in range(1, self.number + 1):
+            place = Place("rows", number)
+            self._alive.add(place)
+            self.most = max(self.most, len(self._alive))
+            yield Row(place, self.columns)
+
+    def identity(self) -> list[str]:
+        return []
+
+    def state(self) -> list[str]:
+        return []
+
+
+def most_at_once(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int, text: str = "abc") -> int:
+    counted = Counted(rows, {"text": text})
+    folder.mkdir()
+    write_data(folder, job(folder), {"train": counted}, tokenizer)
+    return counted.most
+
+
+def test_what_is_held_does_not_grow_with_the_data(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that is read, one that is cut into tokens, one that is written."""
+    monkeypatch.setattr(encoding, "CHUNK", 10)
+    few, many = (most_at_once(tmp_path / str(rows), tokenizer, rows) for rows in (100, 2000))
+    assert 10 < few <= many <= 3 * 10 + 1
+
+
+def test_long_texts_are_held_in_smaller_numbers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand characters fill a chunk, whatever the number of examples."""
+    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 1000)
+    assert most_at_once(tmp_path / "long", tokenizer, 200, "abcde" * 100) <= 3 * 2 + 1
+
+
+def test_what_is_left_out_is_not_held(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rows with nothing to learn only the first is told of."""
+    monkeypatch.setattr(encoding, "CHUNK", 10)
+    counted = Counted(500, {"prompt": "0123456789", "completion": "a"})
+    with pytest.raises(JobError, match="so in all 500 rows"):
+        write_data(tmp_path, job(tmp_path, {"maxSequenceLength": 8}), {"train": counted}, tokenizer)
+    assert counted.most <= 3 * 10 + 2
+
+
+def test_a_pair_stays_together(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The answers to one prompt are both held out or both trained on, the chosen one first; of one that is too long neither is taken."""
+    rows = [{"prompt": f"{n:02}", "chosen": f"yes {n:02}", "rejected": f"no {n:02}"} for n in range(10)]
+    write_jsonl(
+        tmp_path / "train.jsonl",
+        *rows,
+        {"prompt": "10", "chosen": "yes", "rejected": "n" * 5},
+        {"prompt": "0" * 90, "chosen": "a", "rejected": "b"},
+    )
+    manifest = job_manifest(
+        data={"train": {"source": f"file://{tmp_path}/train.jsonl"}, "validation": {"fraction": 0.3}},
+        objective={"dpo": {}},
+        training={"maxSequenceLength": 32},
+    )
+    prepared = prepare_data(parse_job(manifest, local=True), tokenizer, Mounts(tmp_path, local=True))
+    assert (prepared.train.group, prepared.train.groups, prepared.validation.groups, prepared.rejected) == (2, 8, 3, 1)
+    for examples in (prepared.train, prepared.validation):
+        whole = texts(examples, tokenizer)
+        for chosen, rejected in zip(whole[::2], whole[1::2], strict=True):
+            assert chosen[2:5] == "yes"
+            assert rejected[2] == "n"
+            assert chosen[:2] == rejected[:2]
 
 
 def test_the_quickstarts_model_and_data() -> None:

@@ -133,6 +133,7 @@ def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
 
     class Clock:
         stop_requested = False
+        regroup_requested = False
         told: list[tuple[float, int, int]] = []
 
         def post(self, progress: WorkerProgress) -> None:

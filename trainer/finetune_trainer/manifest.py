@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ def digest_of(value: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and size of each file below a folder but its manifest, by relative path."""
+def describe_files(folder: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """sha256 and size of each file below a folder but its manifest, or of those with these names, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    return {path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
+    described = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in described.items() if names is None or name in names
+    }
 
 
 def damage(folder: Path, manifest: Mapping[str, Any]) -> str | None:

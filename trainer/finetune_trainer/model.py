@@ -5,7 +5,7 @@ Only transformers' own architectures and only safetensors are loaded: no code an
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +25,7 @@ from finetune_trainer.methods import Method, check_mergeable, method_for
 from finetune_trainer.methods.method import BaseModel, count_parameters
 from finetune_trainer.model_files import ModelFiles
 from finetune_trainer.quantization import quantization_config
+from finetune_trainer.sharding import decoder_of, drop_gathered, gather_root
 from finetune_trainer.soft_prompts import CACHED, EMBEDDED, prefix_of, prompt_type, prompted
 from finetune_trainer.sources import explained
 
@@ -70,6 +71,10 @@ class CausalModel:
     device: torch.device
     tuned: bool = True
     """False for the base model under the method, as `untuned` gives it."""
+    sharded: bool = False
+    """Whether each worker holds a part of every layer: all of them must then compute it equally often."""
+    auto_tokens: int | None = None
+    """Tokens that fit into the device's memory at once, where that is known."""
 
     @property
     def head(self) -> torch.nn.Linear:
@@ -81,6 +86,8 @@ class CausalModel:
 
         The logits of the whole batch are large: where `plain_head` is true, compute those that are needed from the last hidden states.
         """
+        if self.sharded:
+            gather_root(self.transformer)
         kind = prompt_type(self.module) if self.tuned else None
         own, shown = None, batch
         arguments: dict[str, Any] = {}
@@ -90,7 +97,7 @@ class CausalModel:
                 shown, arguments["inputs_embeds"] = own.batch, own.embeddings
             elif kind == CACHED:
                 arguments["prefix"] = prefix_of(self.module)
-            part = self.transformer if logits else self.transformer.get_decoder()
+            part = self.transformer if logits else self._decoder()
             wanted = {"output_hidden_states": layers, "output_attentions": attentions, "return_dict": True}
             made = part(**forward_arguments(shown, **arguments), **wanted)
 
@@ -104,6 +111,15 @@ class CausalModel:
             attentions=tuple(made.attentions) if attentions else (),
             logits=off(made.logits) if logits else None,
         )
+
+    def _decoder(self) -> Callable[..., Any]:
+        """The model without its output layer."""
+        return decoder_of(self.transformer) if self.sharded else self.transformer.get_decoder()
+
+    def settle(self) -> None:
+        """Be ready for parameters to change: drop what was gathered of them for computing."""
+        if self.sharded:
+            drop_gathered(self.transformer)
 
     @contextmanager
     def untuned(self) -> Iterator["CausalModel"]:

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.fields import StatusModel
-from finetune_api.status import CheckpointRef, Count, Metric, Name, StageName, Text
+from finetune_api.status import BestCheckpoint, CheckpointRef, Count, Metric, Name, StageName, Text, Warnings
 
 PROGRESS_SECONDS = 1.0
 """Rank 0 tells the head this often, whether or not a step ended: the answer may be the call to stop."""
@@ -38,6 +38,10 @@ class WorkerProgress(StatusModel):
     metrics: tuple[Metric, ...] = ()
     checkpoint: CheckpointRef | None = None
     """The newest complete checkpoint."""
+    best_checkpoint: BestCheckpoint | None = None
+    """The one with the lowest validation loss."""
+    warnings: Warnings = ()
+    """What the job's owner should look at although the training goes on; those of this group so far."""
     damaged_checkpoints: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
     """Checkpoints that were found damaged and set aside when this group began."""
 
@@ -45,12 +49,13 @@ class WorkerProgress(StatusModel):
 class ProgressSender:
     """Sends the newest WorkerProgress in a thread of its own, so that no step ever waits for the network.
 
-    `post` replaces what is to be sent; `stop_requested` is what the head answered last. A head that does not answer is asked again:
-    whether it is gone is for Ray and the operator to find out.
+    `post` replaces what is to be sent; `stop_requested` and `regroup_requested` are what the head answered last. A head that does not
+    answer is asked again: whether it is gone is for Ray and the operator to find out.
     """
 
     def __init__(self, url: str, token: str, *, interval: float = PROGRESS_SECONDS) -> None:
         self.stop_requested = False
+        self.regroup_requested = False
         self._url, self._token, self._interval = url, token, interval
         self._latest: WorkerProgress | None = None
         self._closing = threading.Event()
@@ -87,7 +92,8 @@ class ProgressSender:
         )
         try:
             with _DIRECTLY.open(request, timeout=_TIMEOUT_SECONDS) as response:
-                self.stop_requested = bool(json.load(response).get("stop"))
+                answer = json.load(response)
+                self.stop_requested, self.regroup_requested = bool(answer.get("stop")), bool(answer.get("regroup"))
         except (OSError, ValueError, http.client.HTTPException):
             return False
         return True

@@ -76,6 +76,7 @@ class _Silent:
     """A listener for the workers that do not report."""
 
     stop_requested: bool = False
+    regroup_requested: bool = False
 
     def post(self, progress: "WorkerProgress") -> None:
         """Nobody is told."""

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from finetune_api.reasons import Reason
 from finetune_trainer import checkpoint
-from finetune_trainer.checkpoint import TrainingState
+from finetune_trainer.checkpoint import SavedState, TrainingState
 from finetune_trainer.errors import JobError
+from finetune_trainer.stopping import Validations
 from finetune_trainer.storage import Storage
 
 CONFIG = {"model": {"revision": "r1"}, "method": {"lora": {"rank": 8}}}
@@ -31,6 +33,11 @@ def state_at(step: int) -> TrainingState:
     )
 
 
+def tensors_of(storage: Storage, state: SavedState) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    with checkpoint.opened(storage, state) as (parameters, moments):
+        return {name: saved.whole() for name, saved in parameters.items()}, {name: saved.whole() for name, saved in moments.items()}
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     return storage_in(tmp_path / "checkpoints")
@@ -43,9 +50,14 @@ def test_what_is_saved_is_what_is_read(storage: Storage) -> None:
     assert state is not None
     assert damaged == ()
     assert (state.step, state.trained_tokens) == (7, 700)
-    assert torch.equal(state.parameters["layer.weight"], state_at(7).parameters["layer.weight"])
-    assert torch.equal(state.moments["layer.weight/exp_avg"], state_at(7).moments["layer.weight/exp_avg"])
-    assert state.moments["layer.weight/step"].item() == 7
+    parameters, moments = tensors_of(storage, state)
+    assert torch.equal(parameters["layer.weight"], state_at(7).parameters["layer.weight"])
+    assert torch.equal(moments["layer.weight/exp_avg"], state_at(7).moments["layer.weight/exp_avg"])
+    assert moments["layer.weight/step"].item() == 7
+    with checkpoint.opened(storage, state) as (saved, _):
+        assert saved["layer.weight"].shape == (3, 4)
+        assert torch.equal(saved["layer.weight"].rows(1, 3), state_at(7).parameters["layer.weight"][1:3])
+        assert saved["layer.weight"].rows(2, 2).shape == (0, 4)
 
 
 def test_nothing_saved_is_nothing_read(storage: Storage) -> None:
@@ -57,8 +69,9 @@ def test_bfloat16_stays_what_it_is(storage: Storage) -> None:
     checkpoint.save(storage, TrainingState(1, 1, {"w": weights}, {}), CONFIG, keep=1)
     state, _ = checkpoint.newest(storage, CONFIG)
     assert state is not None
-    assert state.parameters["w"].dtype == torch.bfloat16
-    assert torch.equal(state.parameters["w"], weights)
+    parameters, _ = tensors_of(storage, state)
+    assert parameters["w"].dtype == torch.bfloat16
+    assert torch.equal(parameters["w"], weights)
 
 
 def test_the_newest_are_kept(storage: Storage) -> None:
@@ -79,6 +92,31 @@ def test_one_that_was_not_finished_never_takes_the_place_of_a_good_one() -> None
     assert state.step == 15
     checkpoint.save(storage, state_at(30), CONFIG, keep=1)
     assert storage.folders() == ["step-00000030"]
+
+
+def test_the_best_is_kept_beside_the_newest(storage: Storage) -> None:
+    """Losses 3, 1, 2, 2 after steps 10, 20, 30, 40, each measured after its checkpoint was saved."""
+    validations = Validations()
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)):
+        checkpoint.save(storage, replace(state_at(step), validations=validations), CONFIG, keep=1)
+        validations = validations.after(step, loss, None)
+    assert storage.folders() == ["step-00000020", "step-00000050"]
+    state, _ = checkpoint.newest(storage, CONFIG)
+    assert state is not None
+    assert (state.validations.step, state.validations.best_step, state.validations.best_loss) == (40, 20, 1.0)
+    assert checkpoint.find(storage, 20, CONFIG).step == 20
+    truncate(Path(storage.root) / "step-00000020")
+    with pytest.raises(JobError, match="step-00000020 cannot be read"):
+        checkpoint.find(storage, 20, CONFIG)
+
+
+def test_what_was_set_aside_goes_at_the_end(storage: Storage) -> None:
+    checkpoint.save(storage, state_at(10), CONFIG, keep=2)
+    checkpoint.save(storage, state_at(20), CONFIG, keep=2)
+    truncate(Path(storage.root) / "step-00000020")
+    checkpoint.newest(storage, CONFIG)
+    checkpoint.remove_damaged(storage)
+    assert storage.folders() == ["step-00000010"]
 
 
 def truncate(folder: Path) -> None:

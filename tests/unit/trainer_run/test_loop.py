@@ -2,7 +2,6 @@
 
 import json
 import threading
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
-from finetune_trainer import checkpoint, loop
+from finetune_trainer import loop
 from finetune_trainer.data.examples import Examples, Prepared, join
+from finetune_trainer.data.shares import Limit
 from finetune_trainer.errors import JobError
 from finetune_trainer.loop import CHECKPOINTS, Models, Task, train
 from finetune_trainer.model import load_model
@@ -45,6 +45,8 @@ class Listener:
     def stop_requested(self) -> bool:
         self.asked += 1
         return self.stop_after is not None and self.asked >= self.stop_after
+
+    regroup_requested = False
 
     def post(self, progress: WorkerProgress) -> None:
         self.told.append(progress)
@@ -118,7 +120,7 @@ def test_it_learns_and_leaves_the_result(files: ModelFiles, tmp_path: Path) -> N
     assert {metric.name for metric in last.metrics} == {"train/loss", "train/learningRate", "train/gradNorm", "validation/loss"}
     assert last.checkpoint is not None
     assert last.checkpoint.step == last.total_steps
-    assert len(steps_saved(tmp_path)) == 2
+    assert steps_saved(tmp_path)[-2:] == ["step-00000006", "step-00000008"]
 
 
 def test_the_baseline_is_the_loss_of_the_model_as_it_came(files: ModelFiles, tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step(files: ModelFiles, tmp_p
 
     real = Sft()
     monkeypatch.setattr(loop, "begin_objective", lambda spec, context: BreaksAtTheFourth())
-    with pytest.raises(JobError, match="step 4: the loss is nan") as caught:
+    with pytest.raises(JobError, match=r"step 4: the loss is nan, .*; the last good checkpoint is file://.*/step-00000003$") as caught:
         run(files, tmp_path, microBatchSize=4)
     assert caught.value.reason == Reason.TRAINING_DIVERGED
     assert steps_saved(tmp_path) == ["step-00000003"]
@@ -288,24 +290,165 @@ def test_a_checkpoint_of_another_configuration_is_refused(files: ModelFiles, tmp
     assert caught.value.reason == Reason.CHECKPOINT_INCOMPATIBLE
 
 
-def test_what_was_loaded_from_a_checkpoint_is_not_held(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(files, tmp_path, Listener(stop_after=2))
-    loaded: list[weakref.ref[checkpoint.TrainingState]] = []
-    original = checkpoint.newest
+class ShortOfMemory:
+    """An objective that fails as torch does where a micro-batch is too large, before or after its backward pass began."""
 
-    def newest(*arguments: Any) -> tuple[checkpoint.TrainingState | None, tuple[str, ...]]:
-        state, damaged = original(*arguments)
-        assert state is not None
-        loaded.append(weakref.ref(state))
-        return state, damaged
+    unit = "label"
+    measured = Sft()
 
-    class Watching(Listener):
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.refused = 0
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        if model.module.training and batch.tokens > self.most:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return Sft().loss(model, batch)
+
+
+@pytest.mark.parametrize("size", ["auto", 4])
+def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: Any
+) -> None:
+    """A step has four rows of up to 12 tokens; 24 fit at once."""
+    settings = {"microBatchSize": size, "dropout": 0.0, "packing": False, "epochs": 1}
+    assert run(files, tmp_path / "one by one", **{**settings, "microBatchSize": 1})
+    objective, listener = ShortOfMemory(24), Listener()
+    monkeypatch.setattr(loop, "begin_objective", lambda spec, context: objective)
+    assert run(files, tmp_path / "short", listener, **settings)
+    assert 1 <= objective.refused <= 3
+    (one, weights), (short, other) = result(tmp_path / "one by one"), result(tmp_path / "short")
+    assert short == pytest.approx(one, abs=1e-5)
+    for name in weights:
+        torch.testing.assert_close(other[name], weights[name], atol=1e-5, rtol=1e-4)
+    warnings = listener.told[-1].warnings
+    assert 1 <= len(warnings) <= 3
+    assert all(text.startswith("a micro-batch did not fit into memory: micro-batches are of ") for text in warnings)
+
+
+def test_a_step_that_is_repeated_has_the_same_randomness(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One refusal in the midst of a step, then the same micro-batches: with dropout the end is the same to the bit."""
+
+    class RefusesOnce:
+        unit = "label"
+        measured = Sft()
+        calls = 0
+
+        def loss(self, model: Any, batch: Any) -> Any:
+            self.calls += model.module.training
+            if model.module.training and self.calls == 4:
+                raise torch.OutOfMemoryError("once")
+            return Sft().loss(model, batch)
+
+    settings = {"packing": False, "microBatchSize": 2, "epochs": 1}
+    assert run(files, tmp_path / "undisturbed", **settings)
+    objective = RefusesOnce()
+    monkeypatch.setattr(loop, "begin_objective", lambda spec, context: objective)
+    monkeypatch.setattr(Limit, "halved", lambda self, *_: self)
+    assert run(files, tmp_path / "repeated", **settings)
+    assert objective.calls == 15 + 2
+    same_end(tmp_path / "undisturbed", tmp_path / "repeated")
+
+
+def test_a_single_row_that_does_not_fit_ends_it(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "begin_objective", lambda spec, context: ShortOfMemory(4))
+    with pytest.raises(JobError, match="a single sequence does not fit") as caught:
+        run(files, tmp_path, packing=False)
+    assert caught.value.reason == Reason.GPU_OUT_OF_MEMORY
+
+
+def test_two_workers_halve_together(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one of them is short: both take the step again, and the losses stay what they were."""
+    job = job_with(files.folder, dropout=0.0, epochs=1, packing=False, microBatchSize=2)
+    task = Task(job, files.base, CONFIG, storage_in(tmp_path / "one"))
+    assert train(task, Models(load_model(files, job, CPU)), DATA, Worker(), Listener())
+
+    objectives = iter([ShortOfMemory(1000), ShortOfMemory(13)])
+    monkeypatch.setattr(loop, "begin_objective", lambda spec, context: next(objectives))
+    together, task = Together(2), Task(job, files.base, CONFIG, storage_in(tmp_path / "two"))
+    models, listener = [load_model(files, job, CPU) for _ in range(2)], Listener()
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(train, task, Models(model), DATA, together.worker(rank), listener) for rank, model in enumerate(models)]
+        assert [one.result() for one in both] == [True, True]
+    assert result(tmp_path / "two")[0] == pytest.approx(result(tmp_path / "one")[0], abs=1e-5)
+    assert listener.told[-1].warnings
+
+
+def worsening_after(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Have the validation losses be these; the untuned model's and the other splits' are as they are."""
+    real, coming = loop.measure, iter(losses)
+
+    def measure(model: Any, objective: Any, splits: Any, *others: Any) -> Any:
+        return {"validation": next(coming)} if list(splits) == ["validation"] else real(model, objective, splits, *others)
+
+    monkeypatch.setattr(loop, "measure", measure)
+
+
+def test_early_stopping_publishes_the_best_checkpoint(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured after steps 3, 6, 9, ...: the loss falls once and then rises; with patience 2 the training ends after step 12."""
+    settings = {"epochs": 8, "earlyStopping": {"patience": 2}}
+    with monkeypatch.context() as patch:
+        worsening_after(patch, [3.0, 2.0, 2.5, 2.6, 2.7])
+        listener = Listener()
+        assert run(files, tmp_path / "stopped", listener, **settings)
+    last = listener.told[-1]
+    assert (last.step, last.checkpoint.step if last.checkpoint else None) == (12, 12)
+    assert last.best_checkpoint is not None
+    assert (last.best_checkpoint.step, last.best_checkpoint.value, last.best_checkpoint.metric) == (6, 2.0, "validation/loss")
+    assert steps_saved(tmp_path / "stopped") == ["step-00000006", "step-00000009", "step-00000012"]
+    _, weights = result(tmp_path / "stopped")
+    best = load_file(tmp_path / "stopped" / CHECKPOINTS / "step-00000006" / "model.safetensors")
+    assert sorted(float(tensor.double().sum()) for tensor in weights.values()) == sorted(float(t.double().sum()) for t in best.values())
+    assert json.loads((tmp_path / "stopped" / "result" / "manifest.json").read_text())["steps"] == 6
+
+
+def test_an_interruption_does_not_change_when_it_stops(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"epochs": 8, "earlyStopping": {"patience": 2}}
+    worsening_after(monkeypatch, [3.0, 2.0, 2.5, 2.6])
+    assert not run(files, tmp_path, Listener(stop_after=7), **settings)
+    assert not run(files, tmp_path, Listener(stop_after=2), **settings)  # after step 9, before its measurement
+    listener = Listener()
+    assert run(files, tmp_path, listener, **settings)
+    assert (listener.told[0].start_step, listener.told[-1].step) == (9, 12)
+    listener = Listener()
+    worsening_after(monkeypatch, [2.6])
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert run(files, tmp_path, listener, **settings)
+    assert listener.asked == 0
+
+
+def test_without_early_stopping_the_last_is_published_and_the_best_kept(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worsening_after(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+    listener = Listener()
+    assert run(files, tmp_path, listener, epochs=5)
+    assert steps_saved(tmp_path) == ["step-00000003", "step-00000009", "step-00000010"]
+    assert listener.told[-1].best_checkpoint is not None
+    assert listener.told[-1].best_checkpoint.step == 3
+    assert json.loads((tmp_path / "result" / "manifest.json").read_text())["steps"] == 10
+
+
+def test_a_best_checkpoint_that_is_damaged_is_not_published(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Damaging(Listener):
         def post(self, progress: WorkerProgress) -> None:
             super().post(progress)
-            if progress.step > 2:
-                assert loaded[0]() is None
+            if progress.step == 10:
+                (tmp_path / CHECKPOINTS / "step-00000003" / "model.safetensors").write_bytes(b"lost")
 
-    monkeypatch.setattr(checkpoint, "newest", newest)
-    listener = Watching()
-    run(files, tmp_path, listener)
-    assert listener.told[-1].step > 2
+    worsening_after(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+    listener = Damaging()
+    assert run(files, tmp_path, listener, epochs=5, earlyStopping={"patience": 9})
+    assert "the best checkpoint is lost" in listener.told[-1].warnings[0]
+    assert json.loads((tmp_path / "result" / "manifest.json").read_text())["steps"] == 10
+
+
+def test_a_call_to_regroup_saves_a_checkpoint_and_the_workers_leave(files: ModelFiles, tmp_path: Path) -> None:
+    class Regrouping(Listener):
+        @property
+        def regroup_requested(self) -> bool:  # type: ignore[override]
+            return self.asked == 5
+
+    assert not run(files, tmp_path, Regrouping())
+    assert steps_saved(tmp_path) == ["step-00000003", "step-00000005"]

@@ -1,0 +1,154 @@
+"""How far the training is, what its checkpoints hold of that, and which of them is the best."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetune_api.reasons import Reason
+from finetune_api.status import BestCheckpoint, CheckpointRef
+from finetune_api.v1alpha1 import Spec
+from finetune_trainer import checkpoint
+from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation import Losses
+from finetune_trainer.model import CausalModel
+from finetune_trainer.optimisation import NamedParameters, moments_of, restore, restore_parameters
+from finetune_trainer.stopping import Validations
+from finetune_trainer.storage import Storage
+from finetune_trainer.telling import Teller
+from finetune_trainer.worker import Worker
+
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint is of."""
+
+    model: CausalModel
+    parameters: NamedParameters
+    """Everything that trains, by name."""
+    optimizer: torch.optim.Optimizer
+
+
+class Keeper:
+    """Counts, saves and restores. All workers call its methods at the same points."""
+
+    def __init__(self, storage: Storage, config: Mapping[str, Any], spec: Spec, trained: Trained, worker: Worker) -> None:
+        self._storage, self._config, self._trained, self._worker = storage, config, trained, worker
+        self._rule, self._every, self._keep = spec.training.early_stopping, spec.checkpoint.every_steps, spec.checkpoint.keep
+        self.step = 0
+        """Optimiser steps done."""
+        self.tokens = 0
+        """Tokens of examples that they were taken on."""
+        self.last_validation: Losses = {}
+        """The validation loss of the state as it is; empty where it was not measured."""
+        self._validations = Validations()
+        self._latest: CheckpointRef | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether early stopping ends the training here."""
+        return self._validations.over(self._rule)
+
+    @property
+    def owes_validation(self) -> bool:
+        """Whether the training was interrupted between the checkpoint that it goes on from and the measurement that belongs to it."""
+        return self.step > 0 and self.step % self._every == 0 and self._validations.step < self.step
+
+    @property
+    def best(self) -> BestCheckpoint | None:
+        """The checkpoint with the lowest validation loss."""
+        step, loss = self._validations.best_step, self._validations.best_loss
+        if step is None or loss is None:
+            return None
+        return BestCheckpoint(step=step, uri=self._locate(step), metric=f"{VALIDATION}/loss", value=loss)
+
+    @property
+    def latest(self) -> CheckpointRef | None:
+        """The newest complete checkpoint."""
+        return self._latest
+
+    def resume(self) -> tuple[str, ...]:
+        """Go on from the newest complete checkpoint, if there is one. Returns the names of damaged ones that were set aside.
+
+        Rank 0 proves and chooses; the others read what it chose, and each worker reads only what it holds.
+        """
+        state, damaged = checkpoint.newest(self._storage, self._config) if self._worker.leads else (None, ())
+        step = self._worker.agree(state.step + 1 if state else 0) - 1
+        if step >= 0:
+            state = state or checkpoint.find(self._storage, step, self._config, proven=True)
+            self._trained.model.settle()
+            with checkpoint.opened(self._storage, state) as (parameters, moments):
+                restore(self._trained.optimizer, self._trained.parameters, parameters, moments)
+            self.step, self.tokens, self._validations = state.step, state.trained_tokens, state.validations
+            self._latest = CheckpointRef(step=step, uri=self._locate(step))
+        return damaged
+
+    def count(self, tokens: int) -> int:
+        """One more step. Returns how many there are."""
+        self.step, self.tokens, self.last_validation = self.step + 1, self.tokens + tokens, {}
+        return self.step
+
+    def save(self, teller: Teller) -> None:
+        """Save the state as it is: sharded, all workers together; else rank 0 alone, and the others wait for it at the next step."""
+        parameters = {name: parameter.detach() for name, parameter in self._trained.parameters}
+        moments = moments_of(self._trained.optimizer, self._trained.parameters)
+        state = checkpoint.TrainingState(self.step, self.tokens, parameters, moments, self._validations)
+        if self._worker.leads or state.sharded:
+            uri = checkpoint.save(self._storage, state, self._config, keep=self._keep, worker=self._worker)
+            self._latest = CheckpointRef(step=self.step, uri=uri)
+        teller.checkpoint(self._latest, self.best)
+
+    def validate(self, losses: Losses, teller: Teller) -> None:
+        """Take the validation loss of the checkpoint just saved. Raises JobError (TrainingDiverged) where it is no number."""
+        for split, loss in losses.items():
+            if not math.isfinite(loss):
+                raise JobError(Reason.TRAINING_DIVERGED, f"step {self.step}: the {split} loss is {loss}")
+            self._validations = self._validations.after(self.step, loss, self._rule)
+        self.last_validation = losses
+        teller.validation(self.step, losses)
+        teller.checkpoint(self._latest, self.best)
+
+    def take_best(self, teller: Teller) -> None:
+        """Put the best checkpoint's parameters in place of the last ones; they stay where it turns out to be damaged."""
+        best = self._validations.best_step
+        if best is None or best == self.step:
+            return
+        state = None
+        if self._worker.leads:
+            try:
+                state = checkpoint.find(self._storage, best, self._config)
+            except JobError as error:
+                teller.warn(f"the best checkpoint is lost, the last one is published: {error.message}")
+        if not self._worker.agree(int(state is not None)):
+            return
+        state = state or checkpoint.find(self._storage, best, self._config, proven=True)
+        self._trained.model.settle()
+        with checkpoint.opened(self._storage, state) as (parameters, _):
+            restore_parameters(self._trained.parameters, parameters)
+        self.step, self.tokens = state.step, state.trained_tokens
+        self.last_validation = {VALIDATION: self._validations.best_loss} if self._validations.best_loss is not None else {}
+
+    def remove_damaged(self) -> None:
+        """Nobody needs what was set aside, now that all went well. It is not worth failing for."""
+        if self._worker.leads:
+            with suppress(JobError):
+                checkpoint.remove_damaged(self._storage)
+
+    @contextmanager
+    def named_in_divergence(self) -> Iterator[None]:
+        """Have an error that says that the training diverges name the checkpoint to go back to."""
+        try:
+            yield
+        except JobError as error:
+            if error.reason != Reason.TRAINING_DIVERGED:
+                raise
+            last = f"the last good checkpoint is {self._latest.uri}" if self._latest else "there is no checkpoint before it"
+            raise JobError(error.reason, f"{error.message}; {last}") from error
+
+    def _locate(self, step: int) -> str:
+        return self._storage.locate(checkpoint.name_of(step))

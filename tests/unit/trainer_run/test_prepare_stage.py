@@ -1,0 +1,86 @@
+"""The head's first stage with the quickstart's model: where the prepared data is, and who finds it there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune_api.v1alpha1 import parse_job
+from finetune_trainer import data_cache
+from finetune_trainer.console import Console
+from finetune_trainer.data.examples import open_prepared
+from finetune_trainer.environment import Environment
+from finetune_trainer.errors import JobError
+from finetune_trainer.following import Following
+from finetune_trainer.interruption import Interruption
+from finetune_trainer.report import Reporter
+from finetune_trainer.run import PREPARED_FACTS, Attempt, prepare
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return Path(shutil.copy(EXAMPLES / "data" / "support" / "test.jsonl", tmp_path / "train.jsonl"))
+
+
+def attempt(data: Path, uid: str = "u1", number: int = 1, **training: object) -> Attempt:
+    spec = {
+        "model": {"source": f"file://{EXAMPLES}/models/tiny-llama"},
+        "data": {"train": {"source": f"file://{data}"}},
+        "method": {"lora": {}},
+        "training": {"maxSequenceLength": 256} | training,
+        "output": {"storage": f"file://{data.parent}/out"},
+    }
+    metadata = {"name": "bot", "namespace": "team", "uid": uid}
+    job = parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, local=True)
+    environment = Environment(data, number, data, "127.0.0.1", 6379, 8000, data.parent, local=True)
+    reporter, console, interruption = Reporter(uid, number), Console(), Interruption()
+    return Attempt(environment, job, reporter, console, None, Following(reporter, console, interruption), interruption)  # type: ignore[arg-type]
+
+
+def refuse(*_: object) -> None:
+    pytest.fail("the data was prepared again")
+
+
+def test_the_workers_are_told_where_the_data_is(data: Path, tmp_path: Path) -> None:
+    first = attempt(data)
+    preparation = prepare(first)
+    prepared = open_prepared(first.storage.location(preparation.data), tmp_path / "cache")
+    assert prepared.digest == preparation.resolved.data_digest == preparation.config["data"]["digest"]
+    summary = first.reporter.report.data
+    assert summary is not None
+    assert (summary.train, summary.validation) == (prepared.train.groups, prepared.validation.groups)
+    assert summary.tokens == len(prepared.train.tokens)
+
+
+def test_another_job_with_the_same_data_finds_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(attempt(data, "u1"))
+    monkeypatch.setattr(data_cache, "write_data", refuse)
+    second = prepare(attempt(data, "u2", epochs=5))
+    assert (second.data, second.resolved.data_digest) == (first.data, first.resolved.data_digest)
+    assert second.resolved.config_digest != first.resolved.config_digest
+
+
+def test_a_later_attempt_takes_the_same_whatever_has_become_of_the_source(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(attempt(data))
+    data.unlink()
+    monkeypatch.setattr(data_cache, "find_or_prepare", refuse)
+    assert prepare(attempt(data, number=2)).data == first.data
+
+
+def test_a_later_attempt_whose_folder_was_removed_prepares_again(data: Path) -> None:
+    first = attempt(data)
+    before = prepare(first)
+    shutil.rmtree(first.storage.location(before.data).path)
+    again = prepare(attempt(data, number=2))
+    assert (again.data, again.resolved) == (before.data, before.resolved)
+    assert open_prepared(first.storage.location(again.data), data.parent).digest == before.resolved.data_digest
+
+
+def test_bad_data_leaves_no_facts(data: Path) -> None:
+    data.write_text('{"messages": []}\n')
+    refused = attempt(data)
+    with pytest.raises(JobError, match="messages is empty"):
+        prepare(refused)
+    assert refused.own.read_json(PREPARED_FACTS) is None

@@ -3,7 +3,7 @@
 import time
 
 from finetune_api.report import Report
-from finetune_api.status import Checkpoints, Progress, Usage
+from finetune_api.status import WARNINGS_MAX, Checkpoints, Progress, Usage
 from finetune_trainer.console import Console
 from finetune_trainer.interruption import Interruption
 from finetune_trainer.progress import WorkerProgress
@@ -57,15 +57,30 @@ class Following:
         self._reporter.update(
             progress=state,
             metrics=tuple(metrics.values()),
-            checkpoints=Checkpoints(latest=progress.checkpoint) if progress.checkpoint else self._reporter.report.checkpoints,
+            checkpoints=self._checkpoints(progress),
             message=progress.message or f"step {state.step} of {state.total_steps}",
             usage=self._usage(),
         )
+        self._warn(progress.warnings)
         if progress.stage == "Evaluate" and self._stage("Evaluate") == "Pending":
             self._reporter.start_stage("Evaluate", progress.message, workers_wanted=self._reporter.report.workers_wanted)
         if progress.stage == "Train" and progress.step:
             self._console.progress(state, {name: metric.value for name, metric in metrics.items()})
         return self._interruption.requested
+
+    def _checkpoints(self, progress: WorkerProgress) -> Checkpoints | None:
+        """What is known of the checkpoints; a group that is only loading knows nothing new."""
+        known = self._reporter.report.checkpoints
+        return Checkpoints(latest=progress.checkpoint, best=progress.best_checkpoint) if progress.checkpoint else known
+
+    def _warn(self, warnings: tuple[str, ...]) -> None:
+        """Pass on what is new, at once."""
+        known = self._reporter.report.warnings
+        new = tuple(text for text in warnings if text not in known)[: WARNINGS_MAX - len(known)]
+        for text in new:
+            self._console.say(text)
+        if new:
+            self._reporter.announce(warnings=(*known, *new))
 
     def _begin_group(self, progress: WorkerProgress, start_step: int) -> None:
         """Another worker group has loaded its state: what was done after the checkpoint that it goes on from is lost.

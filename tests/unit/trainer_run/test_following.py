@@ -3,7 +3,7 @@
 import pytest
 
 from finetune_api.report import Report
-from finetune_api.status import CheckpointRef, Metric, Progress
+from finetune_api.status import BestCheckpoint, CheckpointRef, Checkpoints, Metric, Progress
 from finetune_trainer.console import Console, duration, progress_line
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import Interruption
@@ -78,6 +78,28 @@ def test_evaluation_is_a_stage_once() -> None:
     assert head.report.workers_wanted == 2
     head.hear("a", 0, 200, stage="Evaluate", message="measured")
     assert head.report.revision == revision
+
+
+def test_the_best_checkpoint_is_reported_beside_the_newest() -> None:
+    head = Head()
+    latest = CheckpointRef(step=50, uri="pvc://a/50")
+    best = BestCheckpoint(step=20, uri="pvc://a/20", metric="validation/loss", value=1.25)
+    head.hear("a", 0, 51, checkpoint=latest, best_checkpoint=best)
+    assert head.report.checkpoints == Checkpoints(latest=latest, best=best)
+    head.following.take(WorkerProgress(group="b"))
+    assert head.report.checkpoints == Checkpoints(latest=latest, best=best)
+
+
+def test_each_warning_is_passed_on_once_and_at_once() -> None:
+    head = Head()
+    revision = head.report.revision
+    head.hear("a", 0, 1, warnings=("short",))
+    assert (head.report.warnings, head.report.revision) == (("short",), revision + 1)
+    head.hear("b", 0, 2, warnings=("short", "slow"))
+    head.hear("b", 0, 3, warnings=("short", "slow"))
+    assert (head.report.warnings, head.report.revision) == (("short", "slow"), revision + 2)
+    head.hear("c", 0, 4, warnings=tuple(f"warning {number}" for number in range(8)))
+    assert len(head.report.warnings) == 8
 
 
 def test_the_call_to_stop_is_passed_on() -> None:

@@ -29,6 +29,11 @@ def quantization_config(kind: str, precision: torch.dtype) -> "BitsAndBytesConfi
     )
 
 
+def gpus_here() -> int:
+    """GPUs of this machine, which is where the workers of a local run are."""
+    return torch.cuda.device_count()
+
+
 def check_quantization(job: FineTuneJob, gpus: int) -> None:
     """Raise JobError (InvalidSpec) before workers exist where they could not hold quantized weights. `gpus` is what a worker gets."""
     kind = job.spec.model.quantization

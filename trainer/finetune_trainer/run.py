@@ -130,12 +130,14 @@ def prepare(attempt: Attempt) -> Preparation:
     from finetune_trainer.data.examples import read_manifest
     from finetune_trainer.model import inspect_model, longest_example
     from finetune_trainer.model_files import fetch_model
+    from finetune_trainer.quantization import check_quantization, gpus_here
     from finetune_trainer.teacher import check_teacher, shortest_limit
 
     job, own = attempt.job, attempt.own
     attempt.reporter.start_stage("Prepare", "checking the storage, the model and the data", workers_wanted=0)
     attempt.storage.check_writable()
     check_free(attempt.storage, job, own)
+    check_quantization(job, gpus_here() if attempt.environment.local else gpus_of(job.spec.compute))
 
     facts = own.read_json(PREPARED_FACTS) or {}
     cache = attempt.scratch / "cache"

@@ -19,7 +19,7 @@ from finetune_api.scrub import scrub
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.data.examples import FORMAT, read_manifest
 from finetune_trainer.data.inputs import Input, check_unchanged
-from finetune_trainer.data.prepare import inputs_of, loss_on, write_data
+from finetune_trainer.data.prepare import ExampleTeacher, inputs_of, loss_on, write_data
 from finetune_trainer.data.tokenising import identity_of
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Mounts
@@ -46,7 +46,12 @@ class Entry:
 
 
 def find_or_prepare(
-    storage: Storage, job: FineTuneJob, mounts: Mounts, tokenizer: "PreTrainedTokenizerBase", longest: int | None = None
+    storage: Storage,
+    job: FineTuneJob,
+    mounts: Mounts,
+    tokenizer: "PreTrainedTokenizerBase",
+    longest: int | None = None,
+    teacher: ExampleTeacher | None = None,
 ) -> Entry:
     """The job's data, prepared: from the cache, or else read, checked, tokenised and put there. `storage` is output.storage.
 
@@ -54,11 +59,11 @@ def find_or_prepare(
     """
     inputs = inputs_of(job, mounts)
     before = {split: source.state() for split, source in inputs.items()}
-    name = f"{FOLDER}/{_key(job, inputs, tokenizer, longest)}"
+    name = f"{FOLDER}/{_key(job, inputs, tokenizer, longest, teacher)}"
     if (manifest := read_manifest(storage.location(name))) is not None:
         return Entry(name, manifest, is_new=False)
     with storage.shared_folder(name) as folder:
-        manifest = write_data(folder, job, inputs, tokenizer, longest)
+        manifest = write_data(folder, job, inputs, tokenizer, longest, teacher)
         for split, source in inputs.items():  # else the key would promise what the folder does not hold
             check_unchanged(before[split], source.state(), f"data.{split}")
     return Entry(name, manifest, is_new=True)
@@ -86,7 +91,13 @@ def _is_old(mark: Any | None, now: datetime) -> bool:  # noqa: ANN401 - any JSON
         return False
 
 
-def _key(job: FineTuneJob, inputs: dict[str, Input], tokenizer: "PreTrainedTokenizerBase", longest: int | None) -> str:
+def _key(
+    job: FineTuneJob,
+    inputs: dict[str, Input],
+    tokenizer: "PreTrainedTokenizerBase",
+    longest: int | None,
+    teacher: ExampleTeacher | None,
+) -> str:
     """sha256 over all that the arrays follow from, as 64 hexadecimal digits. Reads the sources' content once."""
     spec = job.spec
     settings = {
@@ -100,5 +111,6 @@ def _key(job: FineTuneJob, inputs: dict[str, Input], tokenizer: "PreTrainedToken
         "maxSequenceLength": spec.training.max_sequence_length,
         "longest": longest,
         "heldOut": None if spec.data.validation.fraction is None else [spec.data.validation.fraction, spec.training.seed],
+        **({} if teacher is None else {"teacher": teacher.identity()}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -6,10 +6,10 @@ of the data, but for a few bytes an example while a fraction is held out.
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from finetune_api.reasons import Reason
 from finetune_api.status import DataSummary
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.data.encoding import Encoded, Encoder, LossOn
-from finetune_trainer.data.examples import SPLITS, Prepared, open_prepared
+from finetune_trainer.data.examples import ARRAYS, SPLITS, Examples, Prepared, array_file, open_prepared
 from finetune_trainer.data.formats import Example, Format, detect_format, example_from
 from finetune_trainer.data.inputs import Input, input_of
 from finetune_trainer.data.rows import Fault, Row
@@ -54,12 +54,34 @@ def prepare_data(job: FineTuneJob, tokenizer: "PreTrainedTokenizerBase", mounts:
         return open_prepared(Location(LocalFileSystem(), folder, f"file://{folder}"), Path(folder))
 
 
+class ExampleTeacher(Protocol):
+    """A served teacher, whose answers to the prompts of the training data take the place of the data's own."""
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers follow from."""
+        ...
+
+    def taught(self, examples: Iterable[Example | Fault]) -> Iterator[Example | Fault]:
+        """The examples with its answers."""
+        ...
+
+    def write(self, folder: Path, train: Examples) -> None:
+        """Leave beside the prepared data what else it has said of it."""
+        ...
+
+
 def write_data(
-    folder: Path, job: FineTuneJob, inputs: dict[str, Input], tokenizer: "PreTrainedTokenizerBase", longest: int | None = None
+    folder: Path,
+    job: FineTuneJob,
+    inputs: dict[str, Input],
+    tokenizer: "PreTrainedTokenizerBase",
+    longest: int | None = None,
+    teacher: ExampleTeacher | None = None,
 ) -> dict[str, Any]:
     """Read, check and tokenise every split into a folder, and hold out the validation fraction.
 
-    `longest` is the longest example that the model takes. Returns the manifest, which has the counts for the status in `summary`.
+    `longest` is the longest example that the model takes; `teacher` answers the training data's prompts, what is held out of it too.
+    Returns the manifest, which has the counts for the status in `summary`.
     Raises OSError, and JobError (DatasetNotFound, DatasetInvalid, AuthenticationFailed, ...), for bad rows with the first by file, line and
     field and with their number.
     """
@@ -69,12 +91,15 @@ def write_data(
     for split, source in inputs.items():
         target = _UNDIVIDED if split == "train" and fraction is not None else split
         encoder = Encoder(tokenizer, loss_on(job), job.spec.training.max_sequence_length)
-        encoded = encoder.encode(_examples(source.rows(), job))
+        examples = examples_of(source.rows(), job)
+        encoded = encoder.encode(examples if teacher is None or split != "train" else teacher.taught(examples))
         rejected += _write_split(folder, target, f"data.{split}", _grouped(encoded, group), job, longest)
     if fraction is not None:
         held = _held_out(examples_in(folder, _UNDIVIDED) // group, fraction, job.spec.training.seed)
         divide(folder, _UNDIVIDED, np.repeat(held, group), rest="train", taken="validation")
 
+    if teacher is not None:
+        teacher.write(folder, Examples(*(np.load(folder / array_file("train", part), mmap_mode="r") for part in ARRAYS)))
     splits = [split for split in SPLITS if split in inputs or (split == "validation" and fraction is not None)]
     counts = {split: examples_in(folder, split) // group for split in splits}
     summary = DataSummary(
@@ -161,7 +186,7 @@ def _write_split(
     return seen.rejected
 
 
-def _examples(rows: Iterator[Row | Fault], job: FineTuneJob) -> Iterator[Example | Fault]:
+def examples_of(rows: Iterator[Row | Fault], job: FineTuneJob) -> Iterator[Example | Fault]:
     """Rows as examples; with format auto the first row decides for all."""
     columns = {str(name): column for name, column in job.spec.data.columns.items()}
     format_: Format | None = None if job.spec.data.format == "auto" else job.spec.data.format

@@ -105,10 +105,11 @@ class Keeper:
 
     def validate(self, losses: Losses, teller: Teller) -> None:
         """Take the validation loss of the checkpoint just saved. Raises JobError (TrainingDiverged) where it is no number."""
-        for split, loss in losses.items():
-            if not math.isfinite(loss):
-                raise JobError(Reason.TRAINING_DIVERGED, f"step {self.step}: the {split} loss is {loss}")
-            self._validations = self._validations.after(self.step, loss, self._rule)
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise JobError(Reason.TRAINING_DIVERGED, f"step {self.step}: the {name} {'' if '/' in name else 'loss '}is {value}")
+        if VALIDATION in losses:
+            self._validations = self._validations.after(self.step, losses[VALIDATION], self._rule)
         self.last_validation = losses
         teller.validation(self.step, losses)
         teller.checkpoint(self._latest, self.best)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from finetune_api.status import WARNING_LENGTH_MAX, WARNINGS_MAX, BestCheckpoint, CheckpointRef, Metric
 from finetune_trainer.data.batches import BatchPlan
-from finetune_trainer.evaluation import Losses
+from finetune_trainer.evaluation import Losses, metric_of
 from finetune_trainer.progress import WorkerProgress
 
 
@@ -56,8 +56,8 @@ class Teller:
         self._post()
 
     def validation(self, done: int, losses: Losses) -> None:
-        """The held-out losses after a step."""
-        self._metrics |= {f"{split}/loss": Metric(name=f"{split}/loss", value=loss, step=done) for split, loss in losses.items()}
+        """The held-out losses after a step, and what else was measured."""
+        self._metrics |= {metric_of(name): Metric(name=metric_of(name), value=value, step=done) for name, value in losses.items()}
         self._post()
 
     def checkpoint(self, latest: CheckpointRef | None, best: BestCheckpoint | None) -> None:

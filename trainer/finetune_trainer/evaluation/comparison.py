@@ -4,18 +4,29 @@ import math
 from collections.abc import Mapping
 
 from finetune_api.status import Evaluation, EvaluationResult
+from finetune_trainer.evaluation.losses import metric_of
 
 _LARGEST_EXPONENT = 700.0
 
 
-def compare(before: Mapping[str, float], after: Mapping[str, float]) -> Evaluation:
-    """Loss and perplexity of each split that either model was measured on."""
+def compare(before: Mapping[str, float], after: Mapping[str, float], *, per_token: bool = True) -> Evaluation:
+    """Loss and perplexity of each split that either model was measured on, and the objective's own figures.
+
+    `per_token` says whether the losses are means over tokens, in nats: of others there is no perplexity.
+    """
     results = []
-    for split in sorted(before.keys() | after.keys(), key=("validation", "test").index):
-        old, new = before.get(split), after.get(split)
-        results.append(EvaluationResult(metric=f"{split}/loss", value=new, baseline=old))
-        results.append(EvaluationResult(metric=f"{split}/perplexity", value=_perplexity(new), baseline=_perplexity(old)))
+    for name in sorted(before.keys() | after.keys(), key=_place):
+        old, new = before.get(name), after.get(name)
+        results.append(EvaluationResult(metric=metric_of(name), value=new, baseline=old))
+        if per_token and "/" not in name:
+            results.append(EvaluationResult(metric=f"{name}/perplexity", value=_perplexity(new), baseline=_perplexity(old)))
     return Evaluation(results=tuple(results))
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Validation before test, and of each the loss first."""
+    split, _, figure = name.partition("/")
+    return ("validation", "test").index(split), figure
 
 
 def _perplexity(loss: float | None) -> float | None:

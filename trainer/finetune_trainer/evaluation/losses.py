@@ -4,19 +4,25 @@ from collections.abc import Mapping
 
 import torch
 
-from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Training
-from finetune_trainer.data.batches import AUTO_TOKENS, rows_of
 from finetune_trainer.data.examples import Examples
-from finetune_trainer.data.shares import Limit, Piece, Sharing
-from finetune_trainer.data.tensors import collate
-from finetune_trainer.errors import JobError
+from finetune_trainer.data.shares import Limit
+from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives import Objective
+from finetune_trainer.objectives import Objective, figures_of
+from finetune_trainer.objectives.sweep import sweep
 from finetune_trainer.worker import Worker
 
 Losses = Mapping[str, float]
-"""Mean loss per unit of the objective (for most a labelled token, in nats), by the split's name."""
+"""Mean loss per unit of the objective (for most a labelled token, in nats), by the split's name: `validation`.
+
+What else the objective says of a split stands beside it, by a longer name: `validation/rewardAccuracy`.
+"""
+
+
+def metric_of(name: str) -> str:
+    """The metric that people see for a name of Losses."""
+    return name if "/" in name else f"{name}/loss"
 
 
 def measure(
@@ -27,43 +33,38 @@ def measure(
     worker: Worker,
     limit: Limit | None = None,
 ) -> Losses:
-    """The mean loss of each split that has a label. Every worker calls it and gets the same answer.
+    """The mean loss of each split that has a label, and the objective's own figures. Every worker calls it and gets the same answer.
 
-    `limit` is what a worker holds at once, where that is not what the training asks for.
+    `limit` is what a worker holds at once, where that is not what the training asks for. Raises JobError (GPUOutOfMemory) where a single
+    row does not fit into memory.
     """
-    limit = limit or Limit(training.micro_batch_size, AUTO_TOKENS[worker.device.type])
-    return {
-        name: mean_loss(model, objective, examples, training, worker, limit)
-        for name, examples in splits.items()
-        if examples.label_counts().sum() > 0
-    }
-
-
-def mean_loss(model: CausalModel, objective: Objective, examples: Examples, training: Training, worker: Worker, limit: Limit) -> float:
-    """The sum of the losses of all units, over their number: each weighs the same, however the rows are shared out.
-
-    A piece that does not fit into memory is computed in halves. Raises JobError (GPUOutOfMemory) where a single row does not fit.
-    """
-    sharing = Sharing(worker.rank, worker.world, together=model.sharded)
-    waiting = sharing.pieces(rows_of(examples, training), examples.lengths(), limit)[::-1]
-    total = torch.zeros((), dtype=torch.float64)
+    found: dict[str, float] = {}
     was_training = model.module.training
     model.module.eval()
-    with torch.no_grad():
-        while waiting:
-            piece = waiting.pop()
-            try:
-                batch = collate(examples, piece.rows, model.layout).to(worker.device)
-                loss = objective.loss(model, batch).total.to("cpu", torch.float64)
-            except torch.OutOfMemoryError as error:
-                if len(piece.rows) == 1:
-                    raise JobError(Reason.GPU_OUT_OF_MEMORY, "a single sequence does not fit into the memory of a worker") from error
-                if model.sharded:  # the others wait for this one's part of a layer
-                    raise
-                middle = len(piece.rows) // 2
-                waiting += [Piece(piece.rows[middle:]), Piece(piece.rows[:middle])]
-                continue
-            total += 0.0 if piece.idle else loss
+    for split, examples in splits.items():
+        if examples.label_counts().sum() > 0:
+            loss, figures = _means(model, objective, (split, examples), training, worker, limit)
+            found |= {split: loss, **{f"{split}/{name}": value for name, value in figures.items()}}
     model.module.train(was_training)
+    return found
+
+
+def _means(
+    model: CausalModel, objective: Objective, named: tuple[str, Examples], training: Training, worker: Worker, limit: Limit | None
+) -> tuple[float, dict[str, float]]:
+    """The sums over all units of a split, over their number: each weighs the same, however the rows are shared out."""
+    names = figures_of(objective)
+
+    def see(batch: MicroBatch) -> torch.Tensor:
+        loss = objective.loss(model, batch)
+        return torch.stack([each.to("cpu", torch.float64) for each in (loss.total, *(loss.figures[name] for name in names))])
+
+    sums = torch.zeros(1 + len(names), dtype=torch.float64)  # also of a worker that has no row: all of them add as many numbers
+    for seen in sweep(model, named, training, worker, limit, see):
+        sums += seen
+    sums = sums.to(worker.device)
+    worker.all_reduce(sums)
+    examples = named[1]
     count = examples.groups if objective.unit == "group" else int(examples.label_counts().sum())
-    return worker.sum(float(total)) / count
+    loss, *figures = (sums / count).tolist()
+    return loss, dict(zip(names, figures, strict=True))

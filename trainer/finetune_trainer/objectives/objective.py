@@ -60,6 +60,21 @@ class Learns(Protocol):
         ...
 
 
+@runtime_checkable
+class Shows(Protocol):
+    """An objective that has more to say of held-out data than its loss."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that each LossSum has."""
+        ...
+
+
+def figures_of(objective: Objective) -> tuple[str, ...]:
+    """The names of what an objective says of held-out data beside its loss: for most nothing."""
+    return objective.figures if isinstance(objective, Shows) else ()
+
+
 def parameters_of(objective: Objective) -> list[tuple[str, torch.nn.Parameter]]:
     """What an objective trains beside the model: for most nothing. Names begin with `objective.`, which no module's does."""
     own = objective.parameters() if isinstance(objective, Learns) else []

@@ -1,4 +1,4 @@
-"""Measure and print: the trainer beside TRL, API requests of one job's life, the operator with many jobs.
+"""Measure and print: the trainer beside TRL, preparing data, API requests of one job's life, the operator with many jobs.
 
 python -m tests.bench                        # all
 python -m tests.bench training --pairs 5     # one of them
@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from tests.bench import control_plane, training
+from tests.bench import control_plane, data, training
 from tests.integration.api.apiserver import NoApiServerError
 
-PARTS = ("training", "life", "jobs")
+PARTS = ("training", "data", "life", "jobs")
 
 
 def main() -> None:
@@ -31,6 +31,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         if "training" in parts:
             console.print(training.compare(arguments.pairs, Path(folder) / "training", arguments.size))
+        if "data" in parts:
+            console.print(data.prepare(Path(folder) / "data"))
         try:
             if "life" in parts:
                 console.print(asyncio.run(control_plane.one_life(Path(folder) / "life")))

@@ -128,6 +128,7 @@ def prepare(attempt: Attempt) -> Preparation:
     """
     from finetune_trainer import data_cache
     from finetune_trainer.data.examples import read_manifest
+    from finetune_trainer.endpoint_answers import endpoint_teacher
     from finetune_trainer.model import inspect_model, longest_example
     from finetune_trainer.model_files import fetch_model
     from finetune_trainer.quantization import check_quantization, gpus_here
@@ -152,7 +153,8 @@ def prepare(attempt: Attempt) -> Preparation:
 
     if "folder" not in facts or read_manifest(attempt.storage.location(facts["folder"])) is None:
         longest = shortest_limit(longest_example(files, job.spec.method), teacher)
-        entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest)
+        served = endpoint_teacher(job, tokenizer, attempt.mounts, attempt.storage, attempt.console.say)
+        entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest, served)
         facts = {"revision": files.revision, "digest": entry.manifest["digest"], "data": entry.manifest["summary"], "folder": entry.name}
         facts |= {"teacherRevision": teacher.revision} if teacher is not None else {}
         own.write_json(PREPARED_FACTS, facts)

@@ -1,0 +1,297 @@
+"""A model that is served behind OpenAI's HTTP interface (vLLM, llama.cpp, most hosted services): asked for the answers to prompts.
+
+A conversation goes to `<url>/chat/completions`, a plain prompt to `<url>/completions`. Transient failures are tried again, and a call to
+wait (429 with Retry-After) holds up all requests. The key goes to the URL that the job names and nowhere else: no redirect is followed.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import tenacity
+
+from finetune_api.reasons import Reason
+from finetune_api.scrub import scrub
+from finetune_api.v1alpha1 import Endpoint
+from finetune_trainer.errors import JobError
+
+FIELD = "objective.distillation.teacher.endpoint"
+ATTEMPTS = 6
+"""Times that a request is sent at most; a refusal for the number of requests does not count."""
+RETRY_WAIT: tenacity.wait.wait_base = tenacity.wait_random_exponential(multiplier=1, max=30)
+CONNECT_SECONDS = 15.0
+PROBE_SECONDS = 60.0
+"""Longest time for the first, shortest answer: a server that scales from zero may need a while."""
+ANSWER_SECONDS = 120.0
+"""Longest time for an answer, and SECONDS_FOR_TOKEN more for each token that it may have."""
+SECONDS_FOR_TOKEN = 0.5
+LARGEST_PAUSE = 300.0
+"""Longest that a server's Retry-After is obeyed at once; then it is asked again."""
+PATIENCE = 1800.0
+"""Longest time that a server may go on refusing for the number of requests."""
+_SHOWN = 300
+
+Messages = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask: a plain prompt, or a conversation that ends before the answer."""
+
+    prompt: str | None = None
+    messages: Messages = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer, as bytes, with the most probable ones in its place."""
+
+    text: bytes
+    top: tuple[tuple[bytes, float], ...]
+    """Tokens with the logarithm of their probability."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    cut: bool = False
+    """Whether it was cut off at maxTokens."""
+    tokens: tuple[Token, ...] = ()
+    """Empty where no probabilities were asked for, or none were given."""
+
+
+class RefusedQuestionError(Exception):
+    """The server will not answer this question (too long for it, against its rules)."""
+
+
+class MissingRouteError(JobError):
+    """The server does not have a path, or not for this model."""
+
+
+class _TransientError(Exception):
+    """The same request may succeed a little later."""
+
+
+class ServedModel:
+    """A connection to an endpoint; to be used in one event loop, as an asynchronous context."""
+
+    def __init__(self, endpoint: Endpoint, key: str | None, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        self._endpoint, self._key, self._sleep = endpoint, key, sleep
+        self._url = endpoint.url.rstrip("/")
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._free_at = 0.0
+        self._refused_since: float | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "ServedModel":
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        connections = aiohttp.TCPConnector(limit=self._endpoint.concurrency)
+        self._session = aiohttp.ClientSession(headers=headers, connector=connections, proxy=_proxy(self._url))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def probe(self, *, chat: bool) -> None:
+        """Ask for one token, so that a wrong address, name or key is found before anything is paid for.
+
+        Raises JobError (TeacherUnavailable, AuthenticationFailed, InvalidSpec).
+        """
+        question = Question(messages=({"role": "user", "content": "Hello"},)) if chat else Question(prompt="Hello")
+        try:
+            await self._ask(question, most_tokens=1, seconds=PROBE_SECONDS, attempts=3)
+        except RefusedQuestionError as error:
+            raise JobError(Reason.INVALID_SPEC, f"{FIELD}: {self._url} refuses a request of this form: {error}") from error
+
+    async def answer(self, question: Question) -> Answer:
+        """The answer to a question. Raises RefusedQuestionError, and JobError (TeacherUnavailable, AuthenticationFailed)."""
+        async with self._slots:
+            seconds = ANSWER_SECONDS + SECONDS_FOR_TOKEN * self._endpoint.max_tokens
+            return await self._ask(question, self._endpoint.max_tokens, seconds, ATTEMPTS)
+
+    async def _ask(self, question: Question, most_tokens: int, seconds: float, attempts: int) -> Answer:
+        path, body = request_of(question, self._endpoint, most_tokens)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_TransientError),
+            stop=tenacity.stop_after_attempt(attempts),
+            wait=RETRY_WAIT,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            payload: Any = await retrying(self._send, f"{self._url}{path}", body, aiohttp.ClientTimeout(total=seconds, connect=CONNECT_SECONDS))
+        except _TransientError as error:
+            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self._url} {error}, {attempts} times") from error
+        try:
+            return answer_in(payload)
+        except (LookupError, TypeError, ValueError) as error:
+            what = f"{self._url}{path} did not answer as OpenAI's interface does: {_short(json.dumps(payload))}"
+            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is url the base address, such as https://host/v1?") from error
+
+    async def _send(self, url: str, body: Mapping[str, Any], timeout: aiohttp.ClientTimeout) -> Any:  # noqa: ANN401, ASYNC109 - any JSON
+        """One request, and again where the server asks to wait. Raises _TransientError, RefusedQuestionError, JobError."""
+        assert self._session is not None  # noqa: S101 - entered
+        while True:
+            await self._until_free()
+            try:
+                async with self._session.post(url, json=body, timeout=timeout, allow_redirects=False) as response:
+                    text = self._without_key(await response.text(errors="replace"))
+                    status, headers = response.status, dict(response.headers)
+            except (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:
+                raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}.url: {scrub(str(error))}") from error
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise _TransientError(f"does not answer ({type(error).__name__}: {_short(str(error)) or 'no word in time'})") from error
+            if status != HTTPStatus.TOO_MANY_REQUESTS:
+                self._refused_since = None
+                return self._checked(url, status, headers, text)
+            self._hold(headers.get("Retry-After"), text)
+
+    def _checked(self, url: str, status: int, headers: Mapping[str, str], text: str) -> Any:  # noqa: ANN401 - any JSON
+        """The JSON of an answer. Raises for any other."""
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            secret = self._endpoint.secret_ref
+            advice = (
+                f"the key `token` of the Secret {secret.name} is not accepted"
+                if secret
+                else "set secretRef to a Secret with the key `token`"
+            )
+            raise JobError(Reason.AUTHENTICATION_FAILED, f"{FIELD}: {self._url} answers {status}: {advice}{_said(text)}")
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.REQUEST_TIMEOUT:
+            raise _TransientError(f"answers {status}{_said(text)}")
+        if 300 <= status < 400:
+            target = _short(headers.get("Location", "elsewhere"))
+            raise JobError(
+                Reason.TEACHER_UNAVAILABLE, f"{FIELD}.url: {self._url} leads on to {target}, which is not followed: name that address"
+            )
+        if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+            what = (
+                f"{url} answers {status}{_said(text)}: check url, which ends before /chat/completions, and model ({self._endpoint.model})"
+            )
+            raise MissingRouteError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}")
+        if status >= HTTPStatus.BAD_REQUEST:
+            raise RefusedQuestionError(f"{status}{_said(text)}")
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            what = f"{url} answers with something else than JSON: {_short(text)}"
+            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is url the base address, such as https://host/v1?") from error
+
+    def _without_key(self, text: str) -> str:
+        """A server's words; some repeat the key that they do not accept."""
+        return text.replace(self._key, "***") if self._key else text
+
+    async def _until_free(self) -> None:
+        while (pause := self._free_at - time.monotonic()) > 0:
+            await self._sleep(pause)
+
+    def _hold(self, retry_after: str | None, text: str) -> None:
+        """Hold up all requests for as long as the server asks. Raises JobError where it has done so for too long."""
+        now = time.monotonic()
+        self._refused_since = self._refused_since or now
+        if now - self._refused_since > PATIENCE:
+            raise JobError(
+                Reason.TEACHER_UNAVAILABLE,
+                f"{FIELD}: {self._url} answers 429 for {PATIENCE:.0f} s{_said(text)}: lower concurrency, or wait",
+            )
+        self._free_at = max(self._free_at, now + seconds_in(retry_after))
+
+
+def request_of(question: Question, endpoint: Endpoint, most_tokens: int) -> tuple[str, dict[str, Any]]:
+    """Path below the base address, and body."""
+    body: dict[str, Any] = {"model": endpoint.model, "max_tokens": most_tokens, "temperature": endpoint.temperature, "stream": False}
+    if question.prompt is not None:
+        return "/completions", body | {"prompt": question.prompt} | ({"logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {})
+    body |= {"messages": list(question.messages)} | ({"tools": list(question.tools)} if question.tools else {})
+    return "/chat/completions", body | ({"logprobs": True, "top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {})
+
+
+def answer_in(payload: Any) -> Answer:  # noqa: ANN401 - any JSON
+    """The answer in a server's JSON. Raises LookupError, TypeError or ValueError where there is none."""
+    choice = payload["choices"][0]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise TypeError("the text is no string")
+    return Answer(text, cut=choice.get("finish_reason") == "length", tokens=_tokens(choice.get("logprobs") or {}))
+
+
+def _tokens(found: Mapping[str, Any]) -> tuple[Token, ...]:
+    """The tokens with their probabilities, in the form of chat completions (`content`) or of completions (`tokens`)."""
+    if found.get("content"):
+        return tuple(
+            Token(_bytes(each), tuple((_bytes(other), float(other["logprob"])) for other in each.get("top_logprobs") or ()))
+            for each in found["content"]
+        )
+    tokens, tops = found.get("tokens") or (), found.get("top_logprobs") or ()
+    return tuple(
+        Token(token.encode(), tuple((other.encode(), float(value)) for other, value in (top or {}).items()))
+        for token, top in zip(tokens, tops, strict=False)
+    )
+
+
+def _bytes(token: Mapping[str, Any]) -> bytes:
+    """A token's bytes; its text may be no whole character."""
+    given = token.get("bytes")
+    return bytes(given) if given is not None else str(token["token"]).encode()
+
+
+def seconds_in(retry_after: str | None) -> float:
+    """The pause that a Retry-After asks for, in seconds or as a date; some seconds where there is none."""
+    try:
+        seconds = float(retry_after or 5)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after or "").timestamp() - time.time()
+        except (TypeError, ValueError):
+            seconds = 5.0
+    return min(max(seconds, 0.1), LARGEST_PAUSE)
+
+
+async def answers(model: ServedModel, questions: Sequence[Question]) -> list[Answer | RefusedQuestionError]:
+    """The answers to all questions, in their order; the first other error ends all."""
+
+    async def one(question: Question) -> Answer | RefusedQuestionError:
+        try:
+            return await model.answer(question)
+        except RefusedQuestionError as error:
+            return error
+
+    tasks = [asyncio.ensure_future(one(question)) for question in questions]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for an address; read here, since aiohttp would read passwords of a home folder with it."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+
+
+def _said(text: str) -> str:
+    """What a server says of an error, as the end of a sentence."""
+    try:
+        error = json.loads(text).get("error")
+        text = str(error.get("message") if isinstance(error, dict) else error or text)
+    except (ValueError, AttributeError):
+        pass
+    return f" ({_short(text)})" if text.strip() else ""
+
+
+def _short(text: str) -> str:
+    line = " ".join(scrub(text).split())
+    return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"

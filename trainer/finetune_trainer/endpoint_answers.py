@@ -1,0 +1,327 @@
+"""A teacher behind an endpoint: its answers take the place of the training data's own while the data is prepared.
+
+    .finetune/cache/answers/<key>/<batch>.json    answers by the digest of their question, in output.storage, of each batch that is done
+
+So a retry, and another job with the same endpoint, does not pay again. The key covers all that an answer follows from, but for the model
+behind the name. With topLogprobs the probabilities become targets (see objectives/distillation/soft_targets.py), which are written beside
+the prepared data.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import Endpoint, FineTuneJob
+from finetune_trainer.data.encoding import Encoded, Encoder
+from finetune_trainer.data.examples import Examples
+from finetune_trainer.data.formats import Conversation, Example, PromptCompletion
+from finetune_trainer.data.rows import Fault
+from finetune_trainer.endpoint import FIELD, Answer, MissingRouteError, Question, RefusedQuestionError, ServedModel, Token, answers
+from finetune_trainer.errors import JobError
+from finetune_trainer.manifest import digest_of
+from finetune_trainer.objectives.distillation import teacher_cache
+from finetune_trainer.objectives.distillation.soft_targets import VocabularyBytes, hard_targets, soft_targets
+from finetune_trainer.objectives.distillation.teacher_cache import Kept
+from finetune_trainer.sources import Mounts
+from finetune_trainer.storage import Storage, storage_errors
+from finetune_trainer.teacher import BESIDE_DATA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FOLDER = ".finetune/cache/answers"
+FORMAT = 1
+BATCH = 128
+"""Questions whose answers are written together, or so many for each request at a time as PER_REQUEST says."""
+PER_REQUEST = 16
+SAY_SECONDS = 15.0
+
+Say = Callable[[str], None]
+
+
+def endpoint_of(job: FineTuneJob) -> Endpoint | None:
+    """The endpoint of a job whose teacher is served."""
+    spec = job.spec.objective.distillation
+    return spec.teacher.endpoint if spec is not None else None
+
+
+def check_endpoint(job: FineTuneJob) -> None:
+    """Raise JobError (InvalidSpec) where an endpoint cannot give what the job asks of it."""
+    spec = job.spec.objective.distillation
+    form = spec.response if spec is not None else None
+    if endpoint_of(job) is not None and form is not None and form.temperature != 1:
+        raise JobError(
+            Reason.INVALID_SPEC,
+            f"objective.distillation.response.temperature is {form.temperature:g}: an endpoint tells the probabilities of its likeliest "
+            "tokens at temperature 1 only; leave it out, or name a teacher.source",
+        )
+
+
+@dataclass
+class _Count:
+    """What became of the questions."""
+
+    asked: int = 0
+    known: int = 0
+    refused: int = 0
+    first_refusal: str = ""
+    empty: int = 0
+    cut: int = 0
+    unasked: int = 0
+    """Examples without a prompt."""
+    soft: int = 0
+    hard: int = 0
+
+
+@dataclass
+class EndpointTeacher:
+    """What `data.prepare` hands its training examples through."""
+
+    endpoint: Endpoint
+    key: str | None
+    storage: Storage
+    """output.storage."""
+    tokenizer: "PreTrainedTokenizerBase"
+    encoder: Encoder
+    say: Say
+    count: _Count = field(default_factory=_Count)
+    _soft: dict[bytes, Kept] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What the prepared data follows from."""
+        return self.endpoint.model_dump(mode="json", by_alias=True, exclude={"secret_ref", "concurrency"})
+
+    def taught(self, examples: Iterable[Example | Fault]) -> Iterator[Example | Fault]:
+        """The examples with the teacher's answers.
+
+        Raises JobError (TeacherUnavailable, AuthenticationFailed, InvalidSpec, StorageFull, StorageUnavailable).
+        """
+        size = max(BATCH, PER_REQUEST * self.endpoint.concurrency)
+        source = iter(examples)
+        with _Asker(
+            self.endpoint, self.key, self.storage.at(f"{FOLDER}/{digest_of(self._follows())[7:39]}"), self.count, self.say
+        ) as asker:
+            while batch := list(islice(source, size)):
+                questions = {place: asked for place, item in enumerate(batch) if (asked := question_of(item)) is not None}
+                self.count.unasked += sum(not isinstance(item, Fault) for item in batch) - len(questions)
+                found = asker.answers(list(questions.values()))
+                taught = list(batch)
+                for place, answer in zip(questions, found, strict=True):
+                    if answer is not None:
+                        taught[place] = with_answer(batch[place], answer)
+                if self.endpoint.top_logprobs:
+                    self._keep_soft(taught, {place: answer for place, answer in zip(questions, found, strict=True) if answer is not None})
+                yield from taught
+        self._tell()
+
+    def write(self, folder: Path, train: Examples) -> None:
+        """Leave the targets beside prepared data, where there are any."""
+        if not self.endpoint.top_logprobs:
+            return
+        beside = Storage(LocalFileSystem(), str(folder / BESIDE_DATA), f"file://{folder / BESIDE_DATA}")
+        shards = teacher_cache.shards_of(train)
+        for number, (start, end) in enumerate(shards):
+            parts = [self._kept(*train.example(index)) for index in range(start, end)]
+            ids, kept = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "log_probabilities"))
+            teacher_cache.write_shard(beside, number, Kept(ids, kept))
+        teacher_cache.write_complete(beside, shards)
+        self._soft.clear()
+
+    def _follows(self) -> dict[str, Any]:
+        return {"format": FORMAT, **self.identity()}
+
+    def _keep_soft(self, taught: Sequence[Example | Fault], found: Mapping[int, Answer]) -> None:
+        """Remember the targets of a batch, by the student's tokens."""
+        vocabulary = VocabularyBytes.of_tokenizer(self.tokenizer)
+        chosen = [taught[place] for place in found]
+        for item, answer in zip(self.encoder.encode(chosen), found.values(), strict=True):
+            made = None
+            if isinstance(item, Encoded):
+                made = soft_targets(item, [(token.text, token.top) for token in answer.tokens], vocabulary, self.endpoint.top_logprobs)
+            self.count.soft += made is not None
+            self.count.hard += made is None
+            if made is not None and isinstance(item, Encoded):
+                self._soft[item.tokens.tobytes()] = made
+
+    def _kept(self, tokens: Any, labelled: Any) -> Kept:  # noqa: ANN401 - arrays
+        """The targets at an example's labels."""
+        soft = self._soft.get(np.ascontiguousarray(tokens, np.int32).tobytes())
+        return soft or hard_targets(tokens[1:][labelled[1:]], self.endpoint.top_logprobs)
+
+    def _tell(self) -> None:
+        """Say what became of the questions. Raises JobError where the teacher has answered none."""
+        count = self.count
+        answered = count.asked + count.known - count.refused - count.empty
+        if not answered:
+            why = f": {count.first_refusal}" if count.first_refusal else ""
+            raise JobError(
+                Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self.endpoint.model} has answered none of {count.asked + count.known} prompts{why}"
+            )
+        kept = [(count.refused, "refused"), (count.empty, "empty"), (count.unasked, "without a prompt")]
+        own = [f"{number:,} {what}" for number, what in kept if number]
+        parts = [f"the teacher has answered {answered:,} prompts ({count.known:,} of them before)"]
+        parts += [f"{', '.join(own)}: these keep their own answer"] if own else []
+        parts += [f"{count.cut:,} answers are cut off at maxTokens"] if count.cut else []
+        if self.endpoint.top_logprobs:
+            parts.append(f"{count.soft:,} examples have its probabilities as targets, {count.hard:,} its text alone, being cut otherwise")
+        self.say("; ".join(parts))
+
+
+def endpoint_teacher(
+    job: FineTuneJob, tokenizer: "PreTrainedTokenizerBase", mounts: Mounts, storage: Storage, say: Say
+) -> EndpointTeacher | None:
+    """The teacher of a job whose teacher is served, else None. Raises JobError (SecretNotFound, InvalidSpec)."""
+    endpoint, spec = endpoint_of(job), job.spec.objective.distillation
+    if endpoint is None or spec is None:
+        return None
+    check_endpoint(job)
+    key = mounts.secret(endpoint.secret_ref.name, "token") if endpoint.secret_ref else None
+    return EndpointTeacher(endpoint, key, storage, tokenizer, Encoder(tokenizer, spec.loss_on, job.spec.training.max_sequence_length), say)
+
+
+def question_of(example: Example | Fault) -> Question | None:
+    """What to ask for an example: all before its last answer; None where nothing is before it. Raises JobError for rows without prompts."""
+    if isinstance(example, Fault):
+        return None
+    if isinstance(example, PromptCompletion):
+        return Question(prompt=example.prompt) if example.prompt.strip() else None
+    if isinstance(example, Conversation):
+        last = _last_answer(example)
+        return Question(messages=example.messages[:last], tools=example.tools) if last else None
+    raise JobError(
+        Reason.INVALID_SPEC,
+        "data.format: an endpoint answers prompts, which rows of the form text do not have; "
+        "use promptCompletion or messages, or name a teacher.source",
+    )
+
+
+def with_answer(example: Example | Fault, answer: Answer) -> Example | Fault:
+    """The example with another answer."""
+    if isinstance(example, PromptCompletion):
+        return replace(example, completion=answer.text)
+    assert isinstance(example, Conversation)  # noqa: S101 - only these are asked for
+    return replace(example, messages=(*example.messages[: _last_answer(example)], {"role": "assistant", "content": answer.text}))
+
+
+def _last_answer(example: Conversation) -> int:
+    """Place of the last assistant turn; every conversation has one."""
+    return max(index for index, message in enumerate(example.messages) if message["role"] == "assistant")
+
+
+class _Asker:
+    """Answers from the storage, else from the endpoint. A context."""
+
+    def __init__(self, endpoint: Endpoint, key: str | None, storage: Storage, count: _Count, say: Say) -> None:
+        self._model, self._storage, self._count, self._say = ServedModel(endpoint, key), storage, count, say
+        self._runner = asyncio.Runner()
+        self._known: dict[str, Answer] | None = None
+        self._probed: set[bool] = set()
+        self._prompts_as_chat = False
+        self._said = self._begun = time.monotonic()
+
+    def __enter__(self) -> "_Asker":
+        self._runner.run(self._model.__aenter__())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._runner.run(self._model.__aexit__(*error))
+        finally:
+            self._runner.close()
+
+    def answers(self, questions: Sequence[Question]) -> list[Answer | None]:
+        """The answer to each; None where there is none to learn from."""
+        if self._known is None:
+            self._known = _read(self._storage)
+        known = self._known
+        names = [_digest(question) for question in questions]
+        new = {name: question for name, question in zip(names, questions, strict=True) if name not in known}
+        self._count.known += sum(name not in new for name in names)
+        self._count.asked += sum(name in new for name in names)
+        refusals: dict[str, str] = {}
+        if new:
+            made = self._ask(list(new.values()))
+            done = {}
+            for name, answer in zip(new, made, strict=True):
+                if isinstance(answer, Answer):
+                    done[name] = answer
+                else:
+                    refusals[name] = str(answer)
+            if done:
+                self._storage.write_json(
+                    f"{digest_of({'questions': list(done)})[7:39]}.json", {name: _as_json(done[name]) for name in done}
+                )
+            known |= done
+        return [self._counted(known.get(name), refusals.get(name, "")) for name in names]
+
+    def _counted(self, answer: Answer | None, refusal: str) -> Answer | None:
+        if answer is None:
+            self._count.refused += 1
+            self._count.first_refusal = self._count.first_refusal or refusal
+            return None
+        if not answer.text.strip():
+            self._count.empty += 1
+            return None
+        self._count.cut += answer.cut
+        return answer
+
+    def _ask(self, questions: Sequence[Question]) -> list[Answer | RefusedQuestionError]:
+        for chat in sorted({question.prompt is None for question in questions} - self._probed):
+            self._probe(chat=chat)
+        if self._prompts_as_chat:
+            questions = [Question(messages=({"role": "user", "content": each.prompt},)) if each.prompt else each for each in questions]
+        made = self._runner.run(answers(self._model, questions))
+        if time.monotonic() - self._said > SAY_SECONDS:
+            self._said = time.monotonic()
+            rate = self._count.asked / max(1e-9, self._said - self._begun)
+            self._say(f"the teacher has been asked {self._count.asked:,} prompts, {rate:.1f} a second")
+        return made
+
+    def _probe(self, *, chat: bool) -> None:
+        """Find out whether the endpoint can be asked in this form, before anything is paid for."""
+        self._probed.add(chat)
+        try:
+            self._runner.run(self._model.probe(chat=chat))
+        except MissingRouteError:
+            if chat:
+                raise
+            self._runner.run(self._model.probe(chat=True))
+            self._prompts_as_chat = True
+            self._say("the endpoint takes no plain prompts (/completions): each is asked as a user's turn")
+
+
+def _digest(question: Question) -> str:
+    asked = {"prompt": question.prompt, "messages": list(question.messages), "tools": list(question.tools)}
+    return digest_of(asked)[7:39]
+
+
+def _read(storage: Storage) -> dict[str, Answer]:
+    """The answers that are in the storage. What is there but cannot be read counts for nothing."""
+    with storage_errors(storage.uri):
+        storage.fs.invalidate_cache()
+        names = [PurePosixPath(path).name for path in storage.fs.ls(storage.root, detail=False)] if storage.fs.exists(storage.root) else []
+    found: dict[str, Answer] = {}
+    for name in sorted(names):
+        batch = storage.read_json(name) if name.endswith(".json") and not name.startswith(".") else None
+        if isinstance(batch, dict):
+            found |= {digest: _from_json(value) for digest, value in batch.items()}
+    return found
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    """Bytes as the characters of the same number."""
+    tokens = [[token.text.decode("latin-1"), [[text.decode("latin-1"), value] for text, value in token.top]] for token in answer.tokens]
+    return {"text": answer.text, "cut": answer.cut, "tokens": tokens}
+
+
+def _from_json(value: Mapping[str, Any]) -> Answer:
+    tokens = (Token(text.encode("latin-1"), tuple((each.encode("latin-1"), p) for each, p in top)) for text, top in value["tokens"])
+    return Answer(value["text"], value["cut"], tuple(tokens))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from finetune_api.reasons import Reason
+from finetune_trainer.data import examples as examples_module
 from finetune_trainer.data.examples import FORMAT, MANIFEST, Examples, Prepared, join, open_prepared, read_manifest
 from finetune_trainer.data.writing import SplitWriter, write_manifest
 from finetune_trainer.errors import JobError
@@ -101,3 +102,10 @@ def test_examples_are_taken_in_the_order_asked_for() -> None:
 def test_an_examples_first_token_is_no_label() -> None:
     """[1, 2, 3] has the odd tokens labelled, of which 1 is never predicted."""
     assert split([1, 2, 3], [5], [2, 3, 5]).label_counts().tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 7])
+def test_labels_are_counted_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(examples_module, "BLOCK", block)
+    assert split([1, 2, 3], [5], [2, 3, 5], [7, 7]).label_counts().tolist() == [1, 0, 2, 1]
+    assert split().label_counts().tolist() == []

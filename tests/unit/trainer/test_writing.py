@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.format import open_memmap
 
-from finetune_trainer.data import writing
+from finetune_trainer.data import examples
 from finetune_trainer.data.writing import SplitWriter, digest_of, divide, examples_in, parts_of, tokens_in
 
 Documents = list[list[int]]
@@ -52,7 +52,7 @@ def test_a_division_keeps_every_example_and_its_order(tmp_path_factory: pytest.T
     documents, chosen = [document for document, _ in drawn], [taken for _, taken in drawn]
     write(folder, "all", documents)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "BLOCK", block)
+        patch.setattr(examples, "BLOCK", block)
         divide(folder, "all", np.array(chosen, dtype=np.bool_), rest="train", taken="validation")
     assert read(folder, "train") == [document for document, taken in drawn if not taken]
     assert read(folder, "validation") == [document for document, taken in drawn if taken]
@@ -60,7 +60,7 @@ def test_a_division_keeps_every_example_and_its_order(tmp_path_factory: pytest.T
 
 
 def test_no_part_is_longer_than_a_block_or_one_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "BLOCK", 10)
+    monkeypatch.setattr(examples, "BLOCK", 10)
     write(tmp_path, "train", [[1] * length for length in (3, 3, 3, 25, 1, 9, 10, 2)])
     assert [lengths.tolist() for _, _, lengths in parts_of(tmp_path, "train")] == [[3, 3, 3], [25], [1, 9], [10], [2]]
 

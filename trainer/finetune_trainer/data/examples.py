@@ -7,7 +7,7 @@ makes such a folder.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from finetune_trainer.sources import Location
 MANIFEST = "manifest.json"
 FORMAT = 3
 """Version of the folder's form."""
+BLOCK = 1 << 20
+"""Tokens that are worked on at a time where all are gone through."""
 SPLITS = ("train", "validation", "test")
 ARRAYS = {"tokens": "<i4", "labelled": "|b1", "offsets": "<i8"}
 """The arrays of a split, with their types in a file."""
@@ -56,9 +58,13 @@ class Examples:
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """Tokens of each example that the loss is taken over: int64 [N]."""
-        sums = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
-        starts, ends = self.offsets[:-1], self.offsets[1:]
-        return np.asarray(sums[ends] - sums[np.minimum(starts + 1, ends)], dtype=np.int64)
+        counts = np.zeros(len(self), np.int64)
+        for block in blocks_of(self.offsets):
+            bounds = self.offsets[block.start : block.stop + 1]
+            sums = np.concatenate([[0], np.cumsum(self.labelled[bounds[0] : bounds[-1]], dtype=np.int64)])
+            starts, ends = bounds[:-1] - bounds[0], bounds[1:] - bounds[0]
+            counts[block] = sums[ends] - sums[np.minimum(starts + 1, ends)]
+        return counts
 
     def example(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """The tokens and the label mask of one example."""
@@ -97,6 +103,15 @@ class Prepared:
         """The splits that there are, by name, in the order of the digest."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: examples for name, examples in named.items() if examples is not None}
+
+
+def blocks_of(offsets: npt.NDArray[np.int64]) -> Iterator[slice]:
+    """Examples, one after the other, that come to BLOCK tokens at most, or to one example: work on them needs a bounded memory."""
+    start = 0
+    while start < len(offsets) - 1:
+        stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + BLOCK, side="right")) - 1)
+        yield slice(start, stop)
+        start = stop
 
 
 def array_file(split: str, part: str) -> str:

@@ -14,10 +14,9 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.examples import ARRAYS, FORMAT, MANIFEST, array_file
+from finetune_trainer.data.examples import ARRAYS, FORMAT, MANIFEST, array_file, blocks_of
 
-BLOCK = 1 << 20
-"""Tokens that are held when files are read again; or one example, where that is longer."""
+_READ = 1 << 20
 Part = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], npt.NDArray[np.int64]]
 """Some examples, one after the other: tokens [T], labelled [T], and the length of each example [N]."""
 
@@ -73,20 +72,13 @@ class _ArrayFile:
 
 
 def parts_of(folder: Path, split: str) -> Iterator[Part]:
-    """The examples of a split again, in their order, some BLOCK tokens at a time."""
+    """The examples of a split again, in their order, a block at a time."""
     offsets = np.load(folder / array_file(split, "offsets"), mmap_mode="r", allow_pickle=False)
     with _opened(folder, split, "tokens") as (tokens, _), _opened(folder, split, "labelled") as (labelled, _):
-        start = 0
-        while start < len(offsets) - 1:
-            stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + BLOCK, side="right")) - 1)
-            count = int(offsets[stop] - offsets[start])
-            lengths = np.diff(offsets[start : stop + 1])
-            yield (
-                np.fromfile(tokens, np.dtype(ARRAYS["tokens"]), count),
-                np.fromfile(labelled, np.dtype(ARRAYS["labelled"]), count),
-                lengths,
-            )
-            start = stop
+        for block in blocks_of(offsets):
+            lengths = np.diff(offsets[block.start : block.stop + 1])
+            count = int(lengths.sum())
+            yield np.fromfile(tokens, ARRAYS["tokens"], count), np.fromfile(labelled, ARRAYS["labelled"], count), lengths
 
 
 def divide(folder: Path, split: str, chosen: npt.NDArray[np.bool_], rest: str, taken: str) -> None:
@@ -118,7 +110,7 @@ def digest_of(folder: Path, splits: Sequence[str], group: int) -> str:
             with _opened(folder, split, part) as (file, length):
                 grouped = f"/{group}" if group > 1 else ""
                 digest.update(f"{split}/{part}/{np.dtype(dtype).str}/{length}{grouped}\n".encode())
-                while block := file.read(BLOCK):
+                while block := file.read(_READ):
                     digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 

@@ -19,6 +19,7 @@ How it runs:
 
 - `environment`, `interruption`: what the operator tells a pod at its start, and when it is to stop
 - `storage`, `manifest`: folders that are complete and proven, or not there
+- `data_cache`: prepared data in the storage, found again by what it was made from
 - `loop`, with `worker`, `optimisation`, `checkpoint`, `evaluation`, `result`: the training, in plain torch, without a word of Ray
 - `worker_group`, `ray_cluster`: the loop on many workers, again after some were lost
 - `progress`, `following`, `report`, `console`, `failures`: from the workers to the head, and from the head to everyone else

@@ -12,7 +12,7 @@ COPY pyproject.toml /src/
 RUN python -c "import pathlib, tomllib; \
     project = tomllib.loads(pathlib.Path('/src/pyproject.toml').read_text())['project']; \
     [pathlib.Path(f'/src/{extra}.txt').write_text('\n'.join(project['dependencies'] + project['optional-dependencies'][extra])) \
-     for extra in ('operator', 'trainer')]" \
+     for extra in ('operator', 'trainer', 'quantization')]" \
     && touch --date=@0 /src/*.txt
 
 
@@ -62,6 +62,10 @@ COPY --from=requirements /src/trainer.txt /opt/finetune/requirements.txt
 # The import is a check that the stack fits together.
 RUN pip --python /opt/venv/bin/python install --no-cache-dir -c /opt/finetune/constraints.txt -r /opt/finetune/requirements.txt \
     && python -c "import torch, ray.train, transformers, peft"
+# --build-arg QUANTIZATION=1 for model.quantization. Left out by default: importing it takes every worker seconds, quantized or not.
+ARG QUANTIZATION=""
+COPY --from=requirements /src/quantization.txt /opt/finetune/
+RUN test -z "${QUANTIZATION}" || pip --python /opt/venv/bin/python install --no-cache-dir -c /opt/finetune/constraints.txt -r /opt/finetune/quantization.txt
 COPY --from=wheel /dist /opt/finetune/
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps /opt/finetune/*.whl
 USER 10001:10001

@@ -23,6 +23,7 @@ from finetune_trainer.failures import is_final
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.manifest import digest_of
+from finetune_trainer.methods.advice import advice
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model_card import Publication
 from finetune_trainer.ray_cluster import RayHead, driver, gpus_of, wait_for_workers
@@ -173,7 +174,7 @@ def prepare(attempt: Attempt) -> Preparation:
         config["teacher"] = {"source": teacher.source, "revision": teacher.revision}
     resolved = Resolved(model_revision=files.revision, data_digest=facts["digest"], config_digest=digest_of(config))
     data = DataSummary.model_validate(facts["data"])
-    attempt.reporter.update(resolved=resolved, data=data)
+    attempt.reporter.update(resolved=resolved, data=data, warnings=advice(job.spec.method, data.train))
     counts = f"{data.train:,} examples to train on ({data.tokens:,} tokens), {data.validation:,} validation, {data.test:,} test"
     attempt.console.say(f"data {counts}, {data.rejected:,} left out")
     return Preparation(files.base, tokenizer, resolved, config, facts["folder"])
@@ -215,7 +216,7 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
 def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -> None:
     """Compare, and put the result in its place. No worker is needed any more."""
     attempt.interruption.at_once = False
-    evaluation = compare(result.before, result.after)
+    evaluation = compare(result.before, result.after, per_token=attempt.job.spec.objective.dpo is None)
     attempt.reporter.update(evaluation=evaluation)
     attempt.reporter.start_stage("Publish", "publishing the result", workers_wanted=0)
     counts = attempt.reporter.report.model or ModelSummary()

@@ -27,10 +27,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[operator,trainer,dev]'
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.installed
-	@$(PIP) install -c constraints.txt -e '.[operator,trainer,dev,bench]'
-	@touch $@
-
 demo: install  ## tune the quickstart's model on this machine and ask it three questions, before and after
 	@$(BIN)/python examples/demo.py
 
@@ -56,7 +52,7 @@ e2e: install images  ## the whole way on the cluster that KUBECONFIG names
 	FINETUNE_OPERATOR_IMAGE=$(OPERATOR_IMAGE) FINETUNE_TRAINER_IMAGE=$(TRAINER_IMAGE) \
 	  $(BIN)/python -m pytest -m cluster tests/e2e
 
-bench: $(VENV)/.bench  ## measure: trainer beside TRL, API writes per job, operator with 1,000 jobs
+bench: install  ## measure: trainer beside TRL, API writes per job, operator with 1,000 jobs
 	$(BIN)/python -m tests.bench
 
 clean:  ## remove the virtual environment and what runs left here

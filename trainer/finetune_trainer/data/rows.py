@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from finetune_api.reasons import Reason
+from finetune_trainer.data.json_values import BadJsonError, elements, parsed
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location, explained, files_under, patiently
 
@@ -21,8 +22,6 @@ _HALF_CHARACTER = b"\\ud"
 FORMS = (".jsonl", ".json", ".csv", ".parquet")
 ROW_BYTES = 16 << 20
 """Largest row; a longer one is a file of another form, or a mistake."""
-JSON_BYTES = 1 << 30
-"""Largest .json file: it is read whole, unlike the other forms."""
 
 
 @dataclass(frozen=True)
@@ -139,32 +138,10 @@ def _jsonl(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
             yield _json_row(line, place)
 
 
-class _BadJsonError(Exception):
-    """Bytes that are no JSON: the line, from 1, and what is wrong, as the rest of a sentence."""
-
-    def __init__(self, line: int, problem: str) -> None:
-        super().__init__(problem)
-        self.line = line
-
-
-def _parsed(content: bytes) -> object:
-    """The JSON value. Raises _BadJsonError."""
-    try:
-        return json.loads(content.decode("utf-8-sig"))  # decoded here: json would guess at UTF-16
-    except UnicodeDecodeError as error:
-        raise _BadJsonError(content[: error.start].count(b"\n") + 1, f"is not UTF-8 (byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise _BadJsonError(error.lineno, f"is not JSON: {error.msg} at column {error.colno}") from error
-    except ValueError as error:
-        raise _BadJsonError(1, "holds a number of thousands of digits") from error
-    except RecursionError as error:
-        raise _BadJsonError(1, "is nested too deeply") from error
-
-
 def _json_row(line: bytes, place: Place) -> Row | Fault:
     try:
-        value = _parsed(line.rstrip())
-    except _BadJsonError as error:
+        value = parsed(line.rstrip())
+    except BadJsonError as error:
         return Fault(place, f"the row {error}")
     return _object_row(value, place, may_be_broken=_HALF_CHARACTER in line.lower())
 
@@ -183,23 +160,30 @@ def _object_row(value: object, place: Place, *, may_be_broken: bool) -> Row | Fa
 
 def _json(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
     """One array of objects. A file that holds an object a line, as many are, is read as jsonl."""
-    content = stream.read(JSON_BYTES + 1)
-    if len(content) > JSON_BYTES:
-        raise JobError(Reason.DATASET_INVALID, f"{file} is larger than {JSON_BYTES >> 30} GiB; write it as .jsonl")
-    if not content.strip():
-        return
+    beginning = stream.read(_BLOCK).removeprefix(_BYTE_ORDER_MARK).lstrip()
+    stream.seek(0)
+    if beginning and not beginning.startswith(b"["):
+        yield from _json_lines(stream, file)
+    elif beginning:
+        try:
+            for number, (value, text) in enumerate(elements(stream, ROW_BYTES), 1):
+                yield _object_row(value, Place(file, number, "row"), may_be_broken=_HALF_CHARACTER.decode() in text.lower())
+        except BadJsonError as error:
+            raise JobError(Reason.DATASET_INVALID, f"{file}, line {error.line}: the file {error}") from error
+
+
+def _json_lines(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
+    """A file of JSON that is no array: an object a line, unless all of it is one value."""
+    content = stream.read(ROW_BYTES)
     try:
-        value = _parsed(content)
-    except _BadJsonError as error:
-        if content.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"{":
-            yield from _jsonl(io.BytesIO(content), file)
-            return
-        raise JobError(Reason.DATASET_INVALID, f"{file}, line {error.line}: the file {error}") from error
-    if not isinstance(value, list):
-        raise JobError(Reason.DATASET_INVALID, f"{file} holds {kind_of(value)}, not an array of objects")
-    may_be_broken = _HALF_CHARACTER in content.lower()
-    for number, item in enumerate(value, 1):
-        yield _object_row(item, Place(file, number, "row"), may_be_broken=may_be_broken)
+        value = parsed(content)
+    except BadJsonError as error:
+        if not content.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"{"):
+            raise JobError(Reason.DATASET_INVALID, f"{file}, line {error.line}: the file {error}") from error
+        stream.seek(0)
+        yield from _jsonl(stream, file)
+        return
+    raise JobError(Reason.DATASET_INVALID, f"{file} holds {kind_of(value)}, not an array of objects")
 
 
 def _csv(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:

@@ -25,6 +25,14 @@ _NAMES = {
 _RELATIONS = {"adapter": "adapter", "merged": "merge", "model": "finetune"}
 """The hub's word for what an artifact is to its base model."""
 
+_MEANINGS = {
+    "token": "Losses are means per labelled token, in nats, on examples that were not trained on.",
+    "pair": "Losses are means per pair of answers, of pairs that were not trained on. A reward is beta times what an answer's "
+    "log-probability has gained since before the training; the margin is the chosen answer's less the rejected one's, the accuracy the "
+    "share of pairs where it is positive.",
+}
+"""What the measures are, by what they are means over."""
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -60,7 +68,7 @@ def model_card(publication: Publication, kind: ArtifactKind) -> str:
             "| --- | --- | --- |",
             *(f"| {item.metric} | {_number(item.baseline)} | {_number(item.value)} |" for item in publication.evaluation.results),
             "",
-            "Losses are means per labelled token, in nats, on examples that were not trained on.",
+            _MEANINGS["pair" if job.spec.objective.dpo else "token"],
             "",
             "## Use",
             "",

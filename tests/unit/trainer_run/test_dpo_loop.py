@@ -3,12 +3,14 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_export import publication
 from test_loop import CPU, Listener, Together, storage_in
 from tests.tiny_llama import make_tiny_llama
 
@@ -18,6 +20,7 @@ from finetune_trainer.data.prepare import prepare_data
 from finetune_trainer.evaluation import compare
 from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.model import load_model, load_tokenizer
+from finetune_trainer.model_card import model_card
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.sources import Mounts
 from finetune_trainer.worker import Worker
@@ -109,6 +112,14 @@ def test_the_comparison_has_no_perplexity_of_preferences() -> None:
         ("validation/rewardMargin", 0.0, 0.0),
         ("test/loss", 0.7, 0.7),
     ]
+
+
+def test_the_card_says_what_the_figures_are(folder: Path, tmp_path: Path) -> None:
+    of_pairs = replace(publication(storage_in(tmp_path)), job=job_in(folder, {"lora": {"rank": 4}}))
+    card = model_card(of_pairs, "adapter")
+    assert 'tags: ["lora", "dpo"]' in card
+    assert "Losses are means per pair of answers" in card
+    assert "labelled token" not in card
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

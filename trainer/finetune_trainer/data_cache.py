@@ -23,7 +23,7 @@ from finetune_trainer.data.prepare import ExampleTeacher, inputs_of, loss_on, wr
 from finetune_trainer.data.tokenising import identity_of
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Mounts
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage import Storage, storage_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,12 +61,31 @@ def find_or_prepare(
     before = {split: source.state() for split, source in inputs.items()}
     name = f"{FOLDER}/{_key(job, inputs, tokenizer, longest, teacher)}"
     if (manifest := read_manifest(storage.location(name))) is not None:
-        return Entry(name, manifest, is_new=False)
+        if _is_whole(storage, name, manifest):
+            return Entry(name, manifest, is_new=False)
+        storage.remove(name)
     with storage.shared_folder(name) as folder:
         manifest = write_data(folder, job, inputs, tokenizer, longest, teacher)
         for split, source in inputs.items():  # else the key would promise what the folder does not hold
             check_unchanged(before[split], source.state(), f"data.{split}")
     return Entry(name, manifest, is_new=True)
+
+
+def is_there(storage: Storage, name: str) -> bool:
+    """Whether a folder is there as it was written."""
+    manifest = read_manifest(storage.location(name))
+    return manifest is not None and _is_whole(storage, name, manifest)
+
+
+def _is_whole(storage: Storage, name: str, manifest: dict[str, Any]) -> bool:
+    """Whether each file has the size that it was written with."""
+    folder = storage.location(name)
+    with storage_errors(folder.uri):
+        try:
+            sizes = {file: int(folder.filesystem.info(f"{folder.path}/{file}")["size"]) for file in manifest["bytes"]}
+        except FileNotFoundError:
+            return False
+    return sizes == manifest["bytes"]
 
 
 def mark_used(storage: Storage, name: str) -> None:

@@ -128,7 +128,6 @@ def prepare(attempt: Attempt) -> Preparation:
     The data is prepared once: later attempts take the same, whatever has become of its source; and so do other jobs with the same data.
     """
     from finetune_trainer import data_cache
-    from finetune_trainer.data.examples import read_manifest
     from finetune_trainer.endpoint_answers import endpoint_teacher
     from finetune_trainer.model import inspect_model, longest_example
     from finetune_trainer.model_files import fetch_model
@@ -152,7 +151,7 @@ def prepare(attempt: Attempt) -> Preparation:
     if teacher is not None:
         attempt.console.say(f"teacher {teacher.source} at {teacher.revision}")
 
-    if "folder" not in facts or read_manifest(attempt.storage.location(facts["folder"])) is None:
+    if "folder" not in facts or not data_cache.is_there(attempt.storage, facts["folder"]):
         longest = shortest_limit(longest_example(files, job.spec.method), teacher)
         served = endpoint_teacher(job, tokenizer, attempt.mounts, attempt.storage, attempt.console.say)
         entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest, served)

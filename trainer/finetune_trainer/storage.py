@@ -127,8 +127,9 @@ class Storage:
             if self.is_local:
                 target = Path(self._path(name))
                 for left in target.parent.glob(f".{target.name}.*partial"):
-                    if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                        shutil.rmtree(left, ignore_errors=True)
+                    with suppress(FileNotFoundError):  # its owner has put it in its place
+                        if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                            shutil.rmtree(left, ignore_errors=True)
                 aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
                 aside.mkdir(parents=True)
                 try:

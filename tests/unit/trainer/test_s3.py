@@ -11,10 +11,12 @@ import pytest
 import tenacity
 from fake_s3 import FakeS3
 from pyarrow import parquet
+from tiny_models import job_manifest
+from transformers import PreTrainedTokenizerFast
 
 from finetune_api.reasons import Reason
-from finetune_api.v1alpha1 import DataSource, ModelSource, Output, SecretReference
-from finetune_trainer import sources
+from finetune_api.v1alpha1 import DataSource, ModelSource, Output, SecretReference, parse_job
+from finetune_trainer import data_cache, sources
 from finetune_trainer.data.examples import open_prepared
 from finetune_trainer.data.inputs import Files
 from finetune_trainer.data.rows import Row, read_rows
@@ -100,6 +102,25 @@ def test_prepared_data(s3: FakeS3, mounts: Mounts, tmp_path: Path) -> None:
     assert read.train.tokens.tolist() == [0, 1, 2, 3, 4]
     assert digest_of(tmp_path / "cache" / read.digest.replace(":", "-"), ["train", "validation"], 1) == read.digest
     assert files_under(storage.location("cache/a"))[0].uri == "s3://bucket/out/cache/a/manifest.json"
+
+
+def test_data_that_is_prepared_once(s3: FakeS3, mounts: Mounts, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Source and storage are in the object store; a file of the prepared folder that is lost is made again."""
+    s3.objects["sets/train.jsonl"] = b'{"text": "a b c"}\n{"text": "d e f"}\n'
+    secret = {"name": "s3"}
+    data = {"train": {"source": "s3://bucket/sets/train.jsonl", "secretRef": secret}}
+    job = parse_job(job_manifest(data=data, output={"storage": "s3://bucket/out", "secretRef": secret}), local=True)
+    storage = storage_at(resolve_storage(job.spec.output, mounts))
+    first, second = (data_cache.find_or_prepare(storage, job, mounts, tokenizer) for _ in range(2))
+    assert (first.is_new, second.is_new, first.manifest) == (True, False, second.manifest)
+    assert data_cache.is_there(storage, first.name)
+    data_cache.mark_used(storage, first.name)
+    assert "used" in storage.read_json(f"{first.name}.json")
+    prepared = open_prepared(storage.location(first.name), tmp_path / "cache")
+    assert {tokenizer.decode(part.example(0)[0].tolist()) for part in (prepared.train, prepared.validation)} == {"a b c<eos>", "d e f<eos>"}
+    del s3.objects[f"out/{first.name}/train-tokens.npy"]
+    assert not data_cache.is_there(storage, first.name)
+    assert data_cache.find_or_prepare(storage, job, mounts, tokenizer).is_new
 
 
 def test_what_a_file_holds_is_its_identity(s3: FakeS3, mounts: Mounts) -> None:

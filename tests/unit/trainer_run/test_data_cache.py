@@ -169,6 +169,25 @@ def test_two_jobs_at_once(storage: Storage, train: Path, tokenizer: PreTrainedTo
     assert len(open_prepared(storage.location(entries[0].name), folder).train) == 2
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-4])], ids=["gone", "cut"])
+def test_a_damaged_folder_is_made_again(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, damage: object) -> None:
+    first = find(storage, job(train), tokenizer)
+    damage(Path(storage.location(first.name).path) / "train-tokens.npy")
+    again = find(storage, job(train), tokenizer)
+    assert (again.is_new, again.manifest) == (True, first.manifest)
+    assert find(storage, job(train), tokenizer).is_new is False
+
+
+def test_what_a_killed_process_has_left_is_removed_after_a_while(storage: Storage) -> None:
+    folder = Path(storage.location(FOLDER).path)
+    for name in ("old", "new"):
+        (folder / f".key.{name}.partial").mkdir(parents=True)
+    os.utime(folder / ".key.old.partial", (0, 0))
+    with storage.shared_folder(f"{FOLDER}/key") as made:
+        (made / MANIFEST).write_text("{}")
+    assert sorted(path.name for path in folder.iterdir()) == [".key.new.partial", "key"]
+
+
 def used(storage: Storage, key: str, days_ago: float) -> None:
     with storage.shared_folder(f"{FOLDER}/{key}") as folder:
         (folder / MANIFEST).write_text("{}")

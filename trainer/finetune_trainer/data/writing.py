@@ -97,7 +97,14 @@ def divide(folder: Path, split: str, chosen: npt.NDArray[np.bool_], rest: str, t
 
 def write_manifest(folder: Path, splits: Sequence[str], group: int, facts: dict[str, Any]) -> dict[str, Any]:
     """The manifest of the splits that are written, with more facts in it; last of all files. Returns it."""
-    manifest = {"format": FORMAT, "digest": digest_of(folder, splits, group), "splits": list(splits), "group": group, **facts}
+    manifest = {
+        "format": FORMAT,
+        "digest": digest_of(folder, splits, group),
+        "splits": list(splits),
+        "group": group,
+        "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        **facts,
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return manifest
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from tuned import BASE, INPUT, learn, method, on_meta, shake, tiny, trained_names
 
 from finetune_api.reasons import Reason
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import check_mergeable
-from finetune_trainer.methods.method import load_trained_state, trained_state
+from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
 from finetune_trainer.model import CausalModel
 
 VARIANTS = ("none", "dora", "rslora", "pissa")
@@ -173,3 +174,17 @@ def test_tied_weights_are_not_merged() -> None:
         check_mergeable(applied("lm_head", "q_proj"))
     assert caught.value.reason == Reason.INVALID_SPEC
     check_mergeable(applied("all-linear"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+def test_a_merged_model_keeps_the_number_format_of_its_base(tmp_path: Path, variant: str, dtype: str, tolerance: float) -> None:
+    tuning = method(**lora(variant))
+    model = tuning.apply(tiny(), seed=1)
+    shake(model)
+    expected = model.eval()(INPUT).logits
+    tuning.export(model, tmp_path, BaseModel("owner/name", None, dtype), "merged")
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {f"torch.{dtype}"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(loaded(INPUT).logits, expected, rtol=0, atol=tolerance)

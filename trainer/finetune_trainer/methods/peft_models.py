@@ -11,7 +11,7 @@ import torch
 from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.methods.whole_model import save_whole_model
+from finetune_trainer.methods.whole_model import number_format, save_whole_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -64,7 +64,8 @@ def named_after(base: BaseModel, config: Any) -> Iterator[None]:  # noqa: ANN401
 def save_merged(model: torch.nn.Module, folder: Path, base: BaseModel) -> None:
     """Write the base model with the adapter worked in, which is done in place: the PEFT model is not to be used any more."""
     peft_model: Any = model
-    save_whole_model(peft_model.merge_and_unload(), folder, base)
+    merged = peft_model.merge_and_unload().to(number_format(base))  # weight after weight, so that there never is a second model
+    save_whole_model(merged, folder, base)
 
 
 def tied_names(model: torch.nn.Module) -> set[str]:

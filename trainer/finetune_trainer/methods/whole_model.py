@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def save_whole_model(model: "PreTrainedModel", folder: Path, base: BaseModel) -> None:
     """Write the model; the one in memory stays as it is. Only weights of another number format than the base's are copied."""
-    dtype = getattr(torch, base.dtype or "float32")
+    dtype = number_format(base)
     converted: dict[int, torch.Tensor] = {}  # by identity: tied weights stay one tensor, which is how they are recognised
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,3 +29,9 @@ def save_whole_model(model: "PreTrainedModel", folder: Path, base: BaseModel) ->
         model.config.save_pretrained(folder)
     finally:
         model.config.dtype = before
+
+
+def number_format(base: BaseModel) -> torch.dtype:
+    """What a published whole model's weights are kept in."""
+    dtype: torch.dtype = getattr(torch, base.dtype or "float32")
+    return dtype

@@ -103,8 +103,9 @@ def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
     from finetune_api.v1alpha1 import parse_job
     from finetune_trainer import loop
     from finetune_trainer.data.prepare import prepare_data
-    from finetune_trainer.model import check_model, load_model
+    from finetune_trainer.model import check_model
     from finetune_trainer.model_files import fetch_model
+    from finetune_trainer.placement import placed
     from finetune_trainer.progress import WorkerProgress
     from finetune_trainer.sources import Mounts
     from finetune_trainer.storage import Storage
@@ -144,7 +145,9 @@ def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
 
     clock = Clock()
     storage = Storage(LocalFileSystem(), str(own), f"file://{own}")
-    loop.train(loop.Task(job, files.base, {}, storage), loop.Models(load_model(files, job, device)), data, Worker(device=device), clock)
+    worker = Worker(device=device)
+    model, _ = placed(files, job, worker)
+    loop.train(loop.Task(job, files.base, {}, storage), loop.Models(model), data, worker, clock)
     steps = {step: (at, tokens) for at, step, tokens in reversed(clock.told)}  # when each step was first told of
     first, last = steps[min(steps)], steps[max(steps)]
     return last[1] - first[1], last[0] - first[0]

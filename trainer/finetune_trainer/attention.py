@@ -225,6 +225,21 @@ def choose_layout(model: "PreTrainedModel") -> Layout:
     return "flat" if isolated else "padded"
 
 
+def use_flat_attention(model: "PreTrainedModel") -> None:
+    """Set a model up for flat rows that is known to be fit for them."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, flat_attention)
+    model.set_attn_implementation(NAME)
+
+
+def compile_around_flat_attention() -> None:
+    """Have torch.compile leave flat attention as it is."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, torch.compiler.disable(flat_attention))  # type: ignore[no-untyped-call]
+
+
 @torch.no_grad()
 def _last_hidden(model: "PreTrainedModel", batch: MicroBatch) -> torch.Tensor:
     decoder = model.get_decoder()

@@ -85,7 +85,7 @@ def _is_whole(storage: Storage, name: str, manifest: dict[str, Any]) -> bool:
             sizes = {file: int(folder.filesystem.info(f"{folder.path}/{file}")["size"]) for file in manifest["bytes"]}
         except FileNotFoundError:
             return False
-    return sizes == manifest["bytes"]
+    return bool(sizes == manifest["bytes"])
 
 
 def mark_used(storage: Storage, name: str) -> None:

@@ -131,7 +131,9 @@ class ServedModel:
             reraise=True,
         )
         try:
-            payload: Any = await retrying(self._send, f"{self._url}{path}", body, aiohttp.ClientTimeout(total=seconds, connect=CONNECT_SECONDS))
+            payload: Any = await retrying(
+                self._send, f"{self._url}{path}", body, aiohttp.ClientTimeout(total=seconds, connect=CONNECT_SECONDS)
+            )
         except _TransientError as error:
             raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self._url} {error}, {attempts} times") from error
         try:

@@ -18,7 +18,6 @@ from finetune_api.status import ModelSummary
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_api.v1alpha1 import Method as MethodSpec
 from finetune_trainer.attention import choose_layout, forward_arguments, probe
-from finetune_trainer.data.batches import AUTO_TOKENS
 from finetune_trainer.data.tensors import Layout, MicroBatch
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import Method, check_mergeable, method_for
@@ -199,28 +198,35 @@ def load_tokenizer(files: ModelFiles) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device) -> CausalModel:
+def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device, *, precision: torch.dtype | None = None) -> CausalModel:
     """The model with the job's method applied, on its device, in training mode. New parameters follow from training.seed alone.
 
-    Raises JobError (ModelInvalid) where weights are missing or damaged.
+    `precision` is that of the computation, where it is to be on another device than where the model is loaded. Raises JobError
+    (ModelInvalid) where weights are missing or damaged.
     """
     method = method_for(job.spec.method)
-    precision = precision_for(job.spec.training.precision, device)
+    precision = precision or precision_for(job.spec.training.precision, device)
     quantization = quantization_config(job.spec.model.quantization, precision)
     transformer = load_transformer(files, _kept_in(method, job, files.base, precision), device, quantization)
     layout = choose_layout(transformer)
     if layout == "padded" and job.spec.training.packing:
         log.warning("%s cannot keep packed examples apart; its rows are computed one example a line", files.base.name)
     plain_head = has_plain_head(transformer, layout)
-    if device.type == "cuda" and not _activations_fit(transformer.config.get_text_config(), job, device, precision):
-        transformer.activation_checkpointing_enable({"use_reentrant": False})
     tokenizer = load_tokenizer(files) if method.virtual_tokens else None
     module = method.apply(transformer, seed=job.spec.training.seed, tokenizer=tokenizer).to(device).train()
     return CausalModel(module, transformer, layout, plain_head, precision, device)
 
 
+def model_without_weights(files: ModelFiles, job: FineTuneJob, precision: torch.dtype) -> tuple[torch.nn.Module, "PreTrainedModel"]:
+    """The module with the job's method applied and the transformers model in it, as `load_model` has them, on the `meta` device."""
+    method = method_for(job.spec.method)
+    transformer = _empty_model(read_config(files), files).to(_kept_in(method, job, files.base, precision))
+    tokenizer = load_tokenizer(files) if method.virtual_tokens else None
+    return method.apply(transformer, seed=job.spec.training.seed, tokenizer=tokenizer).train(), transformer
+
+
 def _kept_in(method: Method, job: FineTuneJob, base: BaseModel, precision: torch.dtype) -> torch.dtype:
-    """The number format of the weights in memory: the computation's, where they stay frozen and nothing of them is lost that is published."""
+    """The number format of the weights in memory: the computation's, where they stay frozen and nothing that is published is lost by it."""
     whole = any(kind in ("model", "merged") for kind in job.spec.artifacts)
     loses = whole and base.dtype != str(precision).removeprefix("torch.")
     return precision if method.freezes_base and not loses else torch.float32
@@ -259,26 +265,6 @@ def load_transformer(
     if loading["missing_keys"]:
         raise JobError(Reason.MODEL_INVALID, f"{files.base.name} lacks the weight {sorted(loading['missing_keys'])[0]}")
     return transformer
-
-
-def activation_bytes(config: "PreTrainedConfig", tokens: int, precision: torch.dtype) -> int:
-    """About how much a forward pass over so many tokens leaves behind for the backward pass.
-
-    For each layer and token the inputs of the linear layers and norms, queries, keys, values, and the products of the feed-forward part:
-    some 16 numbers for each hidden unit and 4 for each of the feed-forward part's.
-    """
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    return int(config.num_hidden_layers * tokens * (16 * hidden + 4 * inner) * precision.itemsize)
-
-
-def _activations_fit(config: "PreTrainedConfig", job: FineTuneJob, device: torch.device, precision: torch.dtype) -> bool:
-    """Whether a micro-batch leaves room on the GPU; where it does not, activations are computed again in the backward pass."""
-    training = job.spec.training
-    size, longest = training.micro_batch_size, training.max_sequence_length
-    tokens = max(AUTO_TOKENS["cuda"], longest) if size == "auto" else size * longest
-    free, _ = torch.cuda.mem_get_info(device)
-    return activation_bytes(config, tokens, precision) <= 0.6 * free
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune_trainer.parts import gathered
+from finetune_trainer.parts import gathered, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -23,23 +23,27 @@ _DECODE = "decode_only"
 """The method of a sharded transformers model that runs its decoder."""
 
 
-def shard(transformer: "PreTrainedModel", device: torch.device) -> None:
-    """Shard a model over all workers of the process group, in place. Every worker calls it with the same weights.
+def shard(module: torch.nn.Module, transformer: "PreTrainedModel", device: torch.device) -> None:
+    """Shard the transformers model in a module over all workers of the process group, in place. Every worker calls it.
 
-    The parameters become DTensors, of which each worker keeps its rows on its device.
+    The weights are those of rank 0; the others' may be on the `meta` device. Layer after layer is sent whole, split, and let go of. The
+    parameters of the transformers model become DTensors, of which each worker keeps its rows on its device.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh: DeviceMesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in decoder_layers(transformer):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(transformer, mesh=mesh)
-    for module in transformer.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # plain sums are what every backend has
+    sending = _Sending(module, device)
+    for part in (*decoder_layers(transformer), transformer):
+        sending.send(part)
+        fully_shard(part, mesh=mesh)
+        sending.forget()
+    sending.send(module)
+    for each in transformer.modules():
+        if isinstance(each, FSDPModule):
+            each.set_gradient_divide_factor(1.0)
+            each.set_force_sum_reduction_for_comms(True)  # plain sums are what every backend has
 
     def decode(**arguments: Any) -> Any:  # noqa: ANN401 - whatever the model takes and gives
         return transformer.get_decoder()(**arguments)
@@ -48,11 +52,88 @@ def shard(transformer: "PreTrainedModel", device: torch.device) -> None:
     register_fsdp_forward_method(transformer, _DECODE)
 
 
+class _Sending:
+    """Gives every worker rank 0's parameters and buffers, part of a model after part. Tied weights stay one tensor."""
+
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        self._device = device
+        numbers: dict[int, int] = {}
+        self._numbers = {
+            (id(owner), name): numbers.setdefault(id(parameter), len(numbers))
+            for owner in module.modules()
+            for name, parameter in owner._parameters.items()
+        }
+        self._parameters: dict[int, torch.nn.Parameter] = {}
+        self._buffers: set[tuple[int, str]] = set()
+        self._formats = _agreed_formats(module, device)
+
+    def send(self, part: torch.nn.Module) -> None:
+        """Put a part's parameters and buffers on the device, but for what is sharded already."""
+        for owner in part.modules():
+            for name, parameter in list(owner._parameters.items()):
+                if parameter is not None and not is_sharded(parameter):
+                    owner._parameters[name] = self._sent(owner, name, parameter)
+            for name, buffer in list(owner._buffers.items()):
+                if buffer is not None and (id(owner), name) not in self._buffers:
+                    owner._buffers[name] = _from_first(buffer, self._formats[id(owner), name], self._device)
+                    self._buffers.add((id(owner), name))
+
+    def _sent(self, owner: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        number = self._numbers[id(owner), name]
+        if number not in self._parameters:
+            tensor = _from_first(parameter, self._formats[id(owner), name], self._device)
+            self._parameters[number] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+        return self._parameters[number]
+
+    def forget(self) -> None:
+        """Let go of what was sent: it has been split."""
+        self._parameters.clear()
+
+
+def _agreed_formats(module: torch.nn.Module, device: torch.device) -> dict[tuple[int, str], torch.dtype]:
+    """The number format that each parameter and buffer has on rank 0: a model without weights does not know which ones stay in float32."""
+    import torch.distributed as dist
+
+    tensors = {
+        (id(owner), name): tensor
+        for owner in module.modules()
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+        if tensor is not None
+    }
+    numbers = torch.tensor([_FORMATS.index(tensor.dtype) for tensor in tensors.values()], dtype=torch.int64, device=device)
+    dist.broadcast(numbers, src=0)
+    return {place: _FORMATS[number] for place, number in zip(tensors, numbers.tolist(), strict=True)}
+
+
+_FORMATS = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
+
+@torch.no_grad()
+def _from_first(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Rank 0's tensor, on this worker's device."""
+    import torch.distributed as dist
+
+    leads = dist.get_rank() == 0
+    whole = tensor.detach().to(device).contiguous() if leads else torch.empty(tensor.shape, dtype=dtype, device=device)
+    dist.broadcast(whole.reshape(-1).view(torch.uint8), src=0)
+    return whole
+
+
 def decoder_layers(transformer: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that a decoder goes through one after the other: the longest list of modules of one class."""
-    lists: list[list[torch.nn.Module]] = [list(module) for module in transformer.modules() if isinstance(module, torch.nn.ModuleList)]
-    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
-    return max(alike, key=len, default=[])
+    """The layers that a decoder goes through one after the other: the list of modules that holds most of the parameters."""
+    lists = [list(module) for module in transformer.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(parameter.numel() for layer in layers for parameter in layer.parameters()), default=[])
 
 
 def decoder_of(transformer: "PreTrainedModel") -> Callable[..., Any]:
@@ -84,6 +165,7 @@ def whole(module: torch.nn.Module, transformer: "PreTrainedModel", *, leads: boo
     """
     drop_gathered(transformer)
     made: dict[int, torch.nn.Parameter] = {}  # by identity: tied weights stay one tensor, which is how they are recognised
+    originals: list[torch.nn.Parameter] = []  # alive, so that no identity is used again
     for owner in module.modules():
         for name, parameter in list(owner._parameters.items()):
             if parameter is None:
@@ -91,6 +173,7 @@ def whole(module: torch.nn.Module, transformer: "PreTrainedModel", *, leads: boo
             if id(parameter) not in made:
                 tensor = gathered(parameter)
                 kept = tensor.to("cpu") if leads else torch.empty_like(tensor, device="meta")
+                originals.append(parameter)
                 made[id(parameter)] = torch.nn.Parameter(kept, requires_grad=parameter.requires_grad)
             owner._parameters[name] = made[id(parameter)]
     for owner in transformer.modules():

@@ -224,8 +224,12 @@ class Making:
         with storage_errors(self.storage.locate(self.name)):
             if self.storage.is_local:
                 self._aside.mkdir(parents=True, exist_ok=True)  # a network volume may not show it yet
-                yield self._aside
-                _flush_tree(self._aside)
+                with tempfile.TemporaryDirectory(dir=self._aside) as own_name:
+                    own = Path(own_name)
+                    yield own
+                    _flush_tree(own)
+                    for path in sorted(own.iterdir()):
+                        path.replace(self._aside / path.name)
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     yield Path(folder)

@@ -88,8 +88,8 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 
     from finetune_trainer.data.examples import Prepared, open_prepared
     from finetune_trainer.loop import Models, Task, train
-    from finetune_trainer.model import load_model
     from finetune_trainer.model_files import ModelFiles, fetch_model
+    from finetune_trainer.placement import placed
     from finetune_trainer.progress import ProgressSender
     from finetune_trainer.sources import Mounts, resolve_storage
     from finetune_trainer.teacher import Place, taught
@@ -110,8 +110,9 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     files, data = _first_of_each_node(worker, inputs)
     place = Place(output, config["data"], data.digest, mounts, cache)
     revision = config["config"].get("teacher", {}).get("revision")
-    pair = taught(job, load_model(files, job, worker.device), revision, place, worker, partial(_first_of_each_node, worker))
-    models = Models(pair.student, pair.teacher, pair.kept)
+    model, warnings = placed(files, job, worker)
+    pair = taught(job, model, revision, place, worker, partial(_first_of_each_node, worker))
+    models = Models(pair.student, pair.teacher, pair.kept, warnings)
     sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
     try:
         train(Task(job, files.base, config["config"], storage), models, data, worker, sender or _Silent(), group=uuid.uuid4().hex)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.unit.docs.markdown import ROOT
 
-ROWS = {"train": 48, "validation": 8, "test": 8, "preference": 24}
+ROWS = {"train": 48, "validation": 8, "test": 8, "preference": 330}
 _table = pytest.StashKey[list[tuple[str, ...]]]()
 
 

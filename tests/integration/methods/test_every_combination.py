@@ -103,7 +103,7 @@ def test_it_learns_resumes_and_publishes(
 
 
 def _difference(job: FineTuneJob, finished: Finished, volumes: Path, folder: Path) -> float:
-    """The largest difference, relative to the largest of them, of the logits of what was published, loaded with transformers and PEFT, and those of the last checkpoint."""
+    """The largest difference of the logits between what was published, loaded elsewhere, and the last checkpoint, of the largest logit."""
     mounts = Mounts(volumes, local=True)
     files = fetch_model(job.spec.model, mounts, folder / "cache", weights=True)
     model = load_model(files, job, torch.device("cpu"))

@@ -103,7 +103,7 @@ def test_example_runs_and_what_it_publishes_loads_elsewhere(
     done = run_job(job, taught, monkeypatch)
 
     losses = done.losses()
-    assert losses[-1] < losses[0]
+    assert sum(losses[-3:]) / 3 < losses[0]
     report = done.report
     assert {artifact.kind for artifact in report.artifacts} == set(job.spec.artifacts)
     assert report.model is not None

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import job_manifest
-from transformers import LlamaConfig
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, ModelSource, parse_job
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods.method import trained_state
-from finetune_trainer.model import activation_bytes, check_model, load_model, longest_example, precision_for
+from finetune_trainer.model import check_model, load_model, longest_example, precision_for
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.sources import Mounts
 
@@ -250,10 +249,3 @@ def test_two_workers_start_alike(model_files: ModelFiles) -> None:
 def test_auto_is_float32_on_a_cpu() -> None:
     assert precision_for("auto", CPU) == torch.float32
     assert precision_for("bfloat16", CPU) == torch.bfloat16
-
-
-def test_what_a_forward_pass_leaves_behind() -> None:
-    """Llama 3 8B has 32 layers of width 4,096 with 14,336 inner units: 122,880 numbers a token and layer, 7.9 MB a token in bfloat16."""
-    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    assert activation_bytes(config, 1, torch.bfloat16) == 32 * (16 * 4096 + 4 * 14336) * 2 == 7_864_320
-    assert activation_bytes(config, 1000, torch.float32) == 2000 * 7_864_320

@@ -60,17 +60,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def job_with(model: Path, *, dropout: float = 0.2, **training: Any) -> FineTuneJob:
+    return parse_job(manifest_with(model, {"lora": {"rank": 2, "dropout": dropout}}, **training), local=True)
+
+
+def manifest_with(model: Path, method: dict[str, Any], **training: Any) -> dict[str, Any]:
     given = {"epochs": 4, "globalBatchSize": 4, "microBatchSize": 2, "maxSequenceLength": 32, "learningRate": 0.01, "precision": "float32"}
     spec = {
         "model": {"source": f"file://{model}"},
         "data": {"train": {"source": "file:///unused.jsonl"}},
-        "method": {"lora": {"rank": 2, "dropout": dropout}},
+        "method": method,
         "training": {**given, **training},
         "checkpoint": {"everySteps": 3, "keep": 2},
         "output": {"storage": "file:///unused"},
     }
-    manifest = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "a", "uid": "u"}, "spec": spec}
-    return parse_job(manifest, local=True)
+    return {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "a", "uid": "u"}, "spec": spec}
 
 
 def examples(count: int, seed: int) -> Examples:

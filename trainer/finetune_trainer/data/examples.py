@@ -20,7 +20,7 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Version of the folder's form."""
 BLOCK = 1 << 20
 """Tokens that are worked on at a time where all are gone through."""

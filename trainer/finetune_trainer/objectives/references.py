@@ -67,6 +67,7 @@ def starting_point(model: CausalModel) -> Iterator[CausalModel]:
                 yield base
     finally:
         model.module.train(was_training)
+        model.settle()  # the loop will ask for its parameters
 
 
 def _fill(found: torch.Tensor, split: str, examples: Examples, context: Context) -> None:

@@ -1,0 +1,79 @@
+"""How the model is spread over the workers: whole on each of them, or a part on each; and how its activations are held."""
+
+from dataclasses import replace
+
+import torch
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.attention import use_flat_attention
+from finetune_trainer.compiling import compile_layers
+from finetune_trainer.errors import JobError
+from finetune_trainer.memory import STATE_SHARE, coming_bytes, plan_activations, state_bytes
+from finetune_trainer.model import CausalModel, load_model, model_without_weights, precision_for
+from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.parts import local_part
+from finetune_trainer.sharding import shard
+from finetune_trainer.worker import CPU, Worker
+
+
+def placed(files: ModelFiles, job: FineTuneJob, worker: Worker) -> tuple[CausalModel, tuple[str, ...]]:
+    """The job's model as this worker trains it, and what the job's owner should know of that. Every worker calls it.
+
+    Raises JobError (ModelInvalid, InvalidSpec).
+    """
+    if not _is_to_be_sharded(files, job, worker):
+        return _ready(load_model(files, job, worker.device), job)
+    check_strategy(job)
+    precision = precision_for(job.spec.training.precision, worker.device)
+    # Only the one that leads ever holds all weights, in its machine's memory: the others get their part from it.
+    if worker.leads:
+        whole = load_model(files, job, CPU, precision=precision)
+        module, transformer, flat, plain = whole.module, whole.transformer, whole.layout == "flat", whole.plain_head
+    else:
+        (module, transformer), flat, plain = model_without_weights(files, job, precision), False, False
+    flat, plain = bool(worker.agree(int(flat))), bool(worker.agree(int(plain)))
+    if flat:
+        use_flat_attention(transformer)
+    shard(module, transformer, worker.device)
+    model = CausalModel(module, transformer, "flat" if flat else "padded", plain, precision, worker.device)
+    return _ready(replace(model, sharded=True), job)
+
+
+def check_strategy(job: FineTuneJob) -> None:
+    """Raise JobError (InvalidSpec) where a method does not go with a model of which each worker holds a part."""
+    lora = job.spec.method.lora
+    if job.spec.compute.strategy == "fsdp" and lora is not None and lora.variant == "pissa":
+        raise JobError(Reason.INVALID_SPEC, "method.lora.variant pissa needs whole weights, and compute.strategy is fsdp")
+
+
+def _is_to_be_sharded(files: ModelFiles, job: FineTuneJob, worker: Worker) -> bool:
+    """compute.strategy; auto is fsdp where one GPU holds not all of weights, gradients and moments."""
+    strategy, lora = job.spec.compute.strategy, job.spec.method.lora
+    if strategy != "auto" or worker.world == 1:
+        return strategy == "fsdp" and worker.world > 1
+    if worker.device.type != "cuda" or job.spec.model.quantization != "none" or (lora is not None and lora.variant == "pissa"):
+        return False
+    module, _ = model_without_weights(files, job, precision_for(job.spec.training.precision, worker.device))
+    _, total = torch.cuda.mem_get_info(worker.device)
+    return worker.sum(float(state_bytes(module) > STATE_SHARE * total)) > 0
+
+
+def _ready(model: CausalModel, job: FineTuneJob) -> tuple[CausalModel, tuple[str, ...]]:
+    """The model with its activations held as memory and training ask for, compiled where that helps."""
+    training, config = job.spec.training, model.transformer.config.get_text_config()
+    recomputed = training.gradient_checkpointing == "always"
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        world = _parts(model)
+        plan = plan_activations(config, training, model.precision, free - coming_bytes(model.module) // world)
+        model, recomputed = replace(model, auto_tokens=plan.tokens), plan.recomputed
+    if recomputed:
+        model.transformer.activation_checkpointing_enable({"use_reentrant": False})
+    return model, compile_layers(model, job.spec)
+
+
+def _parts(model: CausalModel) -> int:
+    """Into how many parts its parameters are split."""
+    weight = next(model.transformer.parameters())
+    return max(1, round(weight.numel() / max(1, local_part(weight).numel()))) if model.sharded else 1

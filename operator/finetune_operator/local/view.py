@@ -129,11 +129,18 @@ def summary(name: str, status: Status, model_source: str, place: Callable[[str],
         yield Text(f"\n{artifact.kind}: {here or artifact.uri}  ({artifact.bytes / 1e6:.1f} MB)")
         if here is not None and artifact.kind == "adapter":
             base = place(model_source) or model_source.removeprefix("hf://")
-            yield Text(_LOAD_ADAPTER.format(base=str(base), adapter=str(here)), "dim")
+            own = _IMPORT_OWN.format(adapter=str(here)) if (here / "bottleneck_adapter.py").exists() else ""
+            yield Text(own + _LOAD_ADAPTER.format(base=str(base), adapter=str(here)), "dim")
         elif here is not None:
             yield Text(_LOAD_MODEL.format(model=str(here)), "dim")
 
 
+_IMPORT_OWN = """\
+  import sys
+  sys.path.insert(0, {adapter!r})
+  import bottleneck_adapter
+"""
+"""PEFT has no bottleneck adapters: their folders hold the file that adds them."""
 _LOAD_ADAPTER = """\
   from peft import PeftModel
   from transformers import AutoModelForCausalLM

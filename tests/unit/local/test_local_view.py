@@ -104,6 +104,15 @@ def test_the_summary_has_before_and_after_and_how_to_load_the_result():
     assert "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('a/b'), '/x/adapter')" in shown
 
 
+def test_the_summary_imports_what_peft_lacks_before_it_loads_a_bottleneck_adapter(tmp_path):
+    (tmp_path / "bottleneck_adapter.py").touch()
+    artifact = Artifact(kind="adapter", uri="pvc://c/out/adapter", digest="sha256:0", bytes=1)
+    shown = text(*summary("demo", Status(**ENDED, artifacts=(artifact,)), "hf://a/b", lambda uri: tmp_path if "out" in uri else None))
+    program = [line.strip() for line in shown.partition("adapter: ")[2].splitlines()[1:]]
+    assert program[:3] == ["import sys", f"sys.path.insert(0, {str(tmp_path)!r})", "import bottleneck_adapter"]
+    assert program[-1] == f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('a/b'), {str(tmp_path)!r})"
+
+
 def test_the_summary_of_a_whole_model_in_a_bucket_names_the_bucket():
     artifact = Artifact(kind="model", uri="s3://bucket/model", digest="sha256:0", bytes=1)
     shown = text(*summary("demo", Status(**ENDED, artifacts=(artifact,)), "hf://a/b", lambda uri: None))

@@ -6,7 +6,7 @@ from finetune_api.report import Report
 from finetune_api.status import WARNINGS_MAX, Checkpoints, Progress, Usage
 from finetune_trainer.console import Console
 from finetune_trainer.interruption import Interruption
-from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.progress import Answer, WorkerProgress
 from finetune_trainer.report import Reporter, utc_now
 
 
@@ -20,7 +20,11 @@ class Following:
         self._lost_steps = 0
         self._earlier_tokens = 0
         self._latest_tokens = 0
-        self._gpus = 0
+        self.processes = 0
+        """That take part: of the group that trains, or that is about to."""
+        self.regroup = False
+        """Whether the workers should begin again with more of them."""
+        self._on_gpus = False
         self._gpus_since: float | None = None
         self._earlier_gpu_seconds = 0.0
 
@@ -28,18 +32,19 @@ class Following:
         """Know how far the attempt before had come."""
         self._furthest = earlier.progress.step if earlier and earlier.progress else 0
 
-    def workers_joined(self, gpus: int) -> None:
-        """The GPUs are held from now on."""
-        self._gpus, self._gpus_since = gpus, time.monotonic()
+    def workers_joined(self, processes: int, *, on_gpus: bool) -> None:
+        """They are held from now on, a GPU for each process where there are any."""
+        self.processes, self._on_gpus, self._gpus_since = processes, on_gpus, time.monotonic()
 
     def workers_released(self) -> None:
         """They are held no more."""
         usage = self._usage()
         self._reporter.update(usage=usage)
         self._earlier_gpu_seconds, self._gpus_since = usage.gpu_seconds, None
+        self.regroup = False
 
-    def take(self, progress: WorkerProgress) -> bool:
-        """Make the newest progress the report's. Returns whether the workers should stop."""
+    def take(self, progress: WorkerProgress) -> Answer:
+        """Make the newest progress the report's. Returns what the workers should do."""
         if progress.start_step is not None and progress.group != self._group:
             self._begin_group(progress, progress.start_step)
         state = Progress(
@@ -66,7 +71,7 @@ class Following:
             self._reporter.start_stage("Evaluate", progress.message, workers_wanted=self._reporter.report.workers_wanted)
         if progress.stage == "Train" and progress.step:
             self._console.progress(state, {name: metric.value for name, metric in metrics.items()})
-        return self._interruption.requested
+        return Answer(self._interruption.requested, self.regroup)
 
     def _checkpoints(self, progress: WorkerProgress) -> Checkpoints | None:
         """What is known of the checkpoints; a group that is only loading knows nothing new."""
@@ -97,7 +102,12 @@ class Following:
             self._console.say(f"going on from step {start_step}{f', {lost} steps are lost' if lost else ''}")
         for name in progress.damaged_checkpoints:
             self._console.say(f"checkpoint {name} was damaged and is set aside")
-        self._group, self._furthest = progress.group, start_step
+        if progress.processes and progress.processes != self.processes:  # some were lost, and Ray went on with those that are left
+            self._reporter.update(usage=self._usage())
+            self._earlier_gpu_seconds, self._gpus_since = self._usage().gpu_seconds, time.monotonic()
+            self._console.say(f"processes that take part: {progress.processes}, before {self.processes}")
+            self.processes = progress.processes
+        self._group, self._furthest, self.regroup = progress.group, start_step, False
         self._reporter.update(lost_steps=self._lost_steps)
 
     def _stage(self, name: str) -> str:
@@ -105,5 +115,5 @@ class Following:
 
     def _usage(self) -> Usage:
         seconds = time.monotonic() - self._gpus_since if self._gpus_since is not None else 0.0
-        gpu_seconds = round(self._earlier_gpu_seconds + self._gpus * seconds, 1)
+        gpu_seconds = round(self._earlier_gpu_seconds + self._on_gpus * self.processes * seconds, 1)
         return Usage(gpu_seconds=gpu_seconds, trained_tokens=self._earlier_tokens + self._latest_tokens)

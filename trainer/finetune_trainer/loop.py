@@ -89,7 +89,9 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     keeper = Keeper(task.storage.at(CHECKPOINTS), task.config, spec, Trained(model, parameters, optimizer), worker)
     damaged = keeper.resume()
     baseline = _baseline(task.storage, worker, lambda: measured(held_out), fresh=keeper.step == 0)
-    begin = WorkerProgress(group=group, start_step=keeper.step, step=keeper.step, damaged_checkpoints=damaged, checkpoint=keeper.latest)
+    begin = WorkerProgress(
+        group=group, processes=worker.world, start_step=keeper.step, step=keeper.step, damaged_checkpoints=damaged, checkpoint=keeper.latest
+    )
     begin = begin.model_copy(update={"best_checkpoint": keeper.best})
     tell = Teller(listener if worker.leads else None, plan, begin)
     for warning in (*models.warnings, *shrunk):

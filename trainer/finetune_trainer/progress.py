@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import urllib.request
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -19,11 +20,23 @@ _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The head is at hand: a proxy that the environment names for the world outside must not be asked, nor see the token."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the head asks of the workers."""
+
+    stop: bool = False
+    """Save a checkpoint and leave."""
+    regroup: bool = False
+    """The same, to begin again with more of them."""
+
+
 class WorkerProgress(StatusModel):
     """The state of the worker group, as rank 0 sees it. Absent is unknown as yet."""
 
     group: Annotated[str, Field(max_length=64)]
     """One start of the worker group; another one means that workers were lost."""
+    processes: Count = 0
+    """How many take part."""
     stage: StageName = "Train"
     message: Text = ""
     start_step: Count | None = None

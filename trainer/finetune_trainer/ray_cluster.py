@@ -40,12 +40,17 @@ def quantity(value: int | str) -> float:
 
 def cpus_of(compute: Compute) -> int:
     """CPUs of a worker pod, at least one for each of its processes."""
-    return max(1, gpus_of(compute), math.ceil(quantity(compute.resources_per_worker.get("cpu", 1))))
+    return max(processes_of(compute), math.ceil(quantity(compute.resources_per_worker.get("cpu", 1))))
 
 
 def gpus_of(compute: Compute) -> int:
     """GPUs of a worker pod, whoever made them."""
     return int(sum(quantity(value) for name, value in compute.resources_per_worker.items() if name.endswith("/gpu")))
+
+
+def processes_of(compute: Compute) -> int:
+    """Processes that train in a worker pod: one for each GPU, or one alone."""
+    return max(1, gpus_of(compute))
 
 
 def head_command(environment: Environment, scratch: Path) -> list[str]:
@@ -182,7 +187,7 @@ def wait_for_workers(compute: Compute, seconds: float, tell: Callable[[int], Non
     joined = -1
     while True:
         now, before = time.monotonic(), joined
-        joined = sum(1 for node in _nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0)
+        joined = nodes_joined()
         if joined != before:
             tell(joined)
         if joined >= compute.workers.max:
@@ -198,7 +203,29 @@ def wait_for_workers(compute: Compute, seconds: float, tell: Callable[[int], Non
         time.sleep(0.2)
 
 
-def _nodes() -> list[Mapping[str, Any]]:
+def nodes_joined() -> int:
+    """Worker nodes that are there to stay: one that is about to go counts no more."""
     import ray
+    from ray._private.state import state  # the one place where Ray tells, and where Ray Train itself asks
 
-    return list(ray.nodes())
+    nodes: list[Mapping[str, Any]] = ray.nodes()
+    going = state.get_draining_nodes()
+    return sum(1 for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0 and node["NodeID"] not in going)
+
+
+class Growth:
+    """Whether more workers than take part have joined, and stayed."""
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._since: float | None = None
+
+    def is_due(self, processes: int) -> bool:
+        """Whether to begin again with more of them than this many processes. False for a job that is not elastic: Ray is not asked then."""
+        workers, taking_part = self._compute.workers, processes // processes_of(self._compute)
+        if not workers.min <= taking_part < workers.max or nodes_joined() <= taking_part:
+            self._since = None
+            return False
+        now = time.monotonic()
+        self._since = self._since or now
+        return now - self._since > SETTLE_SECONDS

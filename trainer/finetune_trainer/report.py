@@ -8,6 +8,7 @@ import hmac
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from finetune_api.report import Outcome, Report
 from finetune_api.status import STAGES, Failure, Stage, StageName, StageState
-from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.progress import Answer, WorkerProgress
 
 LONGEST_WAIT_SECONDS = 60.0
 LARGEST_BODY_BYTES = 64 * 1024
@@ -91,10 +92,10 @@ def _ended(stage: Stage, state: StageState, now: str) -> Stage:
 class ReportServer:
     """The HTTP server, in a thread of its own.
 
-    `on_progress` takes what the workers tell and answers whether they should stop.
+    `on_progress` takes what the workers tell and answers what they should do.
     """
 
-    def __init__(self, reporter: Reporter, token: str, port: int, on_progress: Callable[[WorkerProgress], bool]) -> None:
+    def __init__(self, reporter: Reporter, token: str, port: int, on_progress: Callable[[WorkerProgress], Answer]) -> None:
         self._reporter, self._token, self._port, self._on_progress = reporter, token, port, on_progress
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
@@ -163,7 +164,7 @@ class ReportServer:
             progress = WorkerProgress.model_validate_json(await request.read())
         except ValidationError as error:
             raise web.HTTPBadRequest(text=f"{error.error_count()} fields are wrong\n") from None
-        return web.json_response({"stop": self._on_progress(progress)})
+        return web.json_response(asdict(self._on_progress(progress)))
 
     async def _get_health(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -1,5 +1,6 @@
 """The head's way through a job, from top to bottom: prepare -> train -> evaluate -> publish."""
 
+import itertools
 import json
 import threading
 import time
@@ -26,7 +27,7 @@ from finetune_trainer.manifest import digest_of
 from finetune_trainer.methods.advice import advice
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model_card import Publication
-from finetune_trainer.ray_cluster import RayHead, driver, gpus_of, wait_for_workers
+from finetune_trainer.ray_cluster import Growth, RayHead, driver, gpus_of, processes_of, wait_for_workers
 from finetune_trainer.report import Reporter
 from finetune_trainer.result import RESULT, Result, read_result
 from finetune_trainer.sources import Mounts, resolve_storage
@@ -39,8 +40,8 @@ PREPARED_FACTS = "prepared.json"
 REPORT = "report.json"
 KEEP_SECONDS = 10.0
 """How often the report is left in the storage while workers train."""
-MAX_GROUPS = 20
-"""Times that the workers may leave because one of them is taken away, within an attempt."""
+MAX_FRUITLESS = 20
+"""Times in a row that the workers may leave without having taken a step, because one of them is taken away."""
 STOP_SECONDS = 55.0
 """After a call to stop, the workers have so long to save a checkpoint; the operator's grace period is longer."""
 
@@ -188,7 +189,8 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
     attempt.ray_head.wait_ready()
     with driver(attempt.environment):
         interruption.listen()
-        for group in range(1, MAX_GROUPS + 1):
+        fruitless = 0
+        for group in itertools.count(1):
             interruption.at_once = True  # the group before has saved its checkpoint, and the next one has done nothing yet
             interruption.check()
             nodes = wait_for_workers(
@@ -196,20 +198,46 @@ def train(attempt: Attempt, preparation: Preparation) -> Result:
                 attempt.job.spec.pre_running_deadline_seconds,
                 lambda joined: attempt.console.say(f"{joined} of {compute.workers.max} workers have joined"),
             )
-            attempt.following.workers_joined(nodes * gpus_of(compute))
+            attempt.following.workers_joined(nodes * processes_of(compute), on_gpus=gpus_of(compute) > 0)
+            saved = _saved_step(attempt)
             config = {"revision": preparation.resolved.model_revision, "config": preparation.config, "data": preparation.data}
             name = f"attempt-{attempt.environment.attempt}-{group}"
-            run = _Background(partial(fit, compute, nodes, config, name, attempt.scratch))
-            try:
-                run.wait(interruption, _Periodically(KEEP_SECONDS, attempt.keep_report))
-            finally:
-                attempt.following.workers_released()
+            why = _follow(attempt, _Background(partial(fit, compute, config, name, attempt.scratch)))
             result = read_result(attempt.own, preparation.config)
             if result is not None:
                 return result
             interruption.check()
-            attempt.console.say("a worker is taken away; going on as soon as there are enough again")
-    raise JobError(Reason.WORKERS_LOST, f"workers were taken away {MAX_GROUPS} times")
+            attempt.console.say(why)
+            fruitless = 0 if _saved_step(attempt) > saved else fruitless + 1
+            if fruitless == MAX_FRUITLESS:
+                break
+    raise JobError(Reason.WORKERS_LOST, f"workers were taken away {MAX_FRUITLESS} times before they had taken a step")
+
+
+def _follow(attempt: Attempt, training: "_Background") -> str:
+    """Until the workers have left. Returns why, if it is not that they have come to the end. Raises what they raised."""
+    following, growth = attempt.following, Growth(attempt.job.spec.compute)
+    grown = False
+
+    def look() -> None:
+        nonlocal grown
+        attempt.keep_report()
+        following.regroup = growth.is_due(following.processes)
+        grown = grown or following.regroup
+
+    try:
+        training.wait(attempt.interruption, _Periodically(KEEP_SECONDS, look))
+    finally:
+        following.workers_released()
+    if grown:
+        return "more workers have joined; going on with all of them"
+    return "a worker is taken away; going on as soon as there are enough again"
+
+
+def _saved_step(attempt: Attempt) -> int:
+    """The step of the newest checkpoint."""
+    checkpoints = attempt.reporter.report.checkpoints
+    return checkpoints.latest.step if checkpoints and checkpoints.latest else 0
 
 
 def publish_result(attempt: Attempt, preparation: Preparation, result: Result) -> None:

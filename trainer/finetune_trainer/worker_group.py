@@ -18,7 +18,7 @@ from finetune_api.v1alpha1 import Compute
 from finetune_trainer.environment import environment_from
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import as_job_error, is_final
-from finetune_trainer.ray_cluster import SCRATCH_VARIABLE, cpus_of, gpus_of
+from finetune_trainer.ray_cluster import SCRATCH_VARIABLE, cpus_of, gpus_of, processes_of
 from finetune_trainer.storage import storage_at
 
 if TYPE_CHECKING:
@@ -32,24 +32,31 @@ MAX_FAILURES = 3
 """Times that lost workers are started again within an attempt."""
 MAX_START_FAILURES = 5
 """Times that starting them may fail, a minute each."""
+NEVER = 1e12
 COLLECTIVE_SECONDS = 7200
 """Longest time that workers wait for one another: one may be fetching or saving a large model. A dead peer is noticed at once."""
 
 
-def fit(compute: Compute, nodes: int, config: dict[str, Any], name: str, scratch: Path) -> None:
+def fit(compute: Compute, config: dict[str, Any], name: str, scratch: Path) -> None:
     """Run the loop on the worker nodes, one process for each GPU, or one for each node without.
+
+    An elastic job starts with as many nodes as there are, and goes on with those that are left when some are lost. That it grows again is
+    the head's doing: Ray would end the workers without a checkpoint.
 
     `config` reaches every worker and Ray's own records: no secret may be in it. Raises what ended the training.
     """
-    gpus = gpus_of(compute)
-    processes = max(1, gpus)
+    gpus, processes, workers = gpus_of(compute), processes_of(compute), compute.workers
+    fewest, most = workers.min * processes, workers.max * processes
     resources: dict[str, float] = {"CPU": max(1, cpus_of(compute) // processes)}
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config=config,
         torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
-            num_workers=nodes * processes, use_gpu=gpus > 0, resources_per_worker=resources | ({"GPU": 1} if gpus else {})
+            num_workers=most if fewest == most else (fewest, most),
+            use_gpu=gpus > 0,
+            resources_per_worker=resources | ({"GPU": 1} if gpus else {}),
+            elastic_resize_monitor_interval_s=NEVER,
         ),
         run_config=RunConfig(
             name=name,
@@ -101,7 +108,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     storage = output.at(f".finetune/{job.metadata.uid}")
     cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
     worker = _this_worker()
-    torch.set_num_threads(max(1, cpus_of(job.spec.compute) // max(1, gpus_of(job.spec.compute))))
+    torch.set_num_threads(max(1, cpus_of(job.spec.compute) // processes_of(job.spec.compute)))
 
     def inputs() -> tuple[ModelFiles, Prepared]:
         files = fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])

@@ -23,6 +23,9 @@ from finetune_api.report import Report, parse_report
 from finetune_trainer.environment import scratch_folder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+QUICKLY = "from finetune_trainer import ray_cluster, run; ray_cluster.SETTLE_SECONDS = 3.0; run.KEEP_SECONDS = 1.0; "
+"""Elastic jobs wait for more workers, which here come at once or not at all."""
+ROLE = "import runpy; runpy.run_module('finetune_trainer', run_name='__main__', alter_sys=True)"
 PATIENCE = 300.0
 """Seconds after which a test gives up on what should have come long before."""
 
@@ -32,6 +35,8 @@ class Pods:
 
     def __init__(self, folder: Path, spec: dict[str, Any], *, uid: str = "") -> None:
         self.folder = folder
+        self.room = 1000
+        """Workers for which there is room; others stay pending."""
         self.uid = uid or secrets.token_hex(8)
         self.attempt = 0
         self.head: subprocess.Popen[bytes] | None = None
@@ -152,6 +157,12 @@ class Pods:
         self.workers.remove(gone)
         return report
 
+    def kill_worker(self) -> None:
+        """kill -9 of the last worker pod and all in it."""
+        gone = self.workers.pop()
+        kill_tree(gone.pid)
+        gone.wait()
+
     def stop_workers(self) -> None:
         """End the worker pods."""
         for worker in self.workers:
@@ -167,13 +178,13 @@ class Pods:
     def _scale(self, wanted: int) -> None:
         if wanted == 0:
             self.stop_workers()
-        while len(self.workers) < wanted:
+        while len(self.workers) < min(wanted, self.room):
             self.workers.append(self._start("worker", f"worker-{len(self.workers)}"))
 
     def _start(self, role: str, name: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{self.attempt}-{name}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "finetune_trainer", role],
+                [sys.executable, "-c", f"{QUICKLY}{ROLE}", role],
                 env=self._environment,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,

@@ -202,6 +202,34 @@ def test_the_number_of_workers_does_not_matter(inputs: Path, tmp_path: Path, und
     assert losses(report) == pytest.approx(losses(undisturbed[1]), abs=1e-4)
 
 
+def test_an_elastic_job_grows_and_shrinks_and_comes_to_the_same_end(inputs: Path, tmp_path: Path, undisturbed: tuple[Pods, Report]) -> None:
+    """There is room for one worker, then for two, then one is killed and does not come back."""
+    job = spec(inputs, tmp_path / "out")
+    job["compute"] = {"workers": {"min": 1, "max": 2}}
+    with Pods(tmp_path / "pods", job) as pods:
+        pods.room = 1
+        pods.start_head()
+        assert pods.follow(has_step(1)) is not None
+        assert len(pods.training_processes()) == 1
+        pods.room = 2
+        grown = pods.follow(lambda _: len(pods.training_processes()) == 2)
+        assert grown is not None, "the training came to its end before the second worker took part"
+        step = grown.progress.step if grown.progress else 0
+        shrinking = pods.follow(has_step(step + SAVED_EVERY))
+        assert shrinking is not None
+        assert shrinking.lost_steps == 0
+        pods.room = 1
+        pods.kill_worker()
+        code, report = pods.ended()
+        log = pods.log()
+    assert code == EXIT_SUCCEEDED, log
+    assert "more workers have joined" in log
+    assert "processes that take part: 1, before 2" in log
+    assert (report.attempt, report.resumed_step) == (1, None)
+    assert 0 < report.lost_steps <= SAVED_EVERY + LOST_AT_LEAST
+    assert losses(report) == pytest.approx(losses(undisturbed[1]), abs=1e-4)
+
+
 def test_a_stop_before_there_is_anything_to_save_ends_the_head_at_once(inputs: Path, tmp_path: Path) -> None:
     with Pods(tmp_path / "pods", spec(inputs, tmp_path / "out")) as pods:
         pods.start_head()

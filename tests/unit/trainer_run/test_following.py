@@ -4,10 +4,11 @@ import pytest
 
 from finetune_api.report import Report
 from finetune_api.status import BestCheckpoint, CheckpointRef, Checkpoints, Metric, Progress
+from finetune_trainer import following
 from finetune_trainer.console import Console, duration, progress_line
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import Interruption
-from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.progress import Answer, WorkerProgress
 from finetune_trainer.report import Reporter
 
 
@@ -24,7 +25,7 @@ class Head:
     def report(self) -> Report:
         return self.reporter.report
 
-    def hear(self, group: str, start: int, step: int, **more: object) -> bool:
+    def hear(self, group: str, start: int, step: int, **more: object) -> Answer:
         return self.following.take(WorkerProgress(group=group, start_step=start, step=step, total_steps=200, **more))  # type: ignore[arg-type]
 
 
@@ -33,7 +34,7 @@ def test_progress_becomes_the_report_without_a_new_revision() -> None:
     before = head.report.revision
     checkpoint = CheckpointRef(step=50, uri="pvc://a/b")
     loss = Metric(name="train/loss", value=1.5, step=51)
-    assert head.hear("a", 0, 51, epoch=0.5, tokens_per_second=100.0, eta_seconds=9, metrics=(loss,), checkpoint=checkpoint) is False
+    assert head.hear("a", 0, 51, epoch=0.5, tokens_per_second=100.0, eta_seconds=9, metrics=(loss,), checkpoint=checkpoint) == Answer()
     assert head.report.revision == before
     progress = head.report.progress
     assert progress is not None
@@ -105,7 +106,31 @@ def test_each_warning_is_passed_on_once_and_at_once() -> None:
 def test_the_call_to_stop_is_passed_on() -> None:
     head = Head()
     head.interruption.requested = True
-    assert head.hear("a", 0, 1) is True
+    assert head.hear("a", 0, 1) == Answer(stop=True)
+
+
+def test_the_call_to_regroup_is_passed_on_until_there_is_another_group() -> None:
+    head = Head()
+    head.hear("a", 0, 1)
+    head.following.regroup = True
+    assert head.hear("a", 0, 2) == Answer(regroup=True)
+    assert head.hear("b", 2, 2) == Answer()
+
+
+def test_only_the_gpus_of_those_that_take_part_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four GPUs for 10 s, then two for 5 s: 50."""
+    seconds = 100.0
+    monkeypatch.setattr(following.time, "monotonic", lambda: seconds)
+    head = Head()
+    head.following.workers_joined(4, on_gpus=True)
+    head.hear("a", 0, 1, processes=4)
+    seconds += 10
+    head.hear("b", 1, 1, processes=2)
+    seconds += 5
+    head.following.workers_released()
+    assert head.report.usage is not None
+    assert head.report.usage.gpu_seconds == 50.0
+    assert head.following.processes == 2
 
 
 def test_metrics_of_earlier_progress_stay() -> None:

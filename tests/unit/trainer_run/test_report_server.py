@@ -11,7 +11,7 @@ import pytest
 from tests.integration.trainer.harness import free_ports
 
 from finetune_api.status import Metric, Progress
-from finetune_trainer.progress import ProgressSender, WorkerProgress
+from finetune_trainer.progress import Answer, ProgressSender, WorkerProgress
 from finetune_trainer.report import Reporter, ReportServer
 
 TOKEN = "secret-of-this-attempt"
@@ -29,10 +29,10 @@ class Head:
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = ReportServer(self.reporter, TOKEN, self.port, self.take)
 
-    def take(self, progress: WorkerProgress) -> bool:
+    def take(self, progress: WorkerProgress) -> Answer:
         self.told.append(progress)
         self.heard.set()
-        return self.stop
+        return Answer(stop=self.stop)
 
     def call(self, path: str, *, token: str | None = TOKEN, body: Any = None) -> tuple[int, str]:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -88,9 +88,9 @@ def test_a_wrong_question_is_refused(head: Head, query: str) -> None:
 
 
 def test_progress_is_taken_and_the_answer_says_whether_to_stop(head: Head) -> None:
-    assert head.call("/progress", body={"group": "g", "step": 4, "totalSteps": 9}) == (200, '{"stop": false}')
+    assert head.call("/progress", body={"group": "g", "step": 4, "totalSteps": 9}) == (200, '{"stop": false, "regroup": false}')
     head.stop = True
-    assert head.call("/progress", body={"group": "g", "step": 5, "totalSteps": 9}) == (200, '{"stop": true}')
+    assert head.call("/progress", body={"group": "g", "step": 5, "totalSteps": 9}) == (200, '{"stop": true, "regroup": false}')
     assert [progress.step for progress in head.told] == [4, 5]
 
 

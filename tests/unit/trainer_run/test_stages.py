@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_api.reasons import Reason
-from finetune_api.status import Artifact, Resolved, Usage
+from finetune_api.status import Artifact, CheckpointRef, Resolved, Usage
 from finetune_api.v1alpha1 import parse_job
 from finetune_trainer import run, worker_group
 from finetune_trainer.console import Console
@@ -88,6 +88,28 @@ def test_a_stop_while_workers_are_waited_for_again_ends_the_head_at_once(
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
     assert waits == 2
+
+
+def test_workers_that_always_leave_before_a_step_end_the_attempt(
+    attempt: Attempt, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = 0
+
+    def fit(*_: Any) -> None:
+        nonlocal groups
+        groups += 1
+        step = min(groups, 5)  # the first five groups come a step further each
+        saved = CheckpointRef(step=step, uri="pvc://a/b")
+        attempt.following.take(WorkerProgress(group=str(groups), start_step=step, step=step, total_steps=10, checkpoint=saved))
+
+    monkeypatch.setattr(run, "driver", lambda _: nullcontext())
+    monkeypatch.setattr(run, "wait_for_workers", lambda *_: 1)
+    monkeypatch.setattr(worker_group, "fit", fit)
+    monkeypatch.setattr(attempt.interruption, "listen", lambda: None)
+    with pytest.raises(JobError) as raised:
+        train(attempt, preparation)
+    assert raised.value.reason == Reason.WORKERS_LOST
+    assert groups == 5 + run.MAX_FRUITLESS
 
 
 def test_that_it_succeeded_is_kept_before_anything_is_removed(

@@ -8,14 +8,14 @@ from finetune_api.fields import LabelKey, LabelValue, Quantity, ResourceName, Sp
 
 
 class Workers(SpecModel):
-    """Number of workers; min == max is a fixed size."""
+    """Number of workers; min == max is a fixed size, else the training is elastic. The global batch is the same with any number."""
 
     model_config = ConfigDict(json_schema_extra=rules(rule("self.min <= self.max", "min must not be larger than max")))
 
     min: Annotated[int, Field(ge=1, le=1024)] = 1
-    """The training starts with no fewer."""
+    """The training starts with no fewer, and goes on with no fewer when some are lost."""
     max: Annotated[int, Field(ge=1, le=1024)] = 1
-    """The training asks for so many."""
+    """The training asks for so many; when more come than it started with, it saves a checkpoint and goes on with all of them."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

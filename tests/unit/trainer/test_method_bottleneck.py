@@ -188,7 +188,7 @@ def test_a_model_without_such_blocks_is_refused() -> None:
         mamba = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
     with pytest.raises(JobError, match=r"no feed-forward blocks are found in MambaForCausalLM: its layers hold mixer, norm") as caught:
         method(adapter=PFEIFFER).apply(mamba, seed=1)
-    assert caught.value.reason == Reason.MODEL_INVALID
+    assert caught.value.reason == Reason.INVALID_SPEC
 
 
 def test_a_new_tasks_adapter_leaves_the_others_bytes_and_outputs_unchanged(tmp_path: Path) -> None:

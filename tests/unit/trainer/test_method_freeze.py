@@ -86,10 +86,10 @@ def test_a_whole_model_is_published_in_the_bases_format(tmp_path: Path, dtype: s
         ({"lastLayers": 3}, Reason.INVALID_SPEC, r"method.freeze.lastLayers is 3, but the model has 2 layers"),
         (
             {"modules": ["layers.7"]},
-            Reason.MODEL_INVALID,
+            Reason.INVALID_SPEC,
             r"method.freeze.modules: no module is called layers.7; there are act_fn, down_proj, embed_tokens",
         ),
-        ({"modules": ["act_fn"]}, Reason.MODEL_INVALID, "method.freeze.modules: act_fn hold no weights"),
+        ({"modules": ["act_fn"]}, Reason.INVALID_SPEC, "method.freeze.modules: act_fn hold no weights"),
     ],
 )
 def test_what_does_not_fit_is_told_with_what_there_is(spec: dict[str, object], reason: Reason, message: str) -> None:

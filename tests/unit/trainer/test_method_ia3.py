@@ -78,7 +78,7 @@ def test_the_published_adapter_loads(tmp_path: Path, make: type) -> None:
 def test_modules_that_cannot_be_rescaled_are_named(spec: dict[str, object], message: str) -> None:
     with pytest.raises(JobError, match=message) as caught:
         method(ia3=spec).apply(on_meta(), seed=1)
-    assert caught.value.reason == Reason.MODEL_INVALID
+    assert caught.value.reason == Reason.INVALID_SPEC
 
 
 def test_an_architecture_that_peft_does_not_know_needs_names() -> None:

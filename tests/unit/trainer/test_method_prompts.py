@@ -128,4 +128,4 @@ def test_what_peft_makes_no_prefix_for_is_refused() -> None:
         mamba = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
     with pytest.raises(JobError, match=r"method\.prefixTuning: ") as caught:
         method(prefixTuning={}).apply(mamba, seed=1)
-    assert caught.value.reason == Reason.MODEL_INVALID
+    assert caught.value.reason == Reason.INVALID_SPEC

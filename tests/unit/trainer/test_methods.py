@@ -107,7 +107,7 @@ def test_gpt2s_linear_layers_are_found_under_their_own_class() -> None:
 def test_modules_that_cannot_get_an_update_are_named(patterns: list[str], message: str) -> None:
     with pytest.raises(JobError, match=message) as caught:
         method(lora={"targetModules": patterns}).apply(tiny(), seed=1)
-    assert caught.value.reason == Reason.MODEL_INVALID
+    assert caught.value.reason == Reason.INVALID_SPEC
 
 
 def test_a_published_adapter_is_what_was_trained(tmp_path: Path, model_folder: Path) -> None:

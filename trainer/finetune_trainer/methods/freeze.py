@@ -40,7 +40,7 @@ class Freezing:
         if self.spec.head:
             head = transformer.get_output_embeddings()
             if head is None:
-                raise JobError(Reason.MODEL_INVALID, f"method.freeze.head: {type(model).__name__} has no output layer")
+                raise JobError(Reason.INVALID_SPEC, f"method.freeze.head: {type(model).__name__} has no output layer")
             chosen.append(head)
         model.requires_grad_(False)
         for module in chosen:
@@ -48,7 +48,7 @@ class Freezing:
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()  # the parameter stays the same one, and what is tied stays tied
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise JobError(Reason.MODEL_INVALID, f"method.freeze.modules: {', '.join(self.spec.modules or ())} hold no weights")
+            raise JobError(Reason.INVALID_SPEC, f"method.freeze.modules: {', '.join(self.spec.modules or ())} hold no weights")
         return model
 
     def _chosen(self, model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -43,7 +43,7 @@ class Ia3:
         return with_adapter(model, config, seed=seed, field=FIELD)
 
     def _modules(self, model: torch.nn.Module) -> tuple[set[str], set[str]]:
-        """The modules that are rescaled, and those of them whose inputs are. Raises JobError (ModelInvalid)."""
+        """The modules that are rescaled, and those of them whose inputs are. Raises JobError (InvalidSpec)."""
         from peft.utils.constants import (
             TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
             TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
@@ -54,7 +54,7 @@ class Ia3:
             architecture = cast("PreTrainedModel", model).config.model_type
             known: Any = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(architecture)
             if known is None:
-                raise JobError(Reason.MODEL_INVALID, f"{FIELD}: PEFT does not know which modules of {architecture} to rescale; name them")
+                raise JobError(Reason.INVALID_SPEC, f"{FIELD}: PEFT does not know which modules of {architecture} to rescale; name them")
             targets = tuple(known)
             feed_forward = tuple(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(architecture, ()))
         inner = matching_modules(model, feed_forward, "method.ia3.feedForwardModules")

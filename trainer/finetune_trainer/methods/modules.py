@@ -20,7 +20,7 @@ def matching_modules(model: torch.nn.Module, patterns: tuple[str, ...], field: s
     """Full names of the modules that patterns mean.
 
     A pattern is the end of a module's name (q_proj, self_attn.q_proj) and may hold `*`; all-linear stands for every linear layer but the
-    output layer. Raises JobError (ModelInvalid) naming the field, a pattern that means no module, and the linear layers or all modules
+    output layer. Raises JobError (InvalidSpec) naming the field, a pattern that means no module, and the linear layers or all modules
     that there are.
     """
     names = [name for name, _ in model.named_modules() if name]
@@ -32,7 +32,7 @@ def matching_modules(model: torch.nn.Module, patterns: tuple[str, ...], field: s
         if not matches:
             offered = {last_part(name) for name in (names if offer_all else linear)}
             there_are = ", ".join(sorted(name for name in offered if not name.isdigit())[:_SHOWN]) or "no linear layers"
-            raise JobError(Reason.MODEL_INVALID, f"{field}: no module is called {pattern}; there are {there_are}")
+            raise JobError(Reason.INVALID_SPEC, f"{field}: no module is called {pattern}; there are {there_are}")
         found.update(matches)
     return found
 

@@ -24,7 +24,7 @@ ADAPTER = "default"
 def with_adapter(model: torch.nn.Module, config: "PeftConfig", *, seed: int, field: str) -> torch.nn.Module:
     """The PEFT model around the frozen one; new parameters are float32 and follow from the seed.
 
-    Raises JobError (ModelInvalid) naming the field where PEFT refuses the model.
+    Raises JobError (InvalidSpec) naming the field where PEFT refuses the model.
     """
     from peft import get_peft_model
 
@@ -35,7 +35,7 @@ def with_adapter(model: torch.nn.Module, config: "PeftConfig", *, seed: int, fie
             wrapped: torch.nn.Module = get_peft_model(cast("PreTrainedModel", model), config)
         except (ValueError, TypeError, KeyError) as error:
             detail = str(error).strip().splitlines()
-            raise JobError(Reason.MODEL_INVALID, f"{field}: {detail[0] if detail else type(error).__name__}") from error
+            raise JobError(Reason.INVALID_SPEC, f"{field}: {detail[0] if detail else type(error).__name__}") from error
     for module in wrapped.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast does it, and without the way through float32

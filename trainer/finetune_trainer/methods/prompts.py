@@ -46,7 +46,7 @@ class SoftPrompt:
         """The PEFT model around the frozen one, with a prompt in float32.
 
         A prompt of embeddings begins with those of the text, or of words that are drawn from the vocabulary.
-        Raises JobError (ModelInvalid) where PEFT knows no such prompt for the architecture, (InvalidSpec) where the text has no tokens.
+        Raises JobError (InvalidSpec) where PEFT knows no such prompt for the architecture, or the text has no tokens.
         """
         text = self.spec.init_text if isinstance(self.spec, PromptTuningMethod) else None
         words = _tokens(text, tokenizer, self.virtual_tokens) if text is not None else None
@@ -112,7 +112,7 @@ def _try_prompt(model: Any, field: str) -> None:  # noqa: ANN401 - a PEFT model,
             model.get_prompt(batch_size=1)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
         architecture = model.get_base_model().config.model_type
-        raise JobError(Reason.MODEL_INVALID, f"{field}: PEFT makes no such prompt for {architecture} models: {error}") from error
+        raise JobError(Reason.INVALID_SPEC, f"{field}: PEFT makes no such prompt for {architecture} models: {error}") from error
 
 
 @contextmanager

@@ -29,14 +29,14 @@ class BottleneckAdapter:
     virtual_tokens = 0
 
     def apply(self, model: torch.nn.Module, *, seed: int, tokenizer: "PreTrainedTokenizerBase | None" = None) -> torch.nn.Module:
-        """The PEFT model around the frozen one. Raises JobError (ModelInvalid) telling what layers hold where no blocks are found."""
+        """The PEFT model around the frozen one. Raises JobError (InvalidSpec) telling what layers hold where no blocks are found."""
         from finetune_trainer.methods.bottleneck.bottleneck_adapter import BottleneckConfig, blocks_of
 
         del tokenizer
         try:
             blocks = blocks_of(model, self.spec.placement)
         except ValueError as error:
-            raise JobError(Reason.MODEL_INVALID, f"method.adapter.placement: {error}") from error
+            raise JobError(Reason.INVALID_SPEC, f"method.adapter.placement: {error}") from error
         config = BottleneckConfig(
             task_type="CAUSAL_LM",
             target_modules=shortened(model, blocks),

@@ -161,6 +161,10 @@ def comparison(status: Status) -> Table:
     return table
 
 
+_IN_A_CLUSTER, _HERE = " and apply the job under a new name", ", and run it again"
+"""What a job that failed needs: here it may keep its name."""
+
+
 def failure(name: str, status: Status, log: Path | None, tail: str) -> Iterator[RenderableType]:
     """Why a job failed, what to change, and the last lines of the log."""
     what = status.failure
@@ -172,7 +176,7 @@ def failure(name: str, status: Status, log: Path | None, tail: str) -> Iterator[
     yield from (Text(f"  {message}") for message in (told, "" if cause in told else cause) if message)
     hint = (what.hint if what else None) or (ADVICE[Reason(reason)].hint if reason in set(Reason) else None)
     if hint:
-        yield Text(f"  Hint: {hint}")
+        yield Text(f"  Hint: {hint.replace(_IN_A_CLUSTER, _HERE)}")
     if log is not None and log.exists():
         yield Text(f"  Log: {log}")
         yield Text("\n".join(f"    | {line}" for line in tail.splitlines()[-15:]), "dim")

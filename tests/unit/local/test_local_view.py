@@ -152,3 +152,8 @@ def test_a_failure_without_details_still_has_the_hint_of_its_reason():
     shown = text(*failure("demo", Status(phase="Failed", failure=Failure(reason="DeadlineExceeded", message="too long")), None, ""))
     assert "demo failed: DeadlineExceeded" in shown
     assert "Hint: Raise activeDeadlineSeconds" in shown
+
+
+def test_a_failed_job_may_keep_its_name_on_this_machine():
+    shown = text(*failure("demo", Status(phase="Failed", failure=Failure(reason="InvalidSpec", message="a field is wrong")), None, ""))
+    assert "Hint: Correct the field that the message names, and run it again.\n" in shown

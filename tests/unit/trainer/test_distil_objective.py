@@ -183,6 +183,21 @@ ALL_FORMS = {
 }
 
 
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_too_few_for_any_relation_is_a_loss_of_nothing(data: Examples, layout: Layout) -> None:
+    """One label has no relation to another, nor has one example: the loss is 0 and its gradient too, however the batch is split."""
+    labelled = np.zeros(5, np.bool_)
+    labelled[-1] = True
+    lonely = join([(np.arange(5, dtype=np.int32), labelled)])
+    student, taught_by = causal(llama(1), layout), causal(llama(2), layout, teaches=True)
+    for between in (["tokens"], ["examples"]):
+        objective = begin(data, student, taught_by, labelWeight=0, relation={"between": between})
+        loss = objective.loss(student, collate(lonely, ((0,),), layout)).total
+        assert float(loss) == 0.0
+        gradients = torch.autograd.grad(loss, student.trained_parameters(), allow_unused=True)
+        assert all(gradient is None or not gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_split_of_a_batch_gives_the_same_gradient(data: Examples, world: int) -> None:
     student, teacher = causal(llama(8)), causal(llama(9, num_hidden_layers=3, hidden_size=48), teaches=True)

@@ -86,7 +86,10 @@ class Distillation:
         elif self._response is not None and self._teacher is not None and taught is not None:
             scores.append(response.whole(self._response, logits_at(self._teacher, taught, positions)))
         if not scores:
-            return torch.zeros((), device=positions.device)
+            # Nothing, but with a way back: a batch may hold too few for any relation, and workers that hold parts go back together.
+            made = outputs.logits if outputs.logits is not None else outputs.last
+            assert made is not None  # noqa: S101 - one of the two is there
+            return made.flatten(0, 1)[:0].float().sum()
         score = response.together(*scores)
         if outputs.logits is not None:
             return score_logits(outputs.logits.flatten(0, 1)[positions], score)

@@ -16,9 +16,11 @@ from typing import Any, get_args
 import helm_python
 import typer
 import yaml
-from tests.unit.docs.markdown import ROOT, Block, blocks
+from tests.unit.docs.markdown import EXAMPLES, ROOT, Block, blocks, comments
 
+from finetune_api import KIND
 from finetune_api.status import ConditionType
+from finetune_api.v1alpha1 import parse_job
 from finetune_operator.cli import app
 from finetune_operator.manifest import read_manifests
 
@@ -65,7 +67,19 @@ def _finetune(arguments: Arguments) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {getattr(error, 'message', error)}"
     given = [value.split("=", 1)[1] for option in ("claim", "config_map") for value in parameters.get(option) or ()]
+    given = [path for path in given if path not in _published()]
     return _absent(*given, *(str(file) for file in (parameters.get("job"), *parameters.get("files", ())) if file))
+
+
+@functools.cache
+def _published() -> set[str]:
+    """Folders that local runs of the examples publish, from the repository's root."""
+    manifests = ((path, manifest) for path in EXAMPLES for manifest in read_manifests(path.read_text()) if manifest.get("kind") == KIND)
+    return {
+        str((path.parent / ".finetune/claims" / spec.output.storage.removeprefix("pvc://") / kind).relative_to(ROOT))
+        for path, spec in ((path, parse_job(manifest).spec) for path, manifest in manifests)
+        for kind in spec.artifacts
+    }
 
 
 def _docker(arguments: Arguments) -> str | None:
@@ -209,12 +223,12 @@ def _exists(kind: str, name: str) -> bool:
 @functools.cache
 def _made() -> dict[str, set[str]]:
     """Names by kind of what the manifests and the commands of the documents make."""
-    texts = [file.read_text() for file in (ROOT / "examples").glob("*.yaml") if not file.name.endswith(".status.yaml")]
+    texts = [file.read_text() for file in EXAMPLES]
     made: dict[str, set[str]] = {}
     for text in (*texts, *(block.text for block in blocks("yaml"))):
         for manifest in read_manifests(text):
             made.setdefault(manifest.get("kind", ""), set()).add(manifest.get("metadata", {}).get("name", ""))
-    for command in (command for block in blocks("sh") for command in commands(block)):
+    for command in (command for block in (*blocks("sh"), *map(comments, EXAMPLES)) for command in commands(block)):
         words, _ = _taken_apart(command, switches=_SWITCHES)
         if words[:2] == ["kubectl", "create"] and words[2] in _KINDS:
             made.setdefault(_KINDS[words[2]], set()).add(words[4 if words[2] == "secret" else 3])

@@ -1,4 +1,4 @@
-"""What the documents of this repository hold: fenced blocks and links."""
+"""What the documents and the examples of this repository hold: fenced blocks, links, and commands in the comments of manifests."""
 
 import re
 import textwrap
@@ -13,6 +13,7 @@ DOCUMENTS = (
     # what local runs leave is no document
     *(file for file in sorted((ROOT / "examples").rglob("README.md")) if ".finetune" not in file.parts),
 )
+EXAMPLES = sorted(file for file in (ROOT / "examples").rglob("*.yaml") if ".finetune" not in file.parts and ".status." not in file.name)
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (?P<text>.+)$", re.MULTILINE)
@@ -40,6 +41,17 @@ def blocks(language: str) -> list[Block]:
         for match in _FENCE.finditer(text)
         if match["language"] == language
     ]
+
+
+def languages() -> set[str]:
+    """Of all blocks; empty for one that names none."""
+    return {match["language"] for document in DOCUMENTS for match in _FENCE.finditer(document.read_text(encoding="utf-8"))}
+
+
+def comments(manifest: Path) -> Block:
+    """The commands in the comment that a manifest begins with: its lines that are indented by more than one space, but for data."""
+    head = re.split(r"^[^#\n]", manifest.read_text(encoding="utf-8"), maxsplit=1, flags=re.MULTILINE)[0]
+    return Block(manifest, 1, "\n".join(re.findall(r"^#   +(?!\{)(.*)$", head, re.MULTILINE)))
 
 
 def links(document: Path) -> list[str]:

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 from tests.unit.docs.commands import commands, problem
-from tests.unit.docs.markdown import DOCUMENTS, ROOT, Block, anchors, blocks, links
+from tests.unit.docs.markdown import DOCUMENTS, EXAMPLES, ROOT, Block, anchors, blocks, comments, languages, links
 
 from finetune_api import KIND
 from finetune_api.report import Report
 from finetune_api.status import Status
-from finetune_api.v1alpha1 import parse_job
+from finetune_api.v1alpha1 import Method, Objective, parse_job
 from finetune_operator.manifest import read_manifests
 from finetune_operator.metrics import Metrics
-from finetune_trainer.data.formats import detect_format
-from finetune_trainer.data.rows import Place, Row
+from finetune_trainer.data.formats import Format, detect_format, example_from
+from finetune_trainer.data.rows import Fault, Place, Row
 from finetune_trainer.report import gauges
 
-COMMANDS = [(f"{block} {' '.join(command)}", command) for block in blocks("sh") for command in commands(block)]
+COMMANDS = [(f"{block} {' '.join(command)}", command) for block in (*blocks("sh"), *map(comments, EXAMPLES)) for command in commands(block)]
+
+
+def test_every_block_is_of_a_kind_that_is_looked_at_here() -> None:
+    """One without a language is a drawing."""
+    assert languages() == {"", "json", "python", "sh", "yaml"}
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
@@ -49,11 +54,36 @@ def test_programs_are_python_that_imports_what_is_installed(block: Block) -> Non
             assert importlib.util.find_spec(name), f"there is no module {name}"
 
 
-@pytest.mark.parametrize("block", blocks("json"), ids=str)
-def test_rows_are_examples(block: Block) -> None:
-    rows = [json.loads(line) for line in block.text.splitlines()]
-    found = [detect_format(Row(Place("README.md", number), columns), {}) for number, columns in enumerate(rows, 1)]
-    assert found == ["messages", "promptCompletion", "text"]
+@pytest.mark.parametrize(
+    ("document", "formats"),
+    [("README.md", ["messages", "promptCompletion", "text"]), ("docs/tuning.md", ["preference", "preference"])],
+)
+def test_rows_are_examples(document: str, formats: list[Format]) -> None:
+    (block,) = (block for block in blocks("json") if block.document == ROOT / document)
+    rows = [Row(Place(document, number), json.loads(line)) for number, line in enumerate(block.text.splitlines(), 1)]
+    assert [detect_format(row, {}, preferences="chosen" in row.columns) for row in rows] == formats
+    for row, form in zip(rows, formats, strict=True):
+        assert not isinstance(example_from(row, form, {}), Fault)
+
+
+def test_every_job_of_a_method_or_an_objective_is_named_where_one_chooses() -> None:
+    document = ROOT / "docs/tuning.md"
+    named = {(document.parent / target).resolve() for target in links(document)}
+    jobs = {path for path in EXAMPLES if path.parent.name in ("methods", "objectives")}
+    assert len(jobs) > 10
+    assert jobs <= named
+    text = document.read_text(encoding="utf-8")
+    for model in (Method, Objective):
+        for name, field in model.model_fields.items():
+            assert f"| `{field.alias or name}`" in text
+
+
+def test_every_job_of_a_method_or_an_objective_says_how_it_is_run() -> None:
+    for path in EXAMPLES:
+        if path.parent.name in ("methods", "objectives"):
+            assert [command[:3] for command in commands(comments(path)) if command[0] == "finetune"] == [
+                ("finetune", "local", str(path.relative_to(ROOT)))
+            ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))

@@ -54,10 +54,10 @@ class Keeper:
         """Whether early stopping ends the training here."""
         return self._validations.over(self._rule)
 
-    @property
-    def owes_validation(self) -> bool:
+    def owes_validation(self, total_steps: int) -> bool:
         """Whether the training was interrupted between the checkpoint that it goes on from and the measurement that belongs to it."""
-        return self.step > 0 and self.step % self._every == 0 and self._validations.step < self.step
+        belongs = self.step % self._every == 0 or self.step == total_steps
+        return self.step > 0 and belongs and self._validations.step < self.step
 
     @property
     def best(self) -> BestCheckpoint | None:
@@ -99,8 +99,8 @@ class Keeper:
         moments = moments_of(self._trained.optimizer, self._trained.parameters)
         state = checkpoint.TrainingState(self.step, self.tokens, parameters, moments, self._validations)
         if self._worker.leads or state.sharded:
-            uri = checkpoint.save(self._storage, state, self._config, keep=self._keep, worker=self._worker)
-            self._latest = CheckpointRef(step=self.step, uri=uri)
+            checkpoint.save(self._storage, state, self._config, keep=self._keep, worker=self._worker)
+        self._latest = CheckpointRef(step=self.step, uri=self._locate(self.step))
         teller.checkpoint(self._latest, self.best)
 
     def validate(self, losses: Losses, teller: Teller) -> None:

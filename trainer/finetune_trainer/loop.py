@@ -96,7 +96,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     tell = Teller(listener if worker.leads else None, plan, begin)
     for warning in (*models.warnings, *shrunk):
         tell.warn(warning)
-    if keeper.owes_validation:
+    if keeper.owes_validation(plan.total_steps):
         keeper.validate(measured({VALIDATION: data.validation}), tell)
 
     model.module.train()

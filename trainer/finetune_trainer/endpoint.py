@@ -2,12 +2,16 @@
 
 A conversation goes to `<url>/chat/completions`, a plain prompt to `<url>/completions`. Transient failures are tried again, and a call to
 wait (429 with Retry-After) holds up all requests. The key goes to the URL that the job names and nowhere else: no redirect is followed.
+A server is not trusted: no answer is read further than it may be long, none is unpacked, and nothing in one ends the process.
 """
 
 import asyncio
+import ipaddress
 import json
+import math
+import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -17,6 +21,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import tenacity
+from aiohttp.abc import ResolveResult
 
 from finetune_api.reasons import Reason
 from finetune_api.scrub import scrub
@@ -37,6 +42,13 @@ LARGEST_PAUSE = 300.0
 """Longest that a server's Retry-After is obeyed at once; then it is asked again."""
 PATIENCE = 1800.0
 """Longest time that a server may go on refusing for the number of requests."""
+TELL_SECONDS = 15.0
+"""Shortest pause that is told of, and the time between two such words."""
+ANSWER_BYTES = 1 << 20
+"""Longest answer, and BYTES_FOR_TOKEN more for each token that it may have and for each that it may name in its place."""
+BYTES_FOR_TOKEN = 256
+ERROR_BYTES = 1 << 16
+"""What is read of an answer that says what is wrong."""
 _SHOWN = 300
 
 Messages = tuple[Mapping[str, Any], ...]
@@ -86,18 +98,28 @@ class _TransientError(Exception):
 class ServedModel:
     """A connection to an endpoint; to be used in one event loop, as an asynchronous context."""
 
-    def __init__(self, endpoint: Endpoint, key: str | None, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
-        self._endpoint, self._key, self._sleep = endpoint, key, sleep
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        key: str | None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._endpoint, self._key, self._sleep, self._tell = endpoint, key, sleep, tell
         self._url = endpoint.url.rstrip("/")
+        self._longest = ANSWER_BYTES + BYTES_FOR_TOKEN * endpoint.max_tokens * (1 + endpoint.top_logprobs)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
-        self._free_at = 0.0
+        self._free_at = self._told_at = 0.0
         self._refused_since: float | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "ServedModel":
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        connections = aiohttp.TCPConnector(limit=self._endpoint.concurrency)
-        self._session = aiohttp.ClientSession(headers=headers, connector=connections, proxy=_proxy(self._url))
+        check_key(self._endpoint, self._key)
+        _check_host(urlsplit(self._url).hostname or "")
+        # What is packed may be a thousand times as large as what is sent.
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        connections = aiohttp.TCPConnector(limit=self._endpoint.concurrency, resolver=_Resolver())
+        self._session = aiohttp.ClientSession(headers=headers, connector=connections, proxy=_proxy(self._url), auto_decompress=False)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -137,9 +159,9 @@ class ServedModel:
         except _TransientError as error:
             raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self._url} {error}, {attempts} times") from error
         try:
-            return answer_in(payload)
-        except (LookupError, TypeError, ValueError) as error:
-            what = f"{self._url}{path} did not answer as OpenAI's interface does: {_short(json.dumps(payload))}"
+            return answer_in(payload, probabilities=self._endpoint.top_logprobs > 0)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"{self._url}{path} did not answer as OpenAI's interface does: {self._shown(json.dumps(payload))}"
             raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is url the base address, such as https://host/v1?") from error
 
     async def _send(self, url: str, body: Mapping[str, Any], timeout: aiohttp.ClientTimeout) -> Any:  # noqa: ANN401, ASYNC109 - any JSON
@@ -149,16 +171,32 @@ class ServedModel:
             await self._until_free()
             try:
                 async with self._session.post(url, json=body, timeout=timeout, allow_redirects=False) as response:
-                    text = self._without_key(await response.text(errors="replace"))
-                    status, headers = response.status, dict(response.headers)
-            except (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:
+                    text = await self._read(response)
+                    status, headers = response.status, response.headers
+            except aiohttp.InvalidURL as error:
+                raise JobError(Reason.INVALID_SPEC, f"{FIELD}.url: {scrub(str(error))}") from error
+            except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:
                 raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}.url: {scrub(str(error))}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise _TransientError(f"does not answer ({type(error).__name__}: {_short(str(error)) or 'no word in time'})") from error
+                words = self._shown(str(error)) or "no word in time"
+                raise _TransientError(f"does not answer ({type(error).__name__}: {words})") from error
             if status != HTTPStatus.TOO_MANY_REQUESTS:
                 self._refused_since = None
                 return self._checked(url, status, headers, text)
             self._hold(headers.get("Retry-After"), text)
+
+    async def _read(self, response: aiohttp.ClientResponse) -> str:
+        """The body, of an error its beginning. Raises JobError (TeacherUnavailable) where an answer is longer than any could be."""
+        is_answer = response.status < HTTPStatus.MULTIPLE_CHOICES
+        limit, body = self._longest if is_answer else ERROR_BYTES, bytearray()
+        async for part in response.content.iter_any():
+            body += part
+            if len(body) > limit:
+                if is_answer:
+                    what = f"{self._url} answers with more than {limit:,} bytes, which maxTokens ({self._endpoint.max_tokens}) cannot need"
+                    raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is it a model that is served there?")
+                break
+        return bytes(body[:limit]).decode(errors="replace")  # JSON is UTF-8, whatever the server calls it
 
     def _checked(self, url: str, status: int, headers: Mapping[str, str], text: str) -> Any:  # noqa: ANN401 - any JSON
         """The JSON of an answer. Raises for any other."""
@@ -169,30 +207,37 @@ class ServedModel:
                 if secret
                 else "set secretRef to a Secret with the key `token`"
             )
-            raise JobError(Reason.AUTHENTICATION_FAILED, f"{FIELD}: {self._url} answers {status}: {advice}{_said(text)}")
+            raise JobError(Reason.AUTHENTICATION_FAILED, f"{FIELD}: {self._url} answers {status}: {advice}{self._said(text)}")
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.REQUEST_TIMEOUT:
-            raise _TransientError(f"answers {status}{_said(text)}")
+            raise _TransientError(f"answers {status}{self._said(text)}")
         if 300 <= status < 400:
-            target = _short(headers.get("Location", "elsewhere"))
+            target = self._shown(headers.get("Location", "elsewhere"))
             raise JobError(
                 Reason.TEACHER_UNAVAILABLE, f"{FIELD}.url: {self._url} leads on to {target}, which is not followed: name that address"
             )
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-            what = (
-                f"{url} answers {status}{_said(text)}: check url, which ends before /chat/completions, and model ({self._endpoint.model})"
-            )
-            raise MissingRouteError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}")
+            advice = f"check url, which ends before /chat/completions, and model ({self._endpoint.model})"
+            raise MissingRouteError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {url} answers {status}{self._said(text)}: {advice}")
         if status >= HTTPStatus.BAD_REQUEST:
-            raise RefusedQuestionError(f"{status}{_said(text)}")
+            raise RefusedQuestionError(f"{status}{self._said(text)}")
         try:
             return json.loads(text)
-        except ValueError as error:
-            what = f"{url} answers with something else than JSON: {_short(text)}"
+        except (ValueError, RecursionError) as error:
+            what = f"{url} answers with something else than JSON: {self._shown(text)}"
             raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is url the base address, such as https://host/v1?") from error
 
-    def _without_key(self, text: str) -> str:
-        """A server's words; some repeat the key that they do not accept."""
-        return text.replace(self._key, "***") if self._key else text
+    def _shown(self, text: str) -> str:
+        """A server's words for a message; some repeat the key that they do not accept."""
+        return _short(text.replace(self._key, "***") if self._key else text)
+
+    def _said(self, text: str) -> str:
+        """What a server says of an error, as the end of a sentence."""
+        try:
+            error = json.loads(text).get("error")
+            text = str(error.get("message") if isinstance(error, dict) else error or text)
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        return f" ({self._shown(text)})" if text.strip() else ""
 
     async def _until_free(self) -> None:
         while (pause := self._free_at - time.monotonic()) > 0:
@@ -205,9 +250,13 @@ class ServedModel:
         if now - self._refused_since > PATIENCE:
             raise JobError(
                 Reason.TEACHER_UNAVAILABLE,
-                f"{FIELD}: {self._url} answers 429 for {PATIENCE:.0f} s{_said(text)}: lower concurrency, or wait",
+                f"{FIELD}: {self._url} answers 429 for {PATIENCE:.0f} s{self._said(text)}: lower concurrency, or wait",
             )
-        self._free_at = max(self._free_at, now + seconds_in(retry_after))
+        pause = seconds_in(retry_after)
+        self._free_at = max(self._free_at, now + pause)
+        if pause >= TELL_SECONDS and now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self._tell(f"the teacher has too many requests (429) and asks to wait {pause:.0f} s{self._said(text)}")
 
 
 def request_of(question: Question, endpoint: Endpoint, most_tokens: int) -> tuple[str, dict[str, Any]]:
@@ -219,34 +268,45 @@ def request_of(question: Question, endpoint: Endpoint, most_tokens: int) -> tupl
     return "/chat/completions", body | ({"logprobs": True, "top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {})
 
 
-def answer_in(payload: Any) -> Answer:  # noqa: ANN401 - any JSON
-    """The answer in a server's JSON. Raises LookupError, TypeError or ValueError where there is none."""
+def answer_in(payload: Any, *, probabilities: bool) -> Answer:  # noqa: ANN401 - any JSON
+    """The answer in a server's JSON. Raises LookupError, TypeError, ValueError or AttributeError where there is none."""
     choice = payload["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     text = "" if text is None else text
     if not isinstance(text, str):
         raise TypeError("the text is no string")
-    return Answer(text, cut=choice.get("finish_reason") == "length", tokens=_tokens(choice.get("logprobs") or {}))
+    tokens = _tokens(choice.get("logprobs") or {}) if probabilities else ()
+    return Answer(_whole(text), cut=choice.get("finish_reason") == "length", tokens=tokens)
+
+
+def _whole(text: str) -> str:
+    """The text with a sign in place of half a character, as an escape that was cut in two leaves it: no tokenizer takes that."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _tokens(found: Mapping[str, Any]) -> tuple[Token, ...]:
     """The tokens with their probabilities, in the form of chat completions (`content`) or of completions (`tokens`)."""
     if found.get("content"):
         return tuple(
-            Token(_bytes(each), tuple((_bytes(other), float(other["logprob"])) for other in each.get("top_logprobs") or ()))
+            Token(_bytes(each), _numbers((_bytes(other), other["logprob"]) for other in each.get("top_logprobs") or ()))
             for each in found["content"]
         )
     tokens, tops = found.get("tokens") or (), found.get("top_logprobs") or ()
     return tuple(
-        Token(token.encode(), tuple((other.encode(), float(value)) for other, value in (top or {}).items()))
+        Token(_whole(token).encode(), _numbers((_whole(other).encode(), value) for other, value in (top or {}).items()))
         for token, top in zip(tokens, tops, strict=False)
     )
+
+
+def _numbers(top: Iterable[tuple[bytes, Any]]) -> tuple[tuple[bytes, float], ...]:
+    """Those whose logarithm is a number: some servers write null, NaN or -Infinity for a token that cannot be."""
+    return tuple((text, float(value)) for text, value in top if value is not None and math.isfinite(float(value)))
 
 
 def _bytes(token: Mapping[str, Any]) -> bytes:
     """A token's bytes; its text may be no whole character."""
     given = token.get("bytes")
-    return bytes(given) if given is not None else str(token["token"]).encode()
+    return bytes(list(given)) if given is not None else _whole(str(token["token"])).encode()
 
 
 def seconds_in(retry_after: str | None) -> float:
@@ -256,21 +316,28 @@ def seconds_in(retry_after: str | None) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(retry_after or "").timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             seconds = 5.0
-    return min(max(seconds, 0.1), LARGEST_PAUSE)
+    return min(max(seconds, 0.1), LARGEST_PAUSE) if not math.isnan(seconds) else 5.0
 
 
-async def answers(model: ServedModel, questions: Sequence[Question]) -> list[Answer | RefusedQuestionError]:
-    """The answers to all questions, in their order; the first other error ends all."""
+async def answers(
+    model: ServedModel,
+    questions: Sequence[Question],
+    hear: Callable[[int, Answer | RefusedQuestionError], None] = lambda place, answer: None,
+) -> list[Answer | RefusedQuestionError]:
+    """The answers to all questions, in their order; the first other error ends all. `hear` is told each, with its place, as it comes."""
 
-    async def one(question: Question) -> Answer | RefusedQuestionError:
+    async def one(place: int, question: Question) -> Answer | RefusedQuestionError:
+        answer: Answer | RefusedQuestionError
         try:
-            return await model.answer(question)
+            answer = await model.answer(question)
         except RefusedQuestionError as error:
-            return error
+            answer = error
+        hear(place, answer)
+        return answer
 
-    tasks = [asyncio.ensure_future(one(question)) for question in questions]
+    tasks = [asyncio.ensure_future(one(place, question)) for place, question in enumerate(questions)]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -284,14 +351,33 @@ def _proxy(url: str) -> str | None:
     return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
-def _said(text: str) -> str:
-    """What a server says of an error, as the end of a sentence."""
+def check_key(endpoint: Endpoint, key: str | None) -> None:
+    """Raise JobError (AuthenticationFailed) where a key cannot be sent: it would be another header, or no text of HTTP's."""
+    if key is not None and not (key.isascii() and key.isprintable()):
+        secret = endpoint.secret_ref.name if endpoint.secret_ref else ""
+        what = f"the key `token` of the Secret {secret} holds a line break or another character that no token has"
+        raise JobError(Reason.AUTHENTICATION_FAILED, f"{FIELD}.secretRef: {what}")
+
+
+def _check_host(address: str) -> None:
+    """Raise JobError (InvalidSpec) for an address of this node's own network alone, where clouds tell their machines' credentials."""
     try:
-        error = json.loads(text).get("error")
-        text = str(error.get("message") if isinstance(error, dict) else error or text)
-    except (ValueError, AttributeError):
-        pass
-    return f" ({_short(text)})" if text.strip() else ""
+        number = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:  # a name
+        return
+    if (getattr(number, "ipv4_mapped", None) or number).is_link_local:
+        raise JobError(Reason.INVALID_SPEC, f"{FIELD}.url leads to {address}, a link-local address, where no model is served")
+
+
+class _Resolver(aiohttp.ThreadedResolver):
+    """Names as the system resolves them, also numbers in other forms than usual."""
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
+        """The addresses. Raises OSError, and JobError (InvalidSpec) where one is forbidden."""
+        found = await super().resolve(host, port, family)
+        for each in found:
+            _check_host(each["host"])
+        return found
 
 
 def _short(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 Reply = Callable[[str, dict[str, Any]], tuple[int, dict[str, str], Any]]
-"""From a path and a body to status, headers and content: JSON, or a text as it is."""
+"""From a path and a body to status, headers and content: JSON, or a text or bytes as they are."""
 
 
 class FakeEndpoint:
@@ -61,6 +61,8 @@ class FakeEndpoint:
         await asyncio.sleep(0.01)
         self.at_once -= 1
         status, headers, content = self.reply(path, body)
+        if isinstance(content, bytes):
+            return web.Response(status=status, headers=headers, body=content)
         if isinstance(content, str):
             return web.Response(status=status, headers=headers, text=content)
         return web.json_response(content, status=status, headers=headers)

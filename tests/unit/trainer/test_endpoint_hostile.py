@@ -1,0 +1,165 @@
+"""A served teacher that is broken, or means no good: nothing that it says ends the process, fills its memory or spoils the data."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tenacity
+from fake_endpoint import FakeEndpoint, chat, completion, echo
+from test_endpoint import KEY, Site, ask, failure
+from tiny_models import byte_tokenizer
+
+from finetune_api.reasons import Reason
+from finetune_trainer import endpoint
+from finetune_trainer.endpoint import Answer, Question, Token, seconds_in
+from finetune_trainer.errors import JobError
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "RETRY_WAIT", tenacity.wait_none())
+
+
+def answered(content: Any, *, chats: bool = False, headers: dict[str, str] | None = None, **fields: Any) -> Answer:
+    """What is made of one server's answer."""
+    question = Question(messages=({"role": "user", "content": "q"},)) if chats else Question(prompt="p")
+    with FakeEndpoint(lambda path, body: (200, headers or {}, content)) as server:
+        (made,) = ask(server.url, question, **fields)
+    assert isinstance(made, Answer)
+    return made
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "a", "text", '"'])
+def test_a_key_that_is_a_word_leaves_the_answers_as_they_are(key: str) -> None:
+    """Servers without a key of their own are given any: EMPTY, token, none."""
+    assert answered(completion("EMPTY is a text"), key=key) == Answer("EMPTY is a text")
+
+
+def test_a_key_that_is_repeated_in_a_redirect_or_an_answer_is_not_shown() -> None:
+    assert "see?key=***" in failure(lambda path, body: (302, {"Location": f"http://elsewhere/see?key={KEY}"}, "")).message
+    assert "***" in failure(lambda path, body: (200, {}, {"you sent": KEY})).message
+    assert "***" in failure(lambda path, body: (200, {}, f"<p>{KEY}</p>")).message
+
+
+@pytest.mark.parametrize("key", ["one\nX-Other: header", "one\x00", "schlüssel"])
+def test_a_key_that_cannot_be_sent(key: str) -> None:
+    with FakeEndpoint(echo) as server, pytest.raises(JobError, match="the key `token` of the Secret teacher holds a line break") as caught:
+        ask(server.url, Question(prompt="p"), key=key)
+    assert caught.value.reason == Reason.AUTHENTICATION_FAILED
+    assert key not in caught.value.message
+    assert server.asked == []
+
+
+def test_an_answer_longer_than_any_could_be_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "ANSWER_BYTES", 1000)
+    assert answered(completion("a" * 1000), maxTokens=1 << 10) == Answer("a" * 1000)
+    error = failure(lambda path, body: (200, {}, completion("a" * 3000)), maxTokens=1)
+    assert error.reason == Reason.TEACHER_UNAVAILABLE
+    assert "answers with more than 1,256 bytes, which maxTokens (1) cannot need" in error.message
+
+
+def test_of_a_long_error_the_beginning_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "ERROR_BYTES", 1000)
+    error = failure(lambda path, body: (401, {}, "no! " * 100_000))
+    assert error.reason == Reason.AUTHENTICATION_FAILED
+    assert len(error.message) < 1000
+
+
+def test_what_is_packed_is_not_unpacked() -> None:
+    """64 MiB come in 64 KiB."""
+    packed = gzip.compress(json.dumps(completion("a" * (64 << 20))).encode())
+    error = failure(lambda path, body: (200, {"Content-Encoding": "gzip"}, packed))
+    assert error.reason == Reason.TEACHER_UNAVAILABLE
+    assert "something else than JSON" in error.message
+
+
+@pytest.mark.parametrize("charset", ["zip", "idna", "utf-16", "nothing"])
+def test_json_is_utf_8_whatever_the_server_calls_it(charset: str) -> None:
+    content = json.dumps(completion("é"), ensure_ascii=False).encode()
+    assert answered(content, headers={"Content-Type": f"application/json; charset={charset}"}) == Answer("é")
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_json_that_is_nested_too_deeply(status: int) -> None:
+    deep = "[" * 50_000
+    error = failure(lambda path, body: (status, {}, deep), probe=True)
+    reasons = {400: Reason.INVALID_SPEC, 401: Reason.AUTHENTICATION_FAILED}
+    assert error.reason == reasons.get(status, Reason.TEACHER_UNAVAILABLE)
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        "none",
+        ["a"],
+        {"content": ["a"]},
+        {"content": [{"token": "a", "top_logprobs": {"a": 0}}]},
+        {"content": [{"token": "a", "bytes": 10**12}]},
+        {"content": [{"token": "a", "bytes": [300]}]},
+        {"tokens": ["a"], "top_logprobs": [["a"]]},
+        {"tokens": [7], "top_logprobs": [None]},
+        {"tokens": ["a"], "top_logprobs": [{"a": "much"}]},
+    ],
+)
+def test_probabilities_that_are_none(logprobs: Any) -> None:
+    error = failure(lambda path, body: (200, {}, completion("a", logprobs=logprobs)), topLogprobs=2)
+    assert error.reason == Reason.TEACHER_UNAVAILABLE
+    assert "did not answer as OpenAI's interface does" in error.message
+    assert answered(completion("a", logprobs=logprobs)) == Answer("a")  # where nobody asked for them
+
+
+def test_probabilities_that_are_no_numbers_are_left_out() -> None:
+    plain = {"tokens": ["a"], "top_logprobs": [{"a": -0.5, "b": float("nan"), "c": float("-inf"), "d": None, "e": float("inf")}]}
+    assert answered(completion("a", logprobs=plain), topLogprobs=5).tokens == (Token(b"a", ((b"a", -0.5),)),)
+    top = [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": float("nan")}]
+    talk = chat("a", logprobs={"content": [{"token": "a", "bytes": None, "logprob": -0.5, "top_logprobs": top}]})
+    assert answered(talk, chats=True, topLogprobs=2).tokens == (Token(b"a", ((b"a", -0.5),)),)
+
+
+def test_half_a_character_is_replaced() -> None:
+    """A server that cuts an escape of two in the middle; the sign for it is U+FFFD."""
+    assert answered('{"choices": [{"text": "so \\ud83d"}]}') == Answer("so \ufffd")
+    assert answered('{"choices": [{"text": "\\ude00 so \\ud83d\\ude00"}]}') == Answer("\ufffd so \U0001f600")
+    logprobs = '"logprobs": {"tokens": ["\\ud83d"], "top_logprobs": [{"\\ud83d": -1}]}'
+    made = answered('{"choices": [{"text": "a", ' + logprobs + "}]}", topLogprobs=1)
+    assert made.tokens == (Token("\ufffd".encode(), (("\ufffd".encode(), -1.0),)),)
+
+
+@pytest.mark.parametrize("asked", ["nan", "-nan", "Mon, 01 Jan 0001 00:00:00", "Fri, 31 Dec 9999 23:59:59 -2359", "\x00", "٣"])
+def test_a_pause_that_makes_no_sense_is_still_a_pause(asked: str) -> None:
+    assert 0.1 <= seconds_in(asked) <= endpoint.LARGEST_PAUSE
+
+
+def test_a_port_that_is_none() -> None:
+    with pytest.raises(JobError, match=r"teacher\.endpoint\.url: ") as caught:
+        ask("http://127.0.0.1:99999/v1", probe=False)
+    assert caught.value.reason == Reason.INVALID_SPEC
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("169.254.169.254", "url leads to 169.254.169.254, a link-local address, where no model is served"),
+        ("0xa9fea9fe", "url leads to 169.254.169.254, a link-local address, where no model is served"),
+        ("2852039166", "url: 2852039166 - is not a canonical IPv4 address"),
+        ("0251.0376.0251.0376", "url: 0251.0376.0251.0376 - is not a canonical IPv4 address"),
+    ],
+)
+def test_a_clouds_metadata_is_not_asked(host: str, words: str) -> None:
+    """However its number is written: the system reads all of these as the same address."""
+    with pytest.raises(JobError) as caught:
+        ask(f"http://{host}/v1", probe=True)
+    assert caught.value.reason == Reason.INVALID_SPEC
+    assert f"teacher.endpoint.{words}" in caught.value.message
+
+
+def test_odd_answers_reach_the_data(tmp_path: Path) -> None:
+    """From the server to the tokens, and to what is kept for the next job."""
+    nan = {"tokens": list("so?"), "top_logprobs": [{"s": float("nan")}] * 3}
+    content = json.dumps(completion("so?", logprobs=nan)).replace("so?", "so\\ud83d")
+    site = Site(tmp_path, byte_tokenizer(), {"prompt": "one ", "completion": "own"})
+    with FakeEndpoint(lambda path, body: (200, {}, content)) as server:
+        learned = [text for _, text in site.texts(site.prepare(server.url, topLogprobs=2))]
+    assert learned == ["so\ufffd<eos>"]

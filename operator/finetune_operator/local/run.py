@@ -289,7 +289,13 @@ def find_gpus(env: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _check_gpus(path: Path, spec: Spec, machine: Machine) -> None:
-    """Raises InputError where the job wants more GPUs than there are; none at all means training on the CPU."""
+    """Raises InputError where the job wants more GPUs than there are; none at all means training on the CPU, where that can be."""
+    kind = spec.model.quantization
+    if kind != "none" and not machine.gpus:
+        raise InputError(
+            f"{path}: spec.model.quantization {kind} needs a GPU, and this machine shows none (nvidia-smi, CUDA_VISIBLE_DEVICES);"
+            " set it to none, or run the job where there is one"
+        )
     wanted = int(_cpus(spec.compute.resources_per_worker.get(_GPU, 0))) * spec.compute.workers.max
     if machine.gpus and wanted > len(machine.gpus):
         raise InputError(

@@ -215,6 +215,11 @@ def test_the_heads_log_can_be_followed(place):
         ("model: {source", "model: {sauce", "line 5: spec.model.sauce: unknown field; did you mean source?"),
         ("disk/model", "disk/absent", "spec.model.source: pvc://disk/absent does not exist"),
         ("  backoffLimit: 1", "  suspend: true", "spec.suspend is true"),
+        (
+            "model: {source",
+            "compute: {resourcesPerWorker: {nvidia.com/gpu: 1}}\n  model: {quantization: nf4, source",
+            "spec.model.quantization nf4 needs a GPU, and this machine shows none",
+        ),
     ],
 )
 def test_what_cannot_start_is_told_and_nothing_is_left(place, old, new, words):

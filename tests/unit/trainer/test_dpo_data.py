@@ -202,7 +202,7 @@ def test_a_pair_is_left_out_whole_where_one_answer_has_no_label_left(tmp_path: P
         (
             {"prompt": "a", "completion": "b"},
             {},
-            "the columns are prompt, completion, not chosen+rejected, which objective.dpo learns from",
+            "the columns are prompt, completion, not chosen+rejected, which objective.dpo learns from: these are examples for",
         ),
         ({"prompt": "a", "chosen": "b"}, {"data": {"format": "preference"}}, "the column rejected is missing; the row has prompt, chosen"),
         (
@@ -220,7 +220,7 @@ def test_data_and_objective_must_go_together(
         prepared(tmp_path, tokenizer, line, line, **spec)
     assert caught.value.reason == Reason.DATASET_INVALID
     assert caught.value.message.startswith("data.train: 2 rows cannot be used. ")
-    assert f"file://{tmp_path}/train.jsonl, line 1: " in caught.value.message
+    assert f"file://{tmp_path}/train.jsonl, lines 1, 2: " in caught.value.message
     assert problem in caught.value.message
 
 

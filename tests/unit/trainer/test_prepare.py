@@ -84,16 +84,16 @@ def test_a_config_map(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_bad_rows_are_shown_and_counted(tmp_path: Path, prepare) -> None:
-    rows = [pair(0), *({"prompt": number} for number in range(7)), pair(1)]
+    rows = [pair(0), {"prompt": 0}, {"text": ""}, *({"prompt": number} for number in range(5)), pair(1)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{cut off")
     with pytest.raises(JobError) as caught:
         prepare()
     assert caught.value.reason == Reason.DATASET_INVALID
     uri = f"file://{tmp_path}/train.jsonl"
-    assert caught.value.message.startswith(
-        f"data.train: 8 rows cannot be used. {uri}, line 2: the column completion is missing; the row has prompt; {uri}, line 3: "
+    assert caught.value.message == (
+        f"data.train: 8 rows cannot be used. {uri}, lines 2, 4, 5, 6: the column completion is missing; the row has prompt; "
+        f"{uri}, line 3: the column prompt is missing; the row has text; and 3 more such rows"
     )
-    assert caught.value.message.endswith(f"{uri}, line 6: the column completion is missing; the row has prompt; and 3 more such rows")
 
 
 def test_one_bad_row(tmp_path: Path, prepare) -> None:

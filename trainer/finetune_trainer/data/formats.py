@@ -73,8 +73,12 @@ def detect_format(row: Row, columns: Mapping[str, str], *, preferences: bool = F
     problem = f"the columns are {_names(row)}, not {wanted}"
     if preferences:
         problem += ", which objective.dpo learns from"
-    elif all(columns.get(field, field) in row.columns for field in NEEDED["preference"]):
-        return Fault(row.place, f"{problem}: these are preferences, which only objective.dpo learns from")
+    others = [fields for format_, fields in NEEDED.items() if format_ not in formats]
+    if any(all(columns.get(field, field) in row.columns for field in fields) for fields in others):
+        these = (
+            "examples for objective.sft or objective.distillation" if preferences else "preferences, which only objective.dpo learns from"
+        )
+        return Fault(row.place, f"{problem}: these are {these}")
     return Fault(row.place, f"{problem}; data.columns can rename them")
 
 

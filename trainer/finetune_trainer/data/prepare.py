@@ -217,8 +217,16 @@ def _grouped(encoded: Iterator[Encoded | Fault], group: int) -> Iterator[tuple[E
 
 
 def _faults_message(name: str, faults: list[Fault], number: int) -> str:
+    """What is wrong with the first of so many rows; rows of a file that have the same fault are told together."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for fault in faults:
+        alike.setdefault((fault.place.file, fault.place.unit, fault.problem), []).append(str(fault.place.number))
+    told = [
+        f"{file}, {unit}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}: {problem}"
+        for (file, unit, problem), numbers in alike.items()
+    ]
     more = f"; and {number - len(faults)} more such rows" if number > len(faults) else ""
-    return f"{name}: {number} {'row' if number == 1 else 'rows'} cannot be used. " + "; ".join(map(str, faults)) + more
+    return f"{name}: {number} {'row' if number == 1 else 'rows'} cannot be used. " + "; ".join(told) + more
 
 
 def _held_out(count: int, fraction: float, seed: int) -> npt.NDArray[np.bool_]:

@@ -171,7 +171,8 @@ def failure(name: str, status: Status, log: Path | None, tail: str) -> Iterator[
     where = f" in {what.stage}" if what and what.stage else ""
     condition = next((condition for condition in status.conditions if condition.type == "Failed" and condition.status == "True"), None)
     reason = condition.reason if condition else what.reason if what else "unknown"
-    yield Text(f"\n{name} failed{where}: {reason}", "bold red")
+    last = f" ({what.reason})" if what and what.reason != reason else ""
+    yield Text(f"\n{name} failed{where}: {reason}{last}", "bold red")
     told, cause = condition.message if condition else "", what.message if what else ""
     yield from (Text(f"  {message}") for message in (told, "" if cause in told else cause) if message)
     hint = (what.hint if what else None) or (ADVICE[Reason(reason)].hint if reason in set(Reason) else None)

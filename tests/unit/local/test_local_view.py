@@ -140,7 +140,7 @@ def test_a_failure_says_why_what_to_do_and_where_to_look(tmp_path):
     shown = text(*failure("demo", status, log, "last words\n"))
     lines = [line.strip() for line in shown.splitlines() if line.strip()]
     assert lines == [
-        "demo failed in Train: BackoffLimitExceeded",
+        "demo failed in Train: BackoffLimitExceeded (OOMKilled)",
         "attempt 2 was the last of 2 that failed: no memory",
         "Hint: Use less.",
         f"Log: {log}",

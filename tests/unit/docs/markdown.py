@@ -51,7 +51,7 @@ def languages() -> set[str]:
 def comments(manifest: Path) -> Block:
     """The commands in the comment that a manifest begins with: its lines that are indented by more than one space, but for data."""
     head = re.split(r"^[^#\n]", manifest.read_text(encoding="utf-8"), maxsplit=1, flags=re.MULTILINE)[0]
-    return Block(manifest, 1, "\n".join(re.findall(r"^#   +(?!\{)(.*)$", head, re.MULTILINE)))
+    return Block(manifest, 1, "\n".join(re.findall(r"^#   +(?!\{|\w+: )(.*)$", head, re.MULTILINE)))
 
 
 def links(document: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measure and print: the trainer beside TRL, preparing data, API requests of one job's life, the operator with many jobs.
+"""Measure and print: the trainer beside TRL, preparing data, a teacher's kept answers, API requests of a job, many jobs.
 
 python -m tests.bench                        # all
 python -m tests.bench training --pairs 5     # one of them
@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from tests.bench import control_plane, data, training
+from tests.bench import control_plane, data, distillation, training
 from tests.integration.api.apiserver import NoApiServerError
 
-PARTS = ("training", "data", "life", "jobs")
+PARTS = ("training", "data", "distillation", "life", "jobs")
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def main() -> None:
             console.print(training.compare(arguments.pairs, Path(folder) / "training", arguments.size))
         if "data" in parts:
             console.print(data.prepare(Path(folder) / "data"))
+        if "distillation" in parts:
+            console.print(distillation.compare(Path(folder) / "distillation"))
         try:
             if "life" in parts:
                 console.print(asyncio.run(control_plane.one_life(Path(folder) / "life")))

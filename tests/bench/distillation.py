@@ -128,12 +128,3 @@ def _files(folder: Path, job: FineTuneJob, name: str) -> ModelFiles:
 
 def _storage(folder: Path) -> Storage:
     return Storage(LocalFileSystem(), str(folder), f"file://{folder}")
-
-
-if __name__ == "__main__":
-    import tempfile
-
-    from rich.console import Console
-
-    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as temporary:
-        Console(width=120).print(compare(Path(temporary)))

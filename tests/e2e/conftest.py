@@ -14,6 +14,7 @@ from typing import Any
 
 import helm_python
 import pytest
+from tests.e2e import teacher
 from tests.e2e.kubectl import KINDS, Kubectl, KubectlError, wait_until
 from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODELS, RELEASE, ROOT, STORAGE, STORAGE_POD, SYSTEM
 
@@ -130,6 +131,15 @@ def storage(kubectl: Kubectl, images: Images) -> Iterator[str]:
         kubectl("delete", "pod", "reader")
         if volume:
             kubectl("delete", "persistentvolume", volume, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def endpoint(kubectl: Kubectl, images: Images, storage: str) -> None:
+    """A teacher behind an endpoint."""
+    pod = _pod(teacher.NAME, images.trainer, teacher.PROGRAM, {"emptyDir": {}}, user=10001)
+    pod["metadata"]["labels"] = {"app": teacher.NAME}
+    kubectl.apply(pod, teacher.service())
+    kubectl("wait", f"pod/{teacher.NAME}", "--for=condition=Ready", "--timeout=120s", timeout=140)
 
 
 _EMPTY = """

@@ -3,14 +3,18 @@
     .finetune/cache/answers/<key>/<batch>.json    answers by the digest of their question, in output.storage, of each batch that is done
 
 So a retry, and another job with the same endpoint, does not pay again. The key covers all that an answer follows from, but for the model
-behind the name. With topLogprobs the probabilities become targets (see objectives/distillation/soft_targets.py), which are written beside
-the prepared data.
+behind the name: also the job's namespace, since a short host name is another server in another one. What is known is held in a file of this
+machine, not in memory. With topLogprobs the probabilities become targets (see objectives/distillation/soft_targets.py), which are written
+beside the prepared data.
 """
 
 import asyncio
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -24,6 +28,7 @@ from finetune_trainer.data.encoding import Encoded, Encoder
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.formats import Conversation, Example, PromptCompletion
 from finetune_trainer.data.rows import Fault
+from finetune_trainer.data.shelf import Shelf
 from finetune_trainer.endpoint import FIELD, Answer, MissingRouteError, Question, RefusedQuestionError, ServedModel, Token, answers
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import digest_of
@@ -42,6 +47,8 @@ FORMAT = 1
 BATCH = 128
 """Questions whose answers are written together, or so many for each request at a time as PER_REQUEST says."""
 PER_REQUEST = 16
+BATCH_TOKENS = 1 << 20
+"""Tokens whose probabilities the answers of a batch may tell at most, unless those that are asked for at a time may have more."""
 SAY_SECONDS = 15.0
 
 Say = Callable[[str], None]
@@ -86,6 +93,8 @@ class EndpointTeacher:
     """What `data.prepare` hands its training examples through."""
 
     endpoint: Endpoint
+    namespace: str
+    """The job's."""
     key: str | None
     storage: Storage
     """output.storage."""
@@ -93,18 +102,20 @@ class EndpointTeacher:
     encoder: Encoder
     say: Say
     count: _Count = field(default_factory=_Count)
-    _soft: dict[bytes, Kept] = field(default_factory=dict)
+    _soft: Shelf = field(default_factory=Shelf)
+    """Targets by the tokens that they are of."""
 
     def identity(self) -> dict[str, Any]:
         """What the prepared data follows from."""
-        return self.endpoint.model_dump(mode="json", by_alias=True, exclude={"secret_ref", "concurrency"})
+        settings = self.endpoint.model_dump(mode="json", by_alias=True, exclude={"secret_ref", "concurrency"})
+        return {**settings, "namespace": self.namespace}
 
     def taught(self, examples: Iterable[Example | Fault]) -> Iterator[Example | Fault]:
         """The examples with the teacher's answers.
 
         Raises JobError (TeacherUnavailable, AuthenticationFailed, InvalidSpec, StorageFull, StorageUnavailable).
         """
-        size = max(BATCH, PER_REQUEST * self.endpoint.concurrency)
+        size = batch_size(self.endpoint)
         source = iter(examples)
         with _Asker(
             self.endpoint, self.key, self.storage.at(f"{FOLDER}/{digest_of(self._follows())[7:39]}"), self.count, self.say
@@ -133,28 +144,36 @@ class EndpointTeacher:
             ids, kept = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "log_probabilities"))
             teacher_cache.write_shard(beside, number, Kept(ids, kept))
         teacher_cache.write_complete(beside, shards)
-        self._soft.clear()
 
     def _follows(self) -> dict[str, Any]:
         return {"format": FORMAT, **self.identity()}
 
     def _keep_soft(self, taught: Sequence[Example | Fault], found: Mapping[int, Answer]) -> None:
         """Remember the targets of a batch, by the student's tokens."""
-        vocabulary = VocabularyBytes.of_tokenizer(self.tokenizer)
         chosen = [taught[place] for place in found]
         for item, answer in zip(self.encoder.encode(chosen), found.values(), strict=True):
             made = None
             if isinstance(item, Encoded):
-                made = soft_targets(item, [(token.text, token.top) for token in answer.tokens], vocabulary, self.endpoint.top_logprobs)
+                made = soft_targets(
+                    item, [(token.text, token.top) for token in answer.tokens], self._vocabulary, self.endpoint.top_logprobs
+                )
             self.count.soft += made is not None
             self.count.hard += made is None
             if made is not None and isinstance(item, Encoded):
-                self._soft[item.tokens.tobytes()] = made
+                self._soft.put(_name_of(item.tokens), made.ids.tobytes() + made.log_probabilities.tobytes())
+
+    @cached_property
+    def _vocabulary(self) -> VocabularyBytes:
+        return VocabularyBytes.of_tokenizer(self.tokenizer)
 
     def _kept(self, tokens: Any, labelled: Any) -> Kept:  # noqa: ANN401 - arrays
         """The targets at an example's labels."""
-        soft = self._soft.get(np.ascontiguousarray(tokens, np.int32).tobytes())
-        return soft or hard_targets(tokens[1:][labelled[1:]], self.endpoint.top_logprobs)
+        soft, k = self._soft.get(_name_of(tokens)), self.endpoint.top_logprobs
+        if soft is None:
+            return hard_targets(tokens[1:][labelled[1:]], k)
+        count = len(soft) // (4 * k + 2 * (k + 1))
+        ids = np.frombuffer(soft, np.int32, count * k).reshape(count, k)
+        return Kept(ids, np.frombuffer(soft, np.float16, offset=ids.nbytes).reshape(count, k + 1))
 
     def _tell(self) -> None:
         """Say what became of the questions. Raises JobError where the teacher has answered none."""
@@ -184,7 +203,20 @@ def endpoint_teacher(
         return None
     check_endpoint(job)
     key = mounts.secret(endpoint.secret_ref.name, "token") if endpoint.secret_ref else None
-    return EndpointTeacher(endpoint, key, storage, tokenizer, Encoder(tokenizer, spec.loss_on, job.spec.training.max_sequence_length), say)
+    encoder = Encoder(tokenizer, spec.loss_on, job.spec.training.max_sequence_length)
+    return EndpointTeacher(endpoint, job.metadata.namespace, key, storage, tokenizer, encoder, say)
+
+
+def batch_size(endpoint: Endpoint) -> int:
+    """Questions that are asked together. Probabilities, which are in memory until their batch is done, are a hundred times their text."""
+    size = max(BATCH, PER_REQUEST * endpoint.concurrency)
+    if not endpoint.top_logprobs:
+        return size
+    return max(endpoint.concurrency, min(size, BATCH_TOKENS // (endpoint.max_tokens * (1 + endpoint.top_logprobs))))
+
+
+def _name_of(tokens: Any) -> bytes:  # noqa: ANN401 - an array
+    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).digest()
 
 
 def question_of(example: Example | Fault) -> Question | None:
@@ -220,11 +252,13 @@ class _Asker:
     """Answers from the storage, else from the endpoint. A context."""
 
     def __init__(self, endpoint: Endpoint, key: str | None, storage: Storage, count: _Count, say: Say) -> None:
-        self._model, self._storage, self._count, self._say = ServedModel(endpoint, key), storage, count, say
+        self._model, self._storage, self._count, self._say = ServedModel(endpoint, key, tell=say), storage, count, say
         self._runner = asyncio.Runner()
-        self._known: dict[str, Answer] | None = None
+        self._shelf = Shelf()
+        self._is_read = False
         self._probed: set[bool] = set()
         self._prompts_as_chat = False
+        self._heard = 0
         self._said = self._begun = time.monotonic()
 
     def __enter__(self) -> "_Asker":
@@ -236,31 +270,43 @@ class _Asker:
             self._runner.run(self._model.__aexit__(*error))
         finally:
             self._runner.close()
+            self._shelf.__exit__(*error)
 
     def answers(self, questions: Sequence[Question]) -> list[Answer | None]:
         """The answer to each; None where there is none to learn from."""
-        if self._known is None:
-            self._known = _read(self._storage)
-        known = self._known
+        if not self._is_read:
+            for name, content in _read(self._storage):
+                self._shelf.put(name.encode(), content)
+            self._is_read = True
         names = [_digest(question) for question in questions]
+        known = {name: answer for name in names if (answer := _from_bytes(self._shelf.get(name.encode()))) is not None}
         new = {name: question for name, question in zip(names, questions, strict=True) if name not in known}
         self._count.known += sum(name not in new for name in names)
         self._count.asked += sum(name in new for name in names)
         refusals: dict[str, str] = {}
         if new:
-            made = self._ask(list(new.values()))
-            done = {}
-            for name, answer in zip(new, made, strict=True):
-                if isinstance(answer, Answer):
-                    done[name] = answer
-                else:
-                    refusals[name] = str(answer)
-            if done:
-                self._storage.write_json(
-                    f"{digest_of({'questions': list(done)})[7:39]}.json", {name: _as_json(done[name]) for name in done}
-                )
-            known |= done
+            self._ask(new, known, refusals)
         return [self._counted(known.get(name), refusals.get(name, "")) for name in names]
+
+    def _ask(self, new: Mapping[str, Question], known: dict[str, Answer], refusals: dict[str, str]) -> None:
+        """Add what comes of new questions. What has come is kept even where an error, or a call to stop, ends the rest: it is paid for."""
+        names = list(new)
+
+        def hear(place: int, answer: Answer | RefusedQuestionError) -> None:
+            if isinstance(answer, Answer):
+                known[names[place]] = answer
+            else:
+                refusals[names[place]] = str(answer)
+            self._tell_rate()
+
+        try:
+            self._send(list(new.values()), hear)
+        finally:
+            done = {name: _as_json(known[name]) for name in names if name in known}
+            for name, value in done.items():
+                self._shelf.put(name.encode(), json.dumps(value).encode())
+            if done:
+                self._storage.write_json(f"{digest_of({'questions': list(done)})[7:39]}.json", done)
 
     def _counted(self, answer: Answer | None, refusal: str) -> Answer | None:
         if answer is None:
@@ -273,17 +319,19 @@ class _Asker:
         self._count.cut += answer.cut
         return answer
 
-    def _ask(self, questions: Sequence[Question]) -> list[Answer | RefusedQuestionError]:
+    def _send(self, questions: Sequence[Question], hear: Callable[[int, Answer | RefusedQuestionError], None]) -> None:
         for chat in sorted({question.prompt is None for question in questions} - self._probed):
             self._probe(chat=chat)
         if self._prompts_as_chat:
             questions = [Question(messages=({"role": "user", "content": each.prompt},)) if each.prompt else each for each in questions]
-        made = self._runner.run(answers(self._model, questions))
+        self._runner.run(answers(self._model, questions, hear))
+
+    def _tell_rate(self) -> None:
+        self._heard += 1
         if time.monotonic() - self._said > SAY_SECONDS:
             self._said = time.monotonic()
-            rate = self._count.asked / max(1e-9, self._said - self._begun)
-            self._say(f"the teacher has been asked {self._count.asked:,} prompts, {rate:.1f} a second")
-        return made
+            rate = self._heard / max(1e-9, self._said - self._begun)
+            self._say(f"the teacher has answered {self._heard:,} prompts, {rate:.1f} a second")
 
     def _probe(self, *, chat: bool) -> None:
         """Find out whether the endpoint can be asked in this form, before anything is paid for."""
@@ -303,17 +351,16 @@ def _digest(question: Question) -> str:
     return digest_of(asked)[7:39]
 
 
-def _read(storage: Storage) -> dict[str, Answer]:
-    """The answers that are in the storage. What is there but cannot be read counts for nothing."""
+def _read(storage: Storage) -> Iterator[tuple[str, bytes]]:
+    """The answers that are in the storage, as JSON, by the digest of their question. What cannot be read counts for nothing."""
     with storage_errors(storage.uri):
         storage.fs.invalidate_cache()
         names = [PurePosixPath(path).name for path in storage.fs.ls(storage.root, detail=False)] if storage.fs.exists(storage.root) else []
-    found: dict[str, Answer] = {}
     for name in sorted(names):
         batch = storage.read_json(name) if name.endswith(".json") and not name.startswith(".") else None
         if isinstance(batch, dict):
-            found |= {digest: _from_json(value) for digest, value in batch.items()}
-    return found
+            for digest, value in batch.items():
+                yield digest, json.dumps(value).encode()
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:
@@ -322,6 +369,14 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     return {"text": answer.text, "cut": answer.cut, "tokens": tokens}
 
 
-def _from_json(value: Mapping[str, Any]) -> Answer:
-    tokens = (Token(text.encode("latin-1"), tuple((each.encode("latin-1"), p) for each, p in top)) for text, top in value["tokens"])
-    return Answer(value["text"], value["cut"], tuple(tokens))
+def _from_bytes(content: bytes | None) -> Answer | None:
+    """The answer of an _as_json; None where it is none."""
+    try:
+        value = json.loads(content or b"")
+        tokens = (
+            Token(text.encode("latin-1"), tuple((each.encode("latin-1"), float(p)) for each, p in top)) for text, top in value["tokens"]
+        )
+        answer = Answer(value["text"], bool(value["cut"]), tuple(tokens))
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return None
+    return answer if isinstance(answer.text, str) else None

@@ -3,7 +3,9 @@
     .finetune/cache/data/<key>/        a folder of prepared data (see data/examples.py), never changed once it is there
     .finetune/cache/data/<key>.json    when a job has last begun with it
 
-The key covers the content of the sources, the tokenizer and every setting that the arrays follow from. Nothing else refers to a folder but
+The key covers the content of the sources, the tokenizer and every setting that the arrays follow from. It also covers where the sources
+are: who can write to one can show other content while it is read than while its digest was taken, and is to deceive nobody who reads from
+elsewhere. Nothing else refers to a folder but
 the jobs that use it: it may be removed at any time; a job whose folder is gone prepares its data again. Folders that no job has begun with
 for KEEP_DAYS are removed when another job prepares.
 """
@@ -64,11 +66,12 @@ def find_or_prepare(
         if _is_whole(storage, name, manifest):
             return Entry(name, manifest, is_new=False)
         storage.remove(name)
-    with storage.shared_folder(name) as folder:
+    with storage.shared_folder(name, owner=job.metadata.uid) as folder:
         manifest = write_data(folder, job, inputs, tokenizer, longest, teacher)
         for split, source in inputs.items():  # else the key would promise what the folder does not hold
             check_unchanged(before[split], source.state(), f"data.{split}")
-    return Entry(name, manifest, is_new=True)
+    # Another job may have been first, and a teacher does not say the same to both.
+    return Entry(name, read_manifest(storage.location(name)) or manifest, is_new=True)
 
 
 def is_there(storage: Storage, name: str) -> bool:
@@ -122,6 +125,7 @@ def _key(
     settings = {
         "form": FORMAT,
         "sources": {split: source.identity() for split, source in inputs.items()},
+        "places": _places(job),
         "tokenizer": identity_of(tokenizer),
         "format": spec.data.format,
         "columns": dict(spec.data.columns),
@@ -133,3 +137,11 @@ def _key(
         **({} if teacher is None else {"teacher": teacher.identity()}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _places(job: FineTuneJob) -> dict[str, Any]:
+    """Where each split is read from. A claim, a ConfigMap and the server that a Secret names are the namespace's own."""
+    data = job.spec.data
+    sources = {"train": data.train, "validation": data.validation.data_source(), "test": data.test}
+    named = {split: source.model_dump(mode="json", by_alias=True, exclude_none=True) for split, source in sources.items() if source}
+    return {"namespace": job.metadata.namespace, **named}

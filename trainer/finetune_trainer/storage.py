@@ -5,6 +5,7 @@ without its manifest counts for nothing.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -86,10 +87,13 @@ class Storage:
                 return
             target = Path(self._path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            aside = target.with_name(f".{target.name}.partial")
-            aside.write_text(text, encoding="utf-8")
-            _flush(aside)
-            aside.replace(target)
+            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")  # another job may be writing the same
+            try:
+                aside.write_text(text, encoding="utf-8")
+                _flush(aside)
+                aside.replace(target)
+            finally:
+                aside.unlink(missing_ok=True)
             _flush(target.parent)
 
     @contextmanager
@@ -121,16 +125,21 @@ class Storage:
                     self._upload(Path(aside_name), name)
 
     @contextmanager
-    def shared_folder(self, name: str) -> Iterator[Path]:
-        """As new_folder, where several may be making the same folder at this moment: the first that is complete stays, whoever reads it."""
+    def shared_folder(self, name: str, owner: str = "") -> Iterator[Path]:
+        """As new_folder, where several may be making the same folder at this moment: the first that is complete stays, whoever reads it.
+
+        What the same owner has left half made goes at once, whatever else a killed process left after ABANDONED_SECONDS.
+        """
         with storage_errors(self.locate(name)):
             if self.is_local:
                 target = Path(self._path(name))
+                own = f".{target.name}.{hashlib.sha256(owner.encode()).hexdigest()[:8]}-" if owner else f".{target.name}."
                 for left in target.parent.glob(f".{target.name}.*partial"):
                     with suppress(FileNotFoundError):  # its owner has put it in its place
-                        if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                        is_own = bool(owner) and left.name.startswith(own)
+                        if is_own or time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                             shutil.rmtree(left, ignore_errors=True)
-                aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+                aside = target.with_name(f"{own}{uuid.uuid4().hex[:8]}.partial")
                 aside.mkdir(parents=True)
                 try:
                     yield aside

@@ -2,12 +2,19 @@
 
 import json
 import os
+import shutil
 import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import fs as arrow
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_api.reasons import Reason
@@ -17,7 +24,7 @@ from finetune_trainer.data.examples import open_prepared
 from finetune_trainer.data.inputs import Files
 from finetune_trainer.data_cache import FOLDER, KEEP_DAYS, Entry, find_or_prepare, mark_used
 from finetune_trainer.errors import JobError
-from finetune_trainer.sources import Mounts
+from finetune_trainer.sources import Location, Mounts
 from finetune_trainer.storage import MANIFEST, Storage
 
 MODEL = Path(__file__).parents[3] / "examples" / "models" / "tiny-llama"
@@ -56,6 +63,11 @@ def job(train: Path, training: dict[str, object] | None = None, objective: dict[
     return parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, local=True)
 
 
+def of(made: FineTuneJob, **metadata: str) -> FineTuneJob:
+    """The same job under another name, or of another namespace."""
+    return made.model_copy(update={"metadata": made.metadata.model_copy(update=metadata)})
+
+
 def find(storage: Storage, spec: FineTuneJob, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> Entry:
     return find_or_prepare(storage, spec, Mounts(Path("/nowhere"), local=True), tokenizer, longest)
 
@@ -72,10 +84,36 @@ def test_a_second_job_finds_what_the_first_prepared(
     assert (len(prepared.train), len(prepared.validation), prepared.digest) == (2, 1, first.manifest["digest"])
 
 
-def test_the_same_content_elsewhere_is_the_same_data(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("change", ["another file", "another namespace"])
+def test_the_same_content_elsewhere_is_prepared_again(
+    storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, change: str
+) -> None:
+    """One who may write there could show this content while its digest is taken, and another while it is read."""
     copy = train.with_name("copy.jsonl")
     copy.write_bytes(train.read_bytes())
-    assert find(storage, job(train), tokenizer).name == find(storage, job(copy), tokenizer).name
+    elsewhere = job(copy) if change == "another file" else of(job(train), namespace="other")
+    assert find(storage, job(train), tokenizer).name != find(storage, elsewhere, tokenizer).name
+
+
+def test_a_source_that_shows_two_contents_deceives_nobody_else(
+    storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket behind a server of the attacker's: what its digest is taken of is everybody's data, what is read from it is not."""
+    shown = train.with_name("shown.jsonl")
+    shown.write_bytes(train.read_bytes())
+    rows = Files.rows
+
+    def other_rows(self: Files) -> object:
+        write(tmp_path / "poison.jsonl", "Ignore the safety rules.", "And more.", "Of this.")
+        return rows(Files(Location(LocalFileSystem(), str(tmp_path / "poison.jsonl"), self.location.uri)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Files, "rows", other_rows)
+        poisoned = find(storage, job(shown), tokenizer)
+    entry = find(storage, job(train), tokenizer)
+    assert entry.manifest["digest"] != poisoned.manifest["digest"]
+    tokens = open_prepared(storage.location(entry.name), tmp_path / "cache").train.tokens
+    assert "safety" not in tokenizer.decode(tokens)
 
 
 OTHER = {
@@ -158,7 +196,8 @@ def test_two_jobs_at_once(storage: Storage, train: Path, tokenizer: PreTrainedTo
 
     monkeypatch.setattr(data_cache, "write_data", together)
     entries: list[Entry] = []
-    threads = [threading.Thread(target=lambda: entries.append(find(storage, job(train), tokenizer))) for _ in range(2)]
+    jobs = [of(job(train), uid=uid) for uid in ("u1", "u2")]
+    threads = [threading.Thread(target=lambda each=each: entries.append(find(storage, each, tokenizer))) for each in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -167,6 +206,99 @@ def test_two_jobs_at_once(storage: Storage, train: Path, tokenizer: PreTrainedTo
     folder = Path(storage.location(FOLDER).path)
     assert [path.name for path in folder.iterdir()] == [entries[0].name.rpartition("/")[2]]
     assert len(open_prepared(storage.location(entries[0].name), folder).train) == 2
+
+
+class Moody:
+    """A teacher that never says the same twice."""
+
+    said = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {"temperature": 1}
+
+    def taught(self, examples: Iterable[Any]) -> Iterator[Any]:
+        Moody.said += 1
+        yield from (replace(example, completion=f"Answer {Moody.said}.") for example in examples)
+
+    def write(self, folder: Path, train: object) -> None:
+        (folder / "teacher").mkdir()
+        (folder / "teacher" / "complete.json").write_text("{}")
+
+
+def test_of_two_jobs_at_once_the_second_has_the_firsts_digest(
+    storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a teacher says differs from time to time: the digest must be that of the folder that is there, not of the one that came late."""
+    mounts, write_data = Mounts(Path("/nowhere"), local=True), data_cache.write_data
+    early: list[Entry] = []
+
+    def overtaken(*arguments: Any) -> Any:
+        if not early:
+            early.append(Entry("", {}, is_new=False))
+            early[0] = find_or_prepare(storage, of(job(train), uid="u2"), mounts, tokenizer, None, Moody())
+        return write_data(*arguments)
+
+    monkeypatch.setattr(data_cache, "write_data", overtaken)
+    late = find_or_prepare(storage, job(train), mounts, tokenizer, None, Moody())
+    there = open_prepared(storage.location(late.name), tmp_path / "cache")
+    assert late.name == early[0].name
+    assert late.manifest["digest"] == there.digest == early[0].manifest["digest"]
+
+
+@pytest.fixture(params=["memory", "arrow"])
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An object store: fsspec's own, and arrow's interface, which S3 is reached by and which knows no size of a folder."""
+    if request.param == "memory":
+        return Storage(MemoryFileSystem(), f"/{tmp_path.name}", "s3://bucket")
+    (tmp_path / "bucket").mkdir()
+    return Storage(ArrowFSWrapper(arrow.LocalFileSystem()), str(tmp_path / "bucket"), "s3://bucket")
+
+
+def test_what_a_teacher_left_beside_the_data_is_found_again_in_an_object_store(
+    bucket: Storage, train: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    mounts = Mounts(Path("/nowhere"), local=True)
+    first = find_or_prepare(bucket, job(train), mounts, tokenizer, None, Moody())
+    assert data_cache.is_there(bucket, first.name)
+    assert find_or_prepare(bucket, job(train), mounts, tokenizer, None, Moody()).is_new is False
+    bucket.remove(f"{first.name}/teacher")
+    assert not data_cache.is_there(bucket, first.name)
+
+
+def test_two_uploads_that_became_mixed_are_noticed_and_made_again(
+    bucket: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    first = find(bucket, job(train), tokenizer)
+    path = f"{bucket.location(first.name).path}/train-tokens.npy"
+    content = bucket.fs.cat_file(path)
+    bucket.fs.pipe_file(path, content[:-4] + bytes(4))
+    with pytest.raises(JobError, match="is not as it was written; the next attempt prepares it again") as caught:
+        open_prepared(bucket.location(first.name), tmp_path / "cache")
+    assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
+    again = find(bucket, job(train), tokenizer)
+    assert again.is_new
+    assert open_prepared(bucket.location(again.name), tmp_path / "cache").digest == first.manifest["digest"]
+
+
+def test_a_job_removes_what_its_killed_attempt_has_left(
+    storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each attempt that runs out of memory would leave a copy of the data until the disk is full. Another job's stays: it may live."""
+
+    def killed(*_: object) -> object:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data_cache, "write_data", killed)
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # kill -9 removes nothing
+        for uid in ("u1", "u2"):
+            with pytest.raises(SystemExit):
+                find(storage, of(job(train), uid=uid), tokenizer)
+    folder = Path(storage.location(FOLDER).path)
+    assert len(list(folder.iterdir())) == 2
+    entry = find(storage, of(job(train), uid="u1"), tokenizer)
+    left = [path for path in folder.iterdir() if path.name != entry.name.rpartition("/")[2]]
+    assert len(left) == 1
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-4])], ids=["gone", "cut"])

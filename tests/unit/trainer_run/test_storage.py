@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,25 @@ def test_a_storage_that_cannot_be_written_says_why(storage: Storage, monkeypatch
         storage.check_writable()
     assert caught.value.reason == reason
     assert storage.uri in caught.value.message
+
+
+def test_two_jobs_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """Each has what it wrote in place for a moment, neither fails, and nothing half written is ever seen."""
+    root = Storage(LocalFileSystem(), str(tmp_path / "root"), f"file://{tmp_path}/root")
+    value, failures = {"answers": ["a" * 100] * 500}, list[Exception]()
+
+    def write_often() -> None:
+        try:
+            for _ in range(20):
+                root.write_json("answers/batch.json", value)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write_often) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert root.read_json("answers/batch.json") in (value, None) or not root.exists("answers/batch.json")
+    assert failures == []
+    assert root.read_json("answers/batch.json") == value
+    assert [path.name for path in (tmp_path / "root" / "answers").iterdir()] == ["batch.json"]

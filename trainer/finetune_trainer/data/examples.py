@@ -8,6 +8,7 @@ makes such a folder.
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,5 +162,21 @@ def _copied(folder: Location, manifest: dict[str, Any], cache: Path) -> Path:
     for name in manifest["splits"]:
         for part in ARRAYS:
             folder.filesystem.get_file(f"{folder.path}/{array_file(name, part)}", str(aside / array_file(name, part)))
+    _check_digest(aside, manifest, folder)
     aside.rename(local)
     return local
+
+
+def _check_digest(copy: Path, manifest: dict[str, Any], folder: Location) -> None:
+    """Raise JobError (StorageUnavailable) where a copy is not what the manifest says: two uploads at once may have become mixed.
+
+    The folder counts for nothing then, so that the next attempt makes it again.
+    """
+    from finetune_trainer.data.writing import digest_of
+
+    if digest_of(copy, manifest["splits"], manifest["group"]) == manifest["digest"]:
+        return
+    with suppress(OSError):
+        folder.filesystem.rm_file(f"{folder.path}/{MANIFEST}")
+    problem = f"{folder.uri}: the prepared data is not as it was written; the next attempt prepares it again"
+    raise JobError(Reason.STORAGE_UNAVAILABLE, problem)

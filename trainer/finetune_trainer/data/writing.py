@@ -102,7 +102,7 @@ def write_manifest(folder: Path, splits: Sequence[str], group: int, facts: dict[
         "digest": digest_of(folder, splits, group),
         "splits": list(splits),
         "group": group,
-        "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        "bytes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()},
         **facts,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")

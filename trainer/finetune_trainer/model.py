@@ -25,7 +25,7 @@ from finetune_trainer.methods.method import BaseModel, count_parameters
 from finetune_trainer.model_files import ModelFiles
 from finetune_trainer.quantization import quantization_config
 from finetune_trainer.sharding import decoder_of, drop_gathered, gather_root
-from finetune_trainer.soft_prompts import CACHED, EMBEDDED, prefix_of, prompt_type, prompted
+from finetune_trainer.soft_prompts import CACHED, EMBEDDED, prefix_of, prompt_type, prompted, virtual_tokens
 from finetune_trainer.sources import explained
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class CausalModel:
     def head(self) -> torch.nn.Linear:
         """The output layer. Only where `plain_head` is true."""
         return cast("torch.nn.Linear", self.transformer.get_output_embeddings())
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Places that a soft prompt takes before each example that is computed."""
+        return virtual_tokens(self.module) if self.tuned else 0
 
     def run(self, batch: MicroBatch, *, layers: bool = False, attentions: bool = False, logits: bool = False) -> Outputs:
         """What the model makes of a micro-batch that is on its device: always of the examples' own positions, soft prompts taken off.

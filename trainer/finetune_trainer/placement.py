@@ -23,7 +23,7 @@ def placed(files: ModelFiles, job: FineTuneJob, worker: Worker) -> tuple[CausalM
     Raises JobError (ModelInvalid, InvalidSpec).
     """
     if not _is_to_be_sharded(files, job, worker):
-        return _ready(load_model(files, job, worker.device), job)
+        return _ready(load_model(files, job, worker.device), job, worker)
     check_strategy(job)
     precision = precision_for(job.spec.training.precision, worker.device)
     # Only the one that leads ever holds all weights, in its machine's memory: the others get their part from it.
@@ -37,7 +37,7 @@ def placed(files: ModelFiles, job: FineTuneJob, worker: Worker) -> tuple[CausalM
         use_flat_attention(transformer)
     shard(module, transformer, worker.device)
     model = CausalModel(module, transformer, "flat" if flat else "padded", plain, precision, worker.device)
-    return _ready(replace(model, sharded=True), job)
+    return _ready(replace(model, sharded=True), job, worker)
 
 
 def check_strategy(job: FineTuneJob) -> None:
@@ -59,14 +59,17 @@ def _is_to_be_sharded(files: ModelFiles, job: FineTuneJob, worker: Worker) -> bo
     return worker.sum(float(state_bytes(module) > STATE_SHARE * total)) > 0
 
 
-def _ready(model: CausalModel, job: FineTuneJob) -> tuple[CausalModel, tuple[str, ...]]:
-    """The model with its activations held as memory and training ask for, compiled where that helps."""
+def _ready(model: CausalModel, job: FineTuneJob, worker: Worker) -> tuple[CausalModel, tuple[str, ...]]:
+    """The model with its activations held as memory and training ask for, compiled where that helps.
+
+    All workers go by the one with the least memory: those that hold parts of a model must compute it equally often.
+    """
     training, config = job.spec.training, model.transformer.config.get_text_config()
     recomputed = training.gradient_checkpointing == "always"
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        world = _parts(model)
-        plan = plan_activations(config, training, model.precision, free - coming_bytes(model.module) // world)
+        left = worker.least(free - coming_bytes(model.module) // _parts(model))
+        plan = plan_activations(config, training, model.precision, left)
         model, recomputed = replace(model, auto_tokens=plan.tokens), plan.recomputed
     if recomputed:
         model.transformer.activation_checkpointing_enable({"use_reentrant": False})

@@ -55,6 +55,12 @@ def prompt_type(module: torch.nn.Module) -> str | None:
     return kind if kind in (*EMBEDDED, CACHED) else None
 
 
+def virtual_tokens(module: torch.nn.Module) -> int:
+    """Places that a module's soft prompt takes before each example: 0 where it has none."""
+    config: Any = getattr(module, "active_peft_config", None) if prompt_type(module) is not None else None
+    return int(config.num_virtual_tokens) if config is not None else 0
+
+
 def prompted(module: torch.nn.Module, transformer: "PreTrainedModel", batch: MicroBatch) -> Prompted:
     """The batch with the module's trained embeddings before each example."""
     peft_model: Any = module

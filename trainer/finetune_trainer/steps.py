@@ -16,11 +16,12 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Training
 from finetune_trainer.data.batches import Batch, BatchPlan
 from finetune_trainer.data.examples import Examples
-from finetune_trainer.data.shares import Limit, Sharing
+from finetune_trainer.data.shares import Limit
 from finetune_trainer.data.tensors import MicroBatch, collate
 from finetune_trainer.errors import JobError
 from finetune_trainer.model import CausalModel
 from finetune_trainer.objectives import Objective
+from finetune_trainer.objectives.sweep import sharing_of
 from finetune_trainer.optimisation import Gradients, learning_rate, set_learning_rate, step_seed
 from finetune_trainer.telling import Teller
 from finetune_trainer.worker import Worker
@@ -93,8 +94,9 @@ class Steps:
     def __init__(self, engine: Engine, share: Share, training: Training, worker: Worker, remember: Callable[[Limit], None]) -> None:
         """`remember` keeps a limit for the next start."""
         self._engine, self._training, self._worker, self._remember = engine, training, worker, remember
-        self._plan, self._examples, self._lengths = share.plan, share.examples, share.examples.lengths()
-        self._sharing = Sharing(worker.rank, worker.world, together=engine.model.sharded)
+        self._plan, self._examples = share.plan, share.examples
+        self._lengths = share.examples.lengths() + engine.model.virtual_tokens
+        self._sharing = sharing_of(engine.model, worker)
         self.limit = share.limit
 
     def ahead(self, steps: range) -> Iterator[tuple[int, list[Part]]]:
@@ -162,7 +164,7 @@ class Steps:
         """Half as much to hold in memory. Raises JobError (GPUOutOfMemory) where that is less than a row."""
         if hopeless:
             raise JobError(Reason.GPU_OUT_OF_MEMORY, "a single sequence does not fit into the memory of a worker")
-        return self.limit.halved(self._sharing.largest(batch.rows, self._lengths, self.limit), self._lengths)
+        return self.limit.halved(self._sharing.largest(batch.rows, self._lengths, self.limit))
 
     def _give_up(self, batch: Batch, *, hopeless: bool) -> JobError:
         """What ends the group where the others wait for this worker's part of a layer: only a new start, with half, helps them."""

@@ -34,6 +34,13 @@ class Worker:
         self.all_reduce(tensor)
         return float(tensor)
 
+    def least(self, value: int) -> int:
+        """The smallest of the workers' values."""
+        values = torch.zeros(self.world, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
+        self.all_reduce(values)
+        return int(values.min())
+
     def agree(self, value: int) -> int:
         """The value of the worker that leads."""
         return int(self.sum(value if self.leads else 0))

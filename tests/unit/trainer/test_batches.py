@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.v1alpha1 import Training
-from finetune_trainer.data.batches import micro_batches, pack, plan_batches, rank_share
+from finetune_trainer.data.batches import micro_batches, pack, plan_batches, positions, rank_share
 from finetune_trainer.data.examples import Examples, join
+from finetune_trainer.data.tensors import Layout, collate
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
@@ -105,3 +106,19 @@ def test_micro_batches_of_a_fixed_number_of_rows() -> None:
 def test_automatic_micro_batches_hold_as_many_rows_as_fit() -> None:
     rows = [(0,), (1,), (2,), (3,)]
     assert list(micro_batches(rows, array(6, 4, 1, 30), "auto", 10)) == [((0,), (1,)), ((2,),), ((3,),)]
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=20), st.integers(1, 200))
+def test_automatic_micro_batches_take_no_more_positions_than_fit(layout: Layout, rows: list[list[int]], fit: int) -> None:
+    """Positions are those of the tensors that are made of them, padding too; a single row may have more."""
+    examples = examples_of(*itertools.chain.from_iterable(rows))
+    numbers = iter(range(len(examples)))
+    members = [tuple(itertools.islice(numbers, len(row))) for row in rows]
+    padded = layout == "padded"
+    groups = list(micro_batches(members, examples.lengths(), "auto", fit, padded=padded))
+    assert list(itertools.chain.from_iterable(groups)) == members
+    for group in groups:
+        made = collate(examples, group, layout).input_ids.numel()
+        assert positions(group, examples.lengths(), padded=padded) == made
+        assert made <= fit or len(group) == 1

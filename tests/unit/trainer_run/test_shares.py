@@ -27,13 +27,21 @@ def test_together_all_compute_equally_often() -> None:
 
 
 def test_half_of_what_was_too_much() -> None:
-    piece = Piece(((3,), (4,)))
-    assert Limit("auto", 4096).halved(piece, LENGTHS) == Limit("auto", 45)
-    assert Limit("auto", 50).halved(piece, LENGTHS) == Limit("auto", 25)
-    assert Limit(8, 4096).halved(piece, LENGTHS) == Limit(1, 4096)
+    assert Limit("auto", 4096).halved(90) == Limit("auto", 45)
+    assert Limit("auto", 50).halved(90) == Limit("auto", 25)
+    assert Limit(8, 4096).halved(2) == Limit(1, 4096)
     assert str(Limit("auto", 45)) == "45 tokens"
     assert (str(Limit(1, 0)), str(Limit(2, 0))) == ("1 sequence", "2 sequences")
 
 
 def test_the_largest_piece_is_the_same_for_all() -> None:
-    assert {Sharing(rank, 2).largest(ROWS, LENGTHS, Limit("auto", 100)).tokens(LENGTHS) for rank in range(2)} == {80}
+    """Of 50 + 30 and 40 + 30 tokens: 80; as lines of one length, 2 times 50 and 3 times 40: 120. By rows: two."""
+    assert {Sharing(rank, 2).largest(ROWS, LENGTHS, Limit("auto", 100)) for rank in range(2)} == {80}
+    assert {Sharing(rank, 2, padded=True).largest(ROWS, LENGTHS, Limit("auto", 120)) for rank in range(2)} == {120}
+    assert {Sharing(rank, 2).largest(ROWS, LENGTHS, Limit(5, 0)) for rank in range(2)} == {2}
+
+
+def test_padding_takes_memory() -> None:
+    """One line of 50 and, in the same piece, one of 40: 100 positions; with two more of 10 and 20 it would be 200."""
+    pieces = Sharing(0, 1, padded=True).pieces(ROWS, LENGTHS, Limit("auto", 100))
+    assert pieces == [Piece(((4,), (3,))), Piece(((0, 1), (2,)))]

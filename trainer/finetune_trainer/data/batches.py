@@ -158,20 +158,31 @@ def micro_batches(
     lengths: npt.NDArray[np.int64],
     size: int | Literal["auto"],
     auto_tokens: int,
+    *,
+    padded: bool = False,
 ) -> Iterator[tuple[Row, ...]]:
-    """Split rows into groups that are held in memory at once: `size` rows, or with auto as many as fit into `auto_tokens` tokens."""
+    """Split rows into groups that are held in memory at once: `size` rows, or with auto as many as take `auto_tokens` positions.
+
+    `padded` says that each example is a line as long as the longest of its group.
+    """
     group: list[Row] = []
-    tokens = 0
+    examples = tokens = longest = 0
     for row in rows:
-        length = _tokens(row, lengths)
-        full = tokens + length > auto_tokens if size == "auto" else len(group) == size
-        if group and full:
+        more, further, length = len(row), _tokens(row, lengths), max(int(lengths[example]) for example in row)
+        taken = (examples + more) * max(longest, length) if padded else tokens + further
+        if group and (taken > auto_tokens if size == "auto" else len(group) == size):
             yield tuple(group)
-            group, tokens = [], 0
+            group, examples, tokens, longest = [], 0, 0, 0
         group.append(row)
-        tokens += length
+        examples, tokens, longest = examples + more, tokens + further, max(longest, length)
     if group:
         yield tuple(group)
+
+
+def positions(rows: Sequence[Row], lengths: npt.NDArray[np.int64], *, padded: bool = False) -> int:
+    """Positions that rows take where they are computed at once: their tokens, and the padding if there is any."""
+    every = [int(lengths[example]) for row in rows for example in row]
+    return len(every) * max(every) if padded else sum(every)
 
 
 def _tokens(row: Row, lengths: npt.NDArray[np.int64]) -> int:

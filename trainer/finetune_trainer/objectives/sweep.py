@@ -18,6 +18,11 @@ from finetune_trainer.worker import Worker
 T = TypeVar("T")
 
 
+def sharing_of(model: CausalModel, worker: Worker) -> Sharing:
+    """How rows are shared out where this model is computed with."""
+    return Sharing(worker.rank, worker.world, together=model.sharded, padded=model.layout == "padded")
+
+
 def sweep(
     model: CausalModel,
     named: tuple[str, Examples],
@@ -33,8 +38,7 @@ def sweep(
     """
     split, examples = named
     limit = limit or Limit(training.micro_batch_size, model.auto_tokens or AUTO_TOKENS[worker.device.type])
-    sharing = Sharing(worker.rank, worker.world, together=model.sharded)
-    waiting = sharing.pieces(rows_of(examples, training), examples.lengths(), limit)[::-1]
+    waiting = sharing_of(model, worker).pieces(rows_of(examples, training), examples.lengths() + model.virtual_tokens, limit)[::-1]
     while waiting:
         piece = waiting.pop()
         try:

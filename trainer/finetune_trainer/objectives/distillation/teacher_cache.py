@@ -3,31 +3,36 @@
     <folder>/shard-00000/ids.npy                  int32 [L, k]
                          log_probabilities.npy    float16 [L, k + 1]: of these tokens, then of all others together
                          manifest.json            sha256 and size of both
-             complete.json                        where each shard's examples begin and end; written last
+             complete.json                        where each shard's examples begin and end, and the size of each file; written last
 
 A shard holds the labelled positions of some consecutive examples of the train split, in their order. It is whole or not there, so what was
 computed before an interruption is not computed again; the shards follow from the data alone, so any number of workers shares them out.
-The folder's name is the digest of all that it follows from (`key`), so later epochs and later jobs find it. The arrays are mapped into
+The folder's name is the digest of all that it follows from (`key`), so later epochs and later jobs find it. A shard that is lost or damaged
+is computed again. The arrays are mapped into
 memory, never read whole: 6 k + 2 bytes for each label.
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from finetune_api.reasons import Reason
 from finetune_trainer.data.batches import AUTO_TOKENS, micro_batches
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.tensors import MicroBatch, collate
+from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import describe_files, digest_of, read_manifest, write_manifest
 from finetune_trainer.model import CausalModel
 from finetune_trainer.objectives.distillation.head import chunks, logits_at
 from finetune_trainer.objectives.distillation.response import Largest
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage import Storage, storage_errors
 from finetune_trainer.worker import Worker
 
 FORMAT = 1
@@ -37,6 +42,7 @@ SHARD_LABELS = 32_768
 SHARDS = 64
 """Shards that there are at least, where the data allows it, so that many workers have their share."""
 _ARRAYS = {"ids": np.int32, "log_probabilities": np.float16}
+_SHARD = "shard-"
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +73,34 @@ class Taking:
 
 
 def key(teacher: str, data: str, taking: Taking, precision: torch.dtype) -> str:
-    """Name of the folder for a teacher's revision, a digest of the data, and what else the numbers follow from.
+    """Name of the folder for a teacher, a digest of the data, and what else the numbers follow from.
 
-    The temperature is among it since the mass of all others cannot be told from one temperature for another.
+    `teacher` says which teacher it is, and is what no other one can be made to say too. The temperature is among it since the mass of all others cannot be told from one temperature for another.
     """
     parts = {"format": FORMAT, "teacher": teacher, "data": data, "precision": str(precision), **asdict(taking)}
     return digest_of(parts).removeprefix("sha256:")[:32]
 
 
 def is_complete(storage: Storage) -> bool:
-    """Whether everything is there."""
-    return storage.read_json(COMPLETE) is not None
+    """Whether everything is there, each file with its size."""
+    complete = _read_complete(storage)
+    return complete is not None and complete["bytes"] == _sizes(storage)
+
+
+def _read_complete(storage: Storage) -> dict[str, Any] | None:
+    complete = storage.read_json(COMPLETE)
+    return complete if isinstance(complete, dict) and {"shards", "bytes"} <= complete.keys() else None
+
+
+def _sizes(storage: Storage) -> dict[str, int]:
+    """Size of each array, as `<shard>/<file>`: one look at the storage, however many there are."""
+    wanted = tuple(f"/{name}.npy" for name in _ARRAYS)
+    with storage_errors(storage.uri):
+        storage.fs.invalidate_cache()
+        found = storage.fs.find(storage.root, detail=True) if storage.fs.exists(storage.root) else {}
+    paths = {PurePosixPath(path): info for path, info in found.items() if path.endswith(wanted)}
+    named = {f"{path.parent.name}/{path.name}": int(info["size"]) for path, info in paths.items()}
+    return {name: size for name, size in named.items() if name.startswith(_SHARD)}
 
 
 def shards_of(examples: Examples) -> list[tuple[int, int]]:
@@ -95,7 +118,7 @@ def shards_of(examples: Examples) -> list[tuple[int, int]]:
 
 def shard_name(number: int) -> str:
     """Folder of a shard."""
-    return f"shard-{number:05d}"
+    return f"{_SHARD}{number:05d}"
 
 
 def write_shard(storage: Storage, number: int, kept: Kept) -> None:
@@ -108,7 +131,7 @@ def write_shard(storage: Storage, number: int, kept: Kept) -> None:
 
 def write_complete(storage: Storage, shards: list[tuple[int, int]]) -> None:
     """Say that every shard is there."""
-    storage.write_json(COMPLETE, {"format": FORMAT, "shards": shards})
+    storage.write_json(COMPLETE, {"format": FORMAT, "shards": shards, "bytes": _sizes(storage)})
 
 
 class TeacherCache:
@@ -117,13 +140,18 @@ class TeacherCache:
     def __init__(self, storage: Storage, examples: Examples) -> None:
         self._rows = np.concatenate([[0], np.cumsum(examples.label_counts())])
         self._files = ExitStack()  # what is not on a file system is copied, and goes with this process
+        complete = _read_complete(storage)
+        if complete is None:
+            raise JobError(Reason.STORAGE_UNAVAILABLE, f"{storage.uri} does not hold what the teacher said; the next attempt asks again")
         root = self._files.enter_context(storage.folder(""))
-        complete: Any = storage.read_json(COMPLETE)
-        self._starts = np.array([start for start, _ in complete["shards"]])
-        self._shards = [
-            Kept(*(np.load(root / shard_name(number) / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS))
-            for number in range(len(self._starts))
-        ]
+        try:
+            self._starts = np.array([start for start, _ in complete["shards"]])
+            self._shards = [
+                Kept(*(np.load(root / shard_name(number) / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS))
+                for number in range(len(self._starts))
+            ]
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise JobError(Reason.STORAGE_UNAVAILABLE, f"{storage.uri}: what the teacher said cannot be read: {error}") from error
 
     def of(self, indices: tuple[int, ...], device: torch.device) -> Largest:
         """What the teacher says at the labels of these examples, one after the other."""
@@ -144,15 +172,23 @@ def fill(storage: Storage, teacher: CausalModel, examples: Examples, worker: Wor
     """Compute what is not kept yet, each worker its share of the shards. Every worker calls it. Returns how many this one computed."""
     shards = shards_of(examples)
     mine = [number for number in range(len(shards)) if number % worker.world == worker.rank]
-    missing = [number for number in mine if read_manifest(storage, shard_name(number)) is None]
+    sizes = _sizes(storage)
+    missing = [number for number in mine if not _is_whole(storage, shard_name(number), sizes)]
     for done, number in enumerate(missing):
         log.info("the teacher reads the training data: part %d of %d", done + 1, len(missing))
+        storage.remove(shard_name(number))
         write_shard(storage, number, _computed(teacher, examples, shards[number], taking))
     worker.sum(0.0)  # until all have theirs
     if worker.leads:
         write_complete(storage, shards)
     worker.sum(0.0)
     return len(missing)
+
+
+def _is_whole(storage: Storage, shard: str, sizes: Mapping[str, int]) -> bool:
+    """Whether a shard's files have the sizes that they were written with."""
+    manifest = read_manifest(storage, shard)
+    return manifest is not None and all(sizes.get(f"{shard}/{name}") == file["bytes"] for name, file in manifest["files"].items())
 
 
 @torch.no_grad()
@@ -164,10 +200,17 @@ def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], 
     k = min(taking.k, taking.vocabulary, vocabulary_of(teacher))
     kept = Kept(np.empty((int(rows[-1]), k), np.int32), np.empty((int(rows[-1]), k + 1), np.float16))
     order = sorted(range(start, end), key=lambda index: (int(lengths[index]), index))
-    for group in micro_batches([(index,) for index in order], lengths, "auto", AUTO_TOKENS[teacher.device.type]):
+    most, padded = AUTO_TOKENS[teacher.device.type], teacher.layout == "padded"
+    for group in micro_batches([(index,) for index in order], lengths, "auto", most, padded=padded):
         batch = collate(examples, group, teacher.layout)
         places = np.concatenate([np.arange(rows[index - start], rows[index - start + 1]) for index in batch.indices])
         ids, log_probabilities = _largest(teacher, batch.to(teacher.device), taking)
+        if bool(log_probabilities.isnan().any()):  # kept, it would spoil every later job too
+            raise JobError(
+                Reason.TEACHER_UNAVAILABLE,
+                "objective.distillation.teacher: its probabilities are no numbers (NaN): its weights are damaged, or too large for "
+                f"training.precision {str(teacher.precision).removeprefix('torch.')}",
+            )
         kept.ids[places], kept.log_probabilities[places] = ids.int().cpu().numpy(), log_probabilities.half().cpu().numpy()
     return kept
 

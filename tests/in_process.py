@@ -79,7 +79,7 @@ def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *,
         def close(self) -> None:
             """Nothing is open."""
 
-    def fit(compute: Any, nodes: int, config: dict[str, Any], *_: Any) -> None:
+    def fit(compute: Any, config: dict[str, Any], *_: Any) -> None:
         worker_group._train_on_worker(config)
 
     with monkeypatch.context() as patch:

@@ -213,8 +213,9 @@ def trl_padding_free(method: str, folder: Path, own: Path) -> tuple[int, float]:
 
 
 def trl_packed(method: str, folder: Path, own: Path) -> tuple[int, float]:
-    """TRL's packing, with as many tokens in a step as ours, activations kept."""
-    return _trl(method, folder, own, packing=True, gradient_checkpointing=False, per_device_train_batch_size=ROWS)
+    """TRL's packing a row at a time, which is its fastest here, with as many tokens in a step as ours, activations kept."""
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS}
+    return _trl(method, folder, own, packing=True, gradient_checkpointing=False, **one)
 
 
 Variant = Callable[[str, Path, Path], tuple[int, float]]

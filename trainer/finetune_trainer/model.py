@@ -22,6 +22,7 @@ from finetune_trainer.data.tensors import Layout, MicroBatch
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import Method, check_mergeable, method_for
 from finetune_trainer.methods.method import BaseModel, count_parameters
+from finetune_trainer.methods.peft_models import without_recomputation
 from finetune_trainer.model_files import ModelFiles
 from finetune_trainer.quantization import quantization_config
 from finetune_trainer.sharding import decoder_of, drop_gathered, gather_root
@@ -85,6 +86,11 @@ class CausalModel:
         """Places that a soft prompt takes before each example that is computed."""
         return virtual_tokens(self.module) if self.tuned else 0
 
+    @property
+    def recomputable(self) -> bool:
+        """Whether its layers can compute their activations again: not after a prefix in padded rows, which travels in a cache."""
+        return self.layout == "flat" or not self.tuned or prompt_type(self.module) != CACHED
+
     def run(self, batch: MicroBatch, *, layers: bool = False, attentions: bool = False, logits: bool = False) -> Outputs:
         """What the model makes of a micro-batch that is on its device: always of the examples' own positions, soft prompts taken off.
 
@@ -103,7 +109,8 @@ class CausalModel:
                 arguments["prefix"] = prefix_of(self.module)
             part = self.transformer if logits else self._decoder()
             wanted = {"output_hidden_states": layers, "output_attentions": attentions, "return_dict": True}
-            made = part(**forward_arguments(shown, **arguments), **wanted)
+            with nullcontext() if self.recomputable else without_recomputation(self.transformer):
+                made = part(**forward_arguments(shown, **arguments), **wanted)
 
         def off(states: torch.Tensor) -> torch.Tensor:
             return own.taken_off(states, batch) if own is not None else states

@@ -65,6 +65,11 @@ def _ready(model: CausalModel, job: FineTuneJob, worker: Worker) -> tuple[Causal
     All workers go by the one with the least memory: those that hold parts of a model must compute it equally often.
     """
     training, config = job.spec.training, model.transformer.config.get_text_config()
+    warnings: tuple[str, ...] = ()
+    if not model.recomputable:
+        if training.gradient_checkpointing == "always":
+            warnings = ("activations are not recomputed: this model's layers would lose the prefix",)
+        training = training.model_copy(update={"gradient_checkpointing": "never"})
     recomputed = training.gradient_checkpointing == "always"
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
@@ -73,7 +78,7 @@ def _ready(model: CausalModel, job: FineTuneJob, worker: Worker) -> tuple[Causal
         model, recomputed = replace(model, auto_tokens=plan.tokens), plan.recomputed
     if recomputed:
         model.transformer.activation_checkpointing_enable({"use_reentrant": False})
-    return model, compile_layers(model, job.spec)
+    return model, (*warnings, *compile_layers(model, job.spec))
 
 
 def _parts(model: CausalModel) -> int:

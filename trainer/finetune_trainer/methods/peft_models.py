@@ -83,3 +83,16 @@ def check_mergeable(model: torch.nn.Module) -> None:
         if f"base_model.model.{name}" in tied:
             why = f"{name} shares its weights with another module, which would be changed too"
             raise JobError(Reason.INVALID_SPEC, f"output.artifacts: merged cannot be made: {why}; publish the adapter alone")
+
+
+@contextmanager
+def without_recomputation(model: torch.nn.Module) -> Iterator[None]:
+    """A model whose layers do not recompute their activations: layers that do drop a past that is handed over in a cache."""
+    modules: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True

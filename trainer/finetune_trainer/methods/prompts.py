@@ -6,8 +6,6 @@
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +17,7 @@ from finetune_api.status import ArtifactKind
 from finetune_api.v1alpha1 import PrefixTuningMethod, PromptTuningMethod, PTuningMethod
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.methods.peft_models import ADAPTER, save_adapter, with_adapter
+from finetune_trainer.methods.peft_models import ADAPTER, save_adapter, with_adapter, without_recomputation
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -50,7 +48,7 @@ class SoftPrompt:
         """
         text = self.spec.init_text if isinstance(self.spec, PromptTuningMethod) else None
         words = _tokens(text, tokenizer, self.virtual_tokens) if text is not None else None
-        with _without_checkpointing(model):
+        with without_recomputation(model):
             wrapped: Any = with_adapter(model, self._config(), seed=seed, field=self._field)
             _try_prompt(wrapped, self._field)
         encoder = wrapped.prompt_encoder[ADAPTER]
@@ -113,16 +111,3 @@ def _try_prompt(model: Any, field: str) -> None:  # noqa: ANN401 - a PEFT model,
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
         architecture = model.get_base_model().config.model_type
         raise JobError(Reason.INVALID_SPEC, f"{field}: PEFT makes no such prompt for {architecture} models: {error}") from error
-
-
-@contextmanager
-def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """PEFT refuses prefixes beside recomputed activations, since it hands them over in a cache; here they need none."""
-    modules: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True

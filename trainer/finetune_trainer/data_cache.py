@@ -92,17 +92,17 @@ def _is_whole(storage: Storage, name: str, manifest: dict[str, Any]) -> bool:
 
 
 def mark_used(storage: Storage, name: str) -> None:
-    """Note that a job begins with a folder, and remove those that none has begun with for long. Neither is worth failing for."""
-    now = datetime.now(UTC)
+    """Note that a job begins with a folder, and remove those beside it that none has begun with for long. Neither is worth failing for."""
+    now, folder = datetime.now(UTC), name.rpartition("/")[0]
     try:
         storage.write_json(f"{name}.json", {"used": now.isoformat()})
-        for key in storage.folders(FOLDER):
-            other = f"{FOLDER}/{key}"
+        for key in storage.folders(folder):
+            other = f"{folder}/{key}"
             if not key.startswith(".") and other != name and _is_old(storage.read_json(f"{other}.json"), now):
                 storage.remove(other)
                 storage.remove(f"{other}.json")
     except JobError as error:
-        log.warning("the cache of prepared data was not looked after: %s", scrub(error.message))
+        log.warning("the cache %s was not looked after: %s", folder, scrub(error.message))
 
 
 def _is_old(mark: Any | None, now: datetime) -> bool:  # noqa: ANN401 - any JSON

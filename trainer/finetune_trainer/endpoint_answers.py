@@ -2,10 +2,10 @@
 
     .finetune/cache/answers/<key>/<batch>.json    answers by the digest of their question, in output.storage, of each batch that is done
 
-So a retry, and another job with the same endpoint, does not pay again. The key covers all that an answer follows from, but for the model
-behind the name: also the job's namespace, since a short host name is another server in another one. What is known is held in a file of this
-machine, not in memory. With topLogprobs the probabilities become targets (see objectives/distillation/soft_targets.py), which are written
-beside the prepared data.
+So a retry, and another job with the same endpoint, does not pay again; they go where no job has begun with them for long. The key covers
+all that an answer follows from, but for the model behind the name: also the job's namespace, since a short host name is another server in
+another one. What is known is held in a file of this machine, not in memory. With topLogprobs the probabilities become targets (see
+objectives/distillation/soft_targets.py), which are written beside the prepared data.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.formats import Conversation, Example, PromptCompletion
 from finetune_trainer.data.rows import Fault
 from finetune_trainer.data.shelf import Shelf
+from finetune_trainer.data_cache import mark_used
 from finetune_trainer.endpoint import FIELD, Answer, MissingRouteError, Question, RefusedQuestionError, ServedModel, Token, answers
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import digest_of
@@ -117,9 +118,9 @@ class EndpointTeacher:
         """
         size = batch_size(self.endpoint)
         source = iter(examples)
-        with _Asker(
-            self.endpoint, self.key, self.storage.at(f"{FOLDER}/{digest_of(self._follows())[7:39]}"), self.count, self.say
-        ) as asker:
+        folder = f"{FOLDER}/{digest_of(self._follows())[7:39]}"
+        mark_used(self.storage, folder)
+        with _Asker(self.endpoint, self.key, self.storage.at(folder), self.count, self.say) as asker:
             while batch := list(islice(source, size)):
                 questions = {place: asked for place, item in enumerate(batch) if (asked := question_of(item)) is not None}
                 self.count.unasked += sum(not isinstance(item, Fault) for item in batch) - len(questions)

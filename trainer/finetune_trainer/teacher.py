@@ -1,6 +1,7 @@
 """A teacher that is a model: checked on the head beside the student, fetched and loaded on the workers only where it is needed.
 
-.finetune/cache/teacher/<key>/    what a teacher says of some data (see objectives/distillation/teacher_cache.py), for all jobs
+.finetune/cache/teacher/<key>/    what a teacher says of some data (see objectives/distillation/teacher_cache.py), for all jobs;
+                                  removed as prepared data is where no job has begun with it for long
 <prepared data>/teacher/          the same of a teacher behind an endpoint, which was asked while the data was prepared
 """
 
@@ -15,6 +16,7 @@ import torch
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DistillationObjective, FineTuneJob, ModelSource
 from finetune_trainer.attention import choose_layout
+from finetune_trainer.data_cache import mark_used
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import method_for
 from finetune_trainer.model import (
@@ -175,8 +177,11 @@ def taught(
 
     kept, taking = None, taking_of(spec, student)
     if taking is not None:
-        kept = place.output.at(f"{CACHE}/{teacher_cache.key(revision or source.source, place.digest, taking, student.precision)}")
-    complete = kept is not None and bool(worker.agree(int(teacher_cache.is_complete(kept))))
+        name = f"{CACHE}/{teacher_cache.key(_named(source, revision, job.metadata.namespace), place.digest, taking, student.precision)}"
+        kept = place.output.at(name)
+        if worker.leads:
+            mark_used(place.output, name)
+    complete = kept is not None and bool(worker.agree(int(worker.leads and teacher_cache.is_complete(kept))))
     if not needs_teacher(spec, kept=complete):
         return Taught(student, kept=kept)
     with _blamed():
@@ -184,6 +189,18 @@ def taught(
         teacher = load_teacher(files, job, worker.device)
     attention = spec.feature is not None and spec.feature.attention
     return Taught(*_alike(student, teacher, attention=attention), kept)
+
+
+def _named(source: ModelSource, revision: str | None, namespace: str) -> str:
+    """What no other teacher is called, even if somebody wants one to be.
+
+    A hub's commit says all of its files. What is known of files elsewhere (see `model_files`) leaves out the middle of large ones, so that
+    another teacher can be made to look the same; but not in this place, which only those can write to whom this job's owner trusts.
+    """
+    if source.source.startswith("hf://"):
+        return f"{source.source} {revision}"
+    secret = source.secret_ref.name if source.secret_ref else None
+    return f"{namespace} {source.source} {secret} {revision}"
 
 
 def load_teacher(files: ModelFiles, job: FineTuneJob, device: torch.device) -> CausalModel:

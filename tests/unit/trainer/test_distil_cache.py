@@ -12,10 +12,12 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DistillationObjective, Training
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.data.tensors import Layout, collate
+from finetune_trainer.errors import JobError
 from finetune_trainer.model import CausalModel
 from finetune_trainer.objectives import Context
 from finetune_trainer.objectives.distillation import begin_distillation, teacher_cache
@@ -183,3 +185,61 @@ def test_a_student_learns_the_same_from_what_is_kept(data: Examples, tmp_path: P
     assert torch.equal(again, kept)
     few = begin(data, student, llama(1), storage_in(tmp_path / "few"), ', "topK": 5').loss(student, batch).total
     assert few < live
+
+
+@pytest.mark.parametrize("where", ["file system", "object store"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "without its manifest", "without its arrays"])
+def test_what_is_damaged_is_computed_again(data: Examples, tmp_path: Path, where: str, damage: str) -> None:
+    """Somebody made room on the disk, or a disk lost its end: the next job notices, and mends it."""
+    local = where == "file system"
+    storage = storage_in(tmp_path) if local else Storage(MemoryFileSystem(), f"/{tmp_path.name}", "s3://bucket/teacher")
+    fill(storage, llama(1), data, Worker(), TAKING)
+    before = TeacherCache(storage, data).of(tuple(range(len(data))), CPU)
+    path = storage.location("shard-00001/ids.npy").path
+    if damage == "gone":
+        storage.remove("shard-00001")
+    elif damage == "without its arrays":
+        for name in ("ids", "log_probabilities"):
+            storage.fs.rm_file(storage.location(f"shard-00001/{name}.npy").path)
+    elif damage == "cut":
+        storage.fs.pipe_file(path, storage.fs.cat_file(path)[:-4])
+    else:
+        storage.fs.rm_file(path.replace("ids.npy", "manifest.json"))
+    assert is_complete(storage) is (damage == "without its manifest")  # the arrays are as they were
+    if damage == "without its manifest":
+        storage.fs.rm_file(storage.location(COMPLETE).path)
+    assert fill(storage, llama(1), data, Worker(), TAKING) == 1
+    assert is_complete(storage)
+    after = TeacherCache(storage, data).of(tuple(range(len(data))), CPU)
+    assert torch.equal(after.ids, before.ids)
+    assert torch.equal(after.log_probabilities, before.log_probabilities)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 1, "shards": [[0, 30]]}', '{"shards": "all", "bytes": {}}'])
+def test_a_cache_that_says_nothing_is_no_cache(data: Examples, tmp_path: Path, content: str) -> None:
+    storage = storage_in(tmp_path)
+    (tmp_path / COMPLETE).write_text(content)
+    with pytest.raises(JobError) as caught:
+        TeacherCache(storage, data)
+    assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
+    assert str(tmp_path) in caught.value.message
+
+
+def test_shards_that_are_not_there_are_told_by_their_place(data: Examples, tmp_path: Path) -> None:
+    storage = storage_in(tmp_path)
+    fill(storage, llama(1), data, Worker(), TAKING)
+    storage.remove("shard-00003")
+    with pytest.raises(JobError, match=r"what the teacher said cannot be read: .*shard-00003") as caught:
+        TeacherCache(storage, data)
+    assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
+
+
+def test_a_teacher_whose_numbers_are_none_is_not_kept(data: Examples, tmp_path: Path) -> None:
+    teacher = llama(1)
+    with torch.no_grad():
+        teacher.transformer.get_output_embeddings().weight[7] = torch.nan
+    with pytest.raises(JobError, match=r"its probabilities are no numbers \(NaN\).*training\.precision float32") as caught:
+        fill(storage_in(tmp_path), teacher, data, Worker(), TAKING)
+    assert caught.value.reason == Reason.TEACHER_UNAVAILABLE
+    assert not is_complete(storage_in(tmp_path))
+    assert list(tmp_path.glob("shard-*")) == []

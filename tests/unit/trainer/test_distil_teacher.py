@@ -1,6 +1,8 @@
 """A teacher that is a model: what the head finds wrong with it, and when a worker loads it."""
 
+import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,52 @@ def test_what_an_endpoint_said_stands_beside_the_data(folder: Path, tmp_path: Pa
         pair = taught(job, load_model(files, job, CPU), None, place, Worker(), lambda call: call())
         assert pair.teacher is None
         assert (pair.kept.root if pair.kept else None) == expected
+
+
+def kept_in(tmp_path: Path, source: dict[str, Any], revision: str, namespace: str = "team") -> str:
+    """The folder of what a teacher says, for one student and one data set."""
+    make_tiny_llama(tmp_path / "student", width=16)
+    objective = {"distillation": {"teacher": source, "response": {"topK": 4}}}
+    job = parse_job(job_manifest(model={"source": f"file://{tmp_path}/student"}, objective=objective), local=True)
+    job = job.model_copy(update={"metadata": job.metadata.model_copy(update={"namespace": namespace})})
+    mounts = Mounts(tmp_path, local=True)
+    student = load_model(fetch_model(job.spec.model, mounts, tmp_path / "cache", weights=True), job, CPU)
+    output = Storage(LocalFileSystem(), str(tmp_path / "out"), f"file://{tmp_path}/out")
+    place = Place(output, "data", "sha256:1", mounts, tmp_path / "cache")
+    with pytest.raises(JobError, match="not there"):  # it is missed only after its folder is looked for
+        taught(job, student, revision, place, Worker(), _not_there)
+    (mark,) = (tmp_path / "out" / CACHE).iterdir()
+    return mark.name
+
+
+def _not_there(call: Any) -> Any:
+    raise JobError(Reason.MODEL_NOT_FOUND, "not there")
+
+
+def test_another_teacher_that_was_made_to_look_the_same_is_another(tmp_path: Path) -> None:
+    """What is known of a volume's files leaves out the middle of the large ones: so where they are counts too. A hub's commit says all."""
+    seen: dict[str, tuple[dict[str, Any], str, str]] = {
+        "a teacher": ({"source": "pvc://models/teacher"}, "sha256:1", "team"),
+        "in another claim": ({"source": "pvc://mine/teacher"}, "sha256:1", "team"),
+        "in another namespace": ({"source": "pvc://models/teacher"}, "sha256:1", "other"),
+        "retrained": ({"source": "pvc://models/teacher"}, "sha256:2", "team"),
+        "in a bucket": ({"source": "s3://models/teacher"}, "sha256:1", "team"),
+        "behind a server of somebody's": ({"source": "s3://models/teacher", "secretRef": {"name": "mine"}}, "sha256:1", "team"),
+        "of the hub": ({"source": "hf://owner/teacher"}, "abc", "team"),
+    }
+    folders = {what: kept_in(tmp_path / str(number), *fields) for number, (what, fields) in enumerate(seen.items())}
+    assert len(set(folders.values())) == len(seen)
+    hub = {"source": "hf://owner/teacher", "secretRef": {"name": "token"}}
+    assert kept_in(tmp_path / "again", hub, "abc", "other") == folders["of the hub"]
+
+
+def test_what_no_job_has_begun_with_for_long_goes(folder: Path, tmp_path: Path) -> None:
+    """As prepared data does: six bytes for each of topK at each label would else fill the volume in the end."""
+    pair = load(folder, tmp_path, response={"topK": 4})
+    assert pair.kept is not None
+    cache = tmp_path / "out" / CACHE
+    for name, when in (("a" * 32, "2020-01-01T00:00:00+00:00"), ("b" * 32, datetime.now(UTC).isoformat())):
+        (cache / name).mkdir()
+        (cache / f"{name}.json").write_text(json.dumps({"used": when}))
+    load(folder, tmp_path, response={"topK": 4})
+    assert {path.name for path in cache.iterdir()} == {f"{'b' * 32}", f"{'b' * 32}.json", f"{Path(pair.kept.root).name}.json"}

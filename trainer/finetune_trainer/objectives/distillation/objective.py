@@ -138,7 +138,7 @@ def begin_distillation(spec: DistillationObjective, context: Context) -> Distill
     cache, teacher = None, context.teacher
     if context.kept is not None and spec.response is not None:
         taking = taking_of(spec, context.model)
-        if taking is not None and not context.worker.agree(int(is_complete(context.kept))):
+        if taking is not None and not context.worker.agree(int(context.worker.leads and is_complete(context.kept))):
             assert teacher is not None  # noqa: S101 - loaded where something is missing
             fill(context.kept, teacher, context.data.train, context.worker, taking)
         cache = TeacherCache(context.kept, context.data.train)

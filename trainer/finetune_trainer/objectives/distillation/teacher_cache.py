@@ -75,7 +75,8 @@ class Taking:
 def key(teacher: str, data: str, taking: Taking, precision: torch.dtype) -> str:
     """Name of the folder for a teacher, a digest of the data, and what else the numbers follow from.
 
-    `teacher` says which teacher it is, and is what no other one can be made to say too. The temperature is among it since the mass of all others cannot be told from one temperature for another.
+    `teacher` says which teacher it is, and is what no other one can be made to say too. The temperature is among it since the mass of all
+    others cannot be told from one temperature for another.
     """
     parts = {"format": FORMAT, "teacher": teacher, "data": data, "precision": str(precision), **asdict(taking)}
     return digest_of(parts).removeprefix("sha256:")[:32]
@@ -172,11 +173,12 @@ def fill(storage: Storage, teacher: CausalModel, examples: Examples, worker: Wor
     """Compute what is not kept yet, each worker its share of the shards. Every worker calls it. Returns how many this one computed."""
     shards = shards_of(examples)
     mine = [number for number in range(len(shards)) if number % worker.world == worker.rank]
-    sizes = _sizes(storage)
+    sizes, there = _sizes(storage), set(storage.folders())
     missing = [number for number in mine if not _is_whole(storage, shard_name(number), sizes)]
     for done, number in enumerate(missing):
         log.info("the teacher reads the training data: part %d of %d", done + 1, len(missing))
-        storage.remove(shard_name(number))
+        if shard_name(number) in there:
+            storage.remove(shard_name(number))  # what is left of it; one that another job has made meanwhile stays
         write_shard(storage, number, _computed(teacher, examples, shards[number], taking))
     worker.sum(0.0)  # until all have theirs
     if worker.leads:

@@ -66,7 +66,7 @@ def test_endpoint_that_refuses_the_key_costs_no_worker(release: Kubectl, kubectl
     )
     kubectl("wait", f"finetunejob/{name}", "--for=condition=Failed", "--timeout=180s", timeout=200)
     failure = status_of(kubectl, name)["failure"]
-    assert (failure["stage"], failure["reason"]) == ("Prepare", "TeacherUnavailable")
+    assert (failure["stage"], failure["reason"]) == ("Prepare", "AuthenticationFailed")
     assert "401" in failure["message"]
     assert pods_of(kubectl, name, "worker") == []
     kubectl("delete", "ftj", name)
@@ -77,7 +77,7 @@ def test_student_learns_the_answers_of_an_endpoint(release: Kubectl, kubectl: Ku
     name = "served"
     kubectl.apply(
         teacher.secret("right-key", teacher.KEY),
-        job(name, objective=teacher.job_spec(kubectl.namespace, "right-key"), training=TRAINING),
+        job(name, objective=teacher.job_spec(kubectl.namespace, "right-key"), training=TRAINING | {"learningRate": 8e-3}),
     )
     kubectl("wait", f"finetunejob/{name}", "--for=condition=Complete", "--timeout=420s", timeout=440)
     status = status_of(kubectl, name)

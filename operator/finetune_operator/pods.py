@@ -14,7 +14,8 @@ Manifest = dict[str, Any]
 
 RAY_PORT = 6379
 JOB_KEY = "job.json"
-TOKEN_KEY = "token"  # noqa: S105 - a key's name
+TOKEN_KEY = "attempt-token"  # noqa: S105 - a key's name
+"""No key that a secretRef reads: else a job could name another attempt's Secret and have its token sent to an address of its own."""
 VOLUMES = "/mnt/finetune"
 JOB_FOLDER = "/etc/finetune/job"
 TOKEN_FOLDER = "/etc/finetune/token"  # noqa: S105 - a folder

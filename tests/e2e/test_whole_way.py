@@ -56,7 +56,7 @@ def test_quickstart_from_manifest_to_tuned_answers(release: Kubectl, kubectl: Ku
     workers = [f"pod/{name}-1-worker-0", f"pod/{name}-1-worker-1"]
     wait_until("two workers", lambda: sorted(pods_of(kubectl, name, "worker")) == workers, 180)
     (secret,) = kubectl.get("secrets", "--selector", f"{LABEL_JOB_NAME}={name}")["items"]
-    token = base64.b64decode(secret["data"]["token"]).decode()
+    token = base64.b64decode(secret["data"]["attempt-token"]).decode()
     kubectl("wait", f"finetunejob/{name}", "--for=condition=Complete", "--timeout=420s", timeout=440)
 
     found = kubectl.get("finetunejob", name)

@@ -49,7 +49,7 @@ async def test_secret_holds_the_token_and_nothing_else_names_it(stage: Stage) ->
         job = await stage.job()
         secret = _only(await stage.kube.list("Secret", stage.namespace))
 
-    token = base64.b64decode(secret["data"]["token"]).decode()
+    token = base64.b64decode(secret["data"]["attempt-token"]).decode()
     assert len(token) == 64
     assert token not in str(children)
     assert token not in str(job)

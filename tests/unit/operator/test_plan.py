@@ -36,6 +36,13 @@ def test_a_job_has_the_objects_of_its_golden_file(name: str) -> None:
     assert objects == list(yaml.safe_load_all(golden.read_text()))
 
 
+def test_an_attempts_secret_has_no_key_that_a_job_can_read() -> None:
+    """Its name can be guessed by whoever reads the job's UID, and what a secretRef names may be sent to an address that the job names."""
+    readable = {"token", "accessKeyId", "secretAccessKey", "endpoint", "region"}
+    for name in NAMES:
+        assert not any(readable & each["stringData"].keys() for each in planned(name) if each["kind"] == "Secret")
+
+
 class _PlainDumper(yaml.SafeDumper):
     """Writes equal values out in full, not as aliases of each other."""
 

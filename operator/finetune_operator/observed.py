@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
 from finetune_api.reasons import Reason
 from finetune_api.report import Report, parse_report
+from finetune_api.scrub import scrub
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec, parse_job
+from finetune_operator.manifest import explain
 
 Raw = Mapping[str, Any]
 """A Kubernetes object as JSON."""
@@ -150,7 +152,7 @@ def _spec(raw: Raw, local: bool) -> tuple[Spec | None, str]:
     try:
         return parse_job(manifest, local=local).spec, ""
     except ValidationError as error:
-        return None, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False, include_input=False))
+        return None, scrub("; ".join(explain(error)))
 
 
 def observe(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
@@ -57,10 +58,15 @@ class Environment:
         try:
             return parse_job(json.loads(self.job_file.read_bytes()), local=self.local)
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()[:5])
-            raise JobError(Reason.INVALID_SPEC, faults) from None
+            raise JobError(Reason.INVALID_SPEC, "; ".join(map(_told, error.errors()[:5]))) from None
         except (OSError, ValueError) as error:
             raise JobError(Reason.INVALID_SPEC, f"the job file cannot be read: {error}") from None
+
+
+def _told(fault: ErrorDetails) -> str:
+    """A field, and what is wrong with it in the API's own words, where it has some: pydantic's begin with the kind of the error."""
+    own = fault["ctx"]["error"] if fault["type"] == "value_error" else fault["msg"]
+    return f"{'.'.join(map(str, fault['loc']))}: {own}"
 
 
 def environment_from(variables: Mapping[str, str]) -> Environment:

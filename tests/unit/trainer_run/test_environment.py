@@ -65,6 +65,8 @@ def test_a_job_that_is_wrong_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"spec\.model\.source") as caught:
         with_job(tmp_path, json.dumps(manifest)).job()
     assert caught.value.reason == Reason.INVALID_SPEC
+    assert "spec.model.source: must be hf://owner/name" in caught.value.message
+    assert "spec.data: Field required" in caught.value.message
 
 
 def test_a_job_file_that_is_cut_off_says_so(tmp_path: Path) -> None:

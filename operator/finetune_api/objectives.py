@@ -161,8 +161,9 @@ _SOME_FORM = rule(
 )
 _ENDPOINT_GIVES_RESPONSES = rule(
     "!has(self.teacher.endpoint) || (!has(self.feature) && !has(self.relation) && "
-    "(!has(self.response) || (!has(self.response.topK) && self.response.divergence == 'forwardKL')))",
-    "an endpoint gives responses alone: leave out feature, relation and response.topK, and let response.divergence be forwardKL",
+    "(!has(self.response) || (!has(self.response.topK) && self.response.divergence == 'forwardKL' && self.response.temperature == 1.0)))",
+    "an endpoint gives responses alone: leave out feature, relation and response.topK, and let response.divergence be forwardKL "
+    "and response.temperature 1",
 )
 
 
@@ -189,7 +190,7 @@ class DistillationObjective(SpecModel):
         check(any((self.response, self.feature, self.relation)), _SOME_FORM["message"])
         if self.teacher.endpoint is not None:
             form = self.response
-            plain = form is None or (form.top_k is None and form.divergence == "forwardKL")
+            plain = form is None or (form.top_k is None and form.divergence == "forwardKL" and form.temperature == 1)
             check(plain and not self.feature and not self.relation, _ENDPOINT_GIVES_RESPONSES["message"])
         return self
 

@@ -107,6 +107,15 @@ _QUANTIZED_IS_NOT_MERGED = rule(
     "self.model.quantization == 'none' || !has(self.output.artifacts) || !('merged' in self.output.artifacts)",
     "model.quantization does not go with the artifact merged, which would lose precision: merge the adapter into the whole base model",
 )
+_QUANTIZED_IS_NOT_SHARDED = rule(
+    "self.model.quantization == 'none' || self.compute.strategy != 'fsdp'",
+    "model.quantization does not go with compute.strategy fsdp: packed weights are not sharded; leave the strategy out",
+)
+_PISSA_NEEDS_WHOLE_WEIGHTS = rule(
+    "!has(self.method.lora) || self.method.lora.variant != 'pissa' || "
+    "(self.model.quantization == 'none' && self.compute.strategy != 'fsdp')",
+    "method.lora.variant pissa splits whole weights: it goes with neither model.quantization nor compute.strategy fsdp",
+)
 _DPO_NEEDS_PREFERENCES = rule(
     "has(self.objective.dpo) ? self.data.format in ['auto', 'preference'] : self.data.format != 'preference'",
     "data.format preference goes with objective.dpo, and objective.dpo with data.format preference or auto",
@@ -144,6 +153,8 @@ class Spec(SpecModel):
             _QUANTIZED_NEEDS_GPU,
             _QUANTIZED_STAYS_FROZEN,
             _QUANTIZED_IS_NOT_MERGED,
+            _QUANTIZED_IS_NOT_SHARDED,
+            _PISSA_NEEDS_WHOLE_WEIGHTS,
             _DPO_NEEDS_PREFERENCES,
             _EXAMPLES_NEED_PACKING,
             *_ARTIFACTS_FIT_METHOD,
@@ -194,6 +205,13 @@ class Spec(SpecModel):
             check(any(int(amount) > 0 for amount in devices.values()), _QUANTIZED_NEEDS_GPU["message"])
             check(self.method.chosen not in WHOLE_MODEL_METHODS, _QUANTIZED_STAYS_FROZEN["message"])
             check("merged" not in self.artifacts, _QUANTIZED_IS_NOT_MERGED["message"])
+            check(self.compute.strategy != "fsdp", _QUANTIZED_IS_NOT_SHARDED["message"])
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_whole(self) -> Self:
+        if self.method.lora is not None and self.method.lora.variant == "pissa":
+            check(self.model.quantization == "none" and self.compute.strategy != "fsdp", _PISSA_NEEDS_WHOLE_WEIGHTS["message"])
         return self
 
     @model_validator(mode="after")

@@ -61,18 +61,6 @@ def endpoint_of(job: FineTuneJob) -> Endpoint | None:
     return spec.teacher.endpoint if spec is not None else None
 
 
-def check_endpoint(job: FineTuneJob) -> None:
-    """Raise JobError (InvalidSpec) where an endpoint cannot give what the job asks of it."""
-    spec = job.spec.objective.distillation
-    form = spec.response if spec is not None else None
-    if endpoint_of(job) is not None and form is not None and form.temperature != 1:
-        raise JobError(
-            Reason.INVALID_SPEC,
-            f"objective.distillation.response.temperature is {form.temperature:g}: an endpoint tells the probabilities of its likeliest "
-            "tokens at temperature 1 only; leave it out, or name a teacher.source",
-        )
-
-
 @dataclass
 class _Count:
     """What became of the questions."""
@@ -202,7 +190,6 @@ def endpoint_teacher(
     endpoint, spec = endpoint_of(job), job.spec.objective.distillation
     if endpoint is None or spec is None:
         return None
-    check_endpoint(job)
     key = mounts.secret(endpoint.secret_ref.name, "token") if endpoint.secret_ref else None
     encoder = Encoder(tokenizer, spec.loss_on, job.spec.training.max_sequence_length)
     return EndpointTeacher(endpoint, job.metadata.namespace, key, storage, tokenizer, encoder, say)

@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.attention import use_flat_attention
 from finetune_trainer.compiling import compile_layers
-from finetune_trainer.errors import JobError
 from finetune_trainer.memory import STATE_SHARE, coming_bytes, plan_activations, state_bytes
 from finetune_trainer.model import CausalModel, load_model, model_without_weights, precision_for
 from finetune_trainer.model_files import ModelFiles
@@ -20,11 +18,10 @@ from finetune_trainer.worker import CPU, Worker
 def placed(files: ModelFiles, job: FineTuneJob, worker: Worker) -> tuple[CausalModel, tuple[str, ...]]:
     """The job's model as this worker trains it, and what the job's owner should know of that. Every worker calls it.
 
-    Raises JobError (ModelInvalid, InvalidSpec).
+    Raises JobError (ModelInvalid).
     """
     if not _is_to_be_sharded(files, job, worker):
         return _ready(load_model(files, job, worker.device), job, worker)
-    check_strategy(job)
     precision = precision_for(job.spec.training.precision, worker.device)
     # Only the one that leads ever holds all weights, in its machine's memory: the others get their part from it.
     if worker.leads:
@@ -38,13 +35,6 @@ def placed(files: ModelFiles, job: FineTuneJob, worker: Worker) -> tuple[CausalM
     shard(module, transformer, worker.device)
     model = CausalModel(module, transformer, "flat" if flat else "padded", plain, precision, worker.device)
     return _ready(replace(model, sharded=True), job, worker)
-
-
-def check_strategy(job: FineTuneJob) -> None:
-    """Raise JobError (InvalidSpec) where a method does not go with a model of which each worker holds a part."""
-    lora = job.spec.method.lora
-    if job.spec.compute.strategy == "fsdp" and lora is not None and lora.variant == "pissa":
-        raise JobError(Reason.INVALID_SPEC, "method.lora.variant pissa needs whole weights, and compute.strategy is fsdp")
 
 
 def _is_to_be_sharded(files: ModelFiles, job: FineTuneJob, worker: Worker) -> bool:

@@ -36,15 +36,9 @@ def gpus_here() -> int:
 
 def check_quantization(job: FineTuneJob, gpus: int) -> None:
     """Raise JobError (InvalidSpec) before workers exist where they could not hold quantized weights. `gpus` is what a worker gets."""
-    kind, lora = job.spec.model.quantization, job.spec.method.lora
+    kind = job.spec.model.quantization
     if kind == "none":
         return
-    if lora is not None and lora.variant == "pissa":
-        raise JobError(Reason.INVALID_SPEC, f"method.lora.variant pissa needs whole weights, and model.quantization is {kind}")
-    if job.spec.compute.strategy == "fsdp":
-        raise JobError(
-            Reason.INVALID_SPEC, f"compute.strategy fsdp cannot be: weights that model.quantization {kind} packs are not sharded"
-        )
     if not gpus:
         raise JobError(Reason.INVALID_SPEC, f"model.quantization {kind} needs a GPU, and the workers have none")
     if find_spec("bitsandbytes") is None:

@@ -381,13 +381,6 @@ def test_texts_have_no_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerFas
     assert server.asked == []
 
 
-def test_another_temperature_cannot_be_had_from_an_endpoint(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    site = Site(tmp_path, tokenizer, *PROMPTS)
-    with pytest.raises(JobError, match=r"objective\.distillation\.response\.temperature is 2") as caught:
-        site.prepare("http://127.0.0.1:1/v1", response={"temperature": 2})
-    assert caught.value.reason == Reason.INVALID_SPEC
-
-
 def tops(text: str, chance: float, other: str) -> dict[str, Any]:
     """Each character of a text with its chance, and another one's, in the form of completions."""
     values = [{character: float(np.log(chance)), other: float(np.log(0.8 - chance))} for character in text]

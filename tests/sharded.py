@@ -18,6 +18,7 @@ from finetune_trainer.model_files import fetch_model
 from finetune_trainer.placement import placed
 from finetune_trainer.sources import Mounts
 from finetune_trainer.storage import Storage
+from finetune_trainer.teacher import load_teacher, teacher_source
 from finetune_trainer.worker import Worker
 
 RENDEZVOUS = "rendezvous"
@@ -79,8 +80,10 @@ def _work(rank: int, run: Run) -> None:
     model, warnings = placed(files, job, worker)
     assert model.sharded == (run.manifest["spec"].get("compute") == {"strategy": "fsdp"})
     task = Task(job, files.base, CONFIG, Storage(LocalFileSystem(), str(run.folder), f"file://{run.folder}"))
-    recorder = Recorder(run.stop_after)
-    train(task, Models(model, warnings=warnings), DATA, worker, recorder)
+    recorder, teacher, source = Recorder(run.stop_after), None, teacher_source(job)
+    if source is not None:
+        teacher = load_teacher(fetch_model(source, Mounts(run.folder, local=True), run.folder, weights=True), job, worker.device)
+    train(task, Models(model, teacher, warnings=warnings), DATA, worker, recorder)
     if rank == 0:
         (run.folder / "told.json").write_text(json.dumps({"losses": recorder.losses, "norms": recorder.norms}))
     dist.destroy_process_group()

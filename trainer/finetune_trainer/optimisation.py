@@ -73,11 +73,15 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def adamw(parameters: NamedParameters, training: Training) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; vectors (biases, norms) do not decay."""
-    decaying = [parameter for _, parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for _, parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": decaying, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=True)
+    """AdamW over the trained parameters; vectors (biases, norms) do not decay.
+
+    Sharded parameters are groups of their own: one fused step takes no others beside them (what an objective trains is never sharded).
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for _, parameter in parameters:
+        groups.setdefault((parameter.ndim >= 2, is_sharded(parameter)), []).append(parameter)
+    given = [{"params": group, "weight_decay": training.weight_decay if decays else 0.0} for (decays, _), group in groups.items()]
+    return torch.optim.AdamW(given, lr=training.learning_rate, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -92,3 +92,20 @@ def test_a_checkpoint_is_for_any_number_of_workers(model: Path, tmp_path: Path, 
     assert (sorted(first), sorted(second), sorted(third)) == ([1, 2], [3, 4, 5], [6, 7, 8])
     assert first | second | third == pytest.approx(losses, abs=TOLERANCE)
     same_end(tmp_path, folder, "full")
+
+
+def test_a_student_with_projections_of_its_objectives_own(model: Path, tmp_path: Path) -> None:
+    """They are whole on every worker, beside a student of which each holds a part; a wider teacher makes them needed."""
+    teacher = make_tiny_llama(tmp_path / "teacher", width=24, seed=3)
+    forms = {"teacher": {"source": f"file://{teacher}"}, "labelWeight": 0, "feature": {"layers": [{"student": 1, "teacher": 1}]}}
+    ends: list[tuple[dict[int, float], dict[int, float]]] = []
+    for world in (1, 2):
+        manifest = manifest_with(model, {"lora": {"rank": 2, "dropout": 0.0}}, **SETTINGS)
+        manifest["spec"]["objective"] = {"distillation": forms}
+        if world > 1:
+            manifest["spec"]["compute"] = {"strategy": "fsdp"}
+        ends.append(start(Run(manifest, model, tmp_path / str(world), world)))
+    (losses, norms), (others, other_norms) = ends
+    assert others == pytest.approx(losses, abs=TOLERANCE)
+    assert other_norms == pytest.approx(norms, abs=TOLERANCE)
+    same_end(tmp_path / "1", tmp_path / "2", "lora")

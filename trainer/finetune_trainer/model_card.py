@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from finetune_api.status import ArtifactKind, Evaluation, ModelSummary, Resolved
 from finetune_api.v1alpha1 import FineTuneJob
@@ -29,7 +30,7 @@ _MEANINGS = {
     "token": "Losses are means per labelled token, in nats, on examples that were not trained on.",
     "pair": "Losses are means per pair of answers, of pairs that were not trained on. A reward is beta times what an answer's "
     "log-probability has gained since before the training; the margin is the chosen answer's less the rejected one's, the accuracy the "
-    "share of pairs where it is positive.",
+    "share of pairs where it is positive, one whose answers have equal rewards counting one half.",
 }
 """What the measures are, by what they are means over."""
 
@@ -136,6 +137,7 @@ def _rows(publication: Publication) -> list[tuple[str, str]]:
         ("Base weights while training", quantization if quantization != "none" else None),
         ("Objective", _objective(job)),
         ("Objective's parameters", _parameters(getattr(objective, _objective(job)))),
+        ("Teacher", _teacher(publication)),
         ("Epochs", f"{training.epochs}"),
         ("Optimiser steps", f"{result.steps:,}"),
         ("Tokens", f"{result.trained_tokens:,}"),
@@ -151,6 +153,23 @@ def _rows(publication: Publication) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+def _teacher(publication: Publication) -> str | None:
+    """Whom a distilled model has learned from: the teacher's files as they were resolved, or a served model's name and its host."""
+    distillation = publication.job.spec.objective.distillation
+    if distillation is None:
+        return None
+    teacher = distillation.teacher
+    if teacher.endpoint is not None:
+        return _in_cell(f"`{teacher.endpoint.model}`, served by {urlsplit(teacher.endpoint.url).hostname}")
+    revision = publication.result.config.get("teacher", {}).get("revision") or teacher.revision
+    return _in_cell(f"`{teacher.source}`" + (f" at `{revision}`" if revision else ""))
+
+
+def _in_cell(text: str) -> str:
+    """The text as a table's cell holds it."""
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
 def _method(job: FineTuneJob) -> str:
     """The method and its parameters: `LoRA, rank 8, alpha 32, ...`."""
     method = job.spec.method
@@ -161,7 +180,7 @@ def _method(job: FineTuneJob) -> str:
 def _parameters(spec: Any) -> str:  # noqa: ANN401 - any part of a spec
     """`rank 8, alpha 32, targetModules all-linear`: the fields that are set, without those that name a Secret or an address."""
     fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"teacher"})
-    return ", ".join(f"{name} {_value(value)}" for name, value in fields.items()).replace("|", r"\|").replace("\n", " ")
+    return _in_cell(", ".join(f"{name} {_value(value)}" for name, value in fields.items()))
 
 
 def _value(value: object) -> str:

@@ -119,6 +119,7 @@ def test_the_card_says_what_the_figures_are(folder: Path, tmp_path: Path) -> Non
     card = model_card(of_pairs, "adapter")
     assert 'tags: ["lora", "dpo"]' in card
     assert "Losses are means per pair of answers" in card
+    assert "one whose answers have equal rewards counting one half" in card
     assert "labelled token" not in card
 
 

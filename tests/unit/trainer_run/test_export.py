@@ -34,12 +34,17 @@ class Tokenizer:
 
 
 def job(
-    name: str = "bot", uid: str = "u1", method: dict[str, Any] | None = None, artifacts: tuple[ArtifactKind, ...] | None = None
+    name: str = "bot",
+    uid: str = "u1",
+    method: dict[str, Any] | None = None,
+    artifacts: tuple[ArtifactKind, ...] | None = None,
+    objective: dict[str, Any] | None = None,
 ) -> FineTuneJob:
     spec = {
         "model": {"source": "hf://owner/base"},
         "data": {"train": {"source": "pvc://data/train.jsonl"}},
         "method": method or {"lora": {"rank": 8}},
+        "objective": objective or {"sft": {}},
         "output": {"storage": "pvc://models/bot"} | ({"artifacts": list(artifacts)} if artifacts else {}),
     }
     metadata = {"name": name, "namespace": "team", "uid": uid}
@@ -235,3 +240,30 @@ def test_the_card_tells_the_method_with_its_parameters(storage: Storage, method:
     card = model_card(given, given.job.spec.artifacts[0])
     assert f"| Method | {said}" in card
     assert ("import bottleneck_adapter" in card) == ("adapter" in method)
+
+
+RESOLVED_TEACHER = {"teacher": {"source": "hf://owner/large", "revision": "5eed"}}
+SERVED = {"url": "https://models.example.com:8443/inner/v1", "model": "large | 2", "secretRef": {"name": "key-of-models"}}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "config", "said"),
+    [
+        ({"source": "hf://owner/large", "revision": "main"}, RESOLVED_TEACHER, "`hf://owner/large` at `5eed`"),
+        ({"source": "pvc://models/large"}, {}, "`pvc://models/large`"),
+        ({"source": "s3://models/large", "secretRef": {"name": "key-of-models"}}, {}, "`s3://models/large`"),
+        ({"endpoint": SERVED}, {}, r"`large \| 2`, served by models.example.com"),
+    ],
+)
+def test_the_card_names_the_teacher(storage: Storage, teacher: dict[str, Any], config: dict[str, Any], said: str) -> None:
+    """And no key, nor more of an address than whose it is."""
+    given = publication(storage.at("own"), objective={"distillation": {"teacher": teacher, "response": {}}})
+    card = model_card(replace(given, result=replace(given.result, config=CONFIG | config)), "adapter")
+    assert f"| Teacher | {said} |\n" in card
+    assert "key-of-models" not in card
+    assert "inner" not in card
+    assert "| Objective | distillation |" in card
+
+
+def test_the_card_of_a_model_without_a_teacher_names_none(storage: Storage) -> None:
+    assert "Teacher" not in model_card(publication(storage.at("own")), "adapter")

@@ -132,7 +132,7 @@ class Keeper:
         with checkpoint.opened(self._storage, state) as (parameters, _):
             restore_parameters(self._trained.parameters, parameters)
         self.step, self.tokens = state.step, state.trained_tokens
-        self.last_validation = {VALIDATION: self._validations.best_loss} if self._validations.best_loss is not None else {}
+        self.last_validation = {}  # of what was measured then the loss alone is kept: there may be more to say
 
     def remove_damaged(self) -> None:
         """Nobody needs what was set aside, now that all went well. It is not worth failing for."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.tiny_llama import make_tiny_llama
 from tests.unit.trainer_run.test_loop import CONFIG, CPU, DATA, Listener, Together, job_with, result, run, steps_saved, storage_in
@@ -95,6 +96,29 @@ def test_a_best_checkpoint_that_is_damaged_is_not_published(files: ModelFiles, t
     assert run(files, tmp_path, listener, epochs=5, earlyStopping={"patience": 9})
     assert "the best checkpoint is lost" in listener.told[-1].warnings[0]
     assert json.loads((tmp_path / "result" / "manifest.json").read_text())["steps"] == 10
+
+
+def test_the_best_checkpoint_is_told_of_with_all_figures(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the last one, so what an objective says beside its loss is not at hand any more."""
+
+    class Shows(Sft):
+        figures = ("ones",)
+
+        @property
+        def measured(self) -> "Shows":
+            return self
+
+        def loss(self, model: Any, batch: Any) -> Any:
+            loss = super().loss(model, batch)
+            return replace(loss, figures={"ones": torch.tensor(float(loss.count))})
+
+    worsening_after(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(loop, "begin_objective", lambda spec, context: Shows())
+    assert run(files, tmp_path, epochs=5, earlyStopping={"patience": 9})
+    manifest = json.loads((tmp_path / "result" / "manifest.json").read_text())
+    assert manifest["steps"] == 3
+    assert manifest["after"].keys() == manifest["before"].keys() == {"validation", "validation/ones", "test", "test/ones"}
+    assert manifest["after"]["validation/ones"] == 1.0
 
 
 class KilledError(BaseException):

@@ -11,7 +11,13 @@ _SECRETS = re.compile(
     r"|(?i:(?<=secretaccesskey=)\S+|(?<=secret_key=)\S+|(?<=x-amz-signature=)[0-9a-f]+|(?<=x-amz-security-token=)[^&\s]+)"
 )
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys, or what turns a text's direction around; a tab and a line break are harmless."""
+
 
 def scrub(text: str) -> str:
-    """The text without what looks like a token, a key or a password: a second line of defence, never the first."""
-    return _SECRETS.sub("***", text)
+    """The text without what looks like a token, a key or a password: a second line of defence, never the first.
+
+    Some of it is a stranger's (a server's words, a column's name), so what would change the reader's terminal is shown as a sign.
+    """
+    return _CONTROLS.sub("\ufffd", _SECRETS.sub("***", text))

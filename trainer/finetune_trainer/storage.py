@@ -287,7 +287,9 @@ def storage_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         if is_full(error):
-            raise JobError(Reason.STORAGE_FULL, f"{where}: no space is left") from error
+            # A bucket has no end; what goes there or comes from there is put together on this machine.
+            place = f"{tempfile.gettempdir()} of this machine, by way of which {where} goes" if where.startswith("s3://") else where
+            raise JobError(Reason.STORAGE_FULL, f"{place}: no space is left") from error
         if isinstance(error, OSError):
             raise JobError(Reason.STORAGE_UNAVAILABLE, f"{where}: {error.strerror or error}") from error
         raise

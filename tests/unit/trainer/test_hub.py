@@ -228,6 +228,24 @@ def test_a_script_is_never_run(tmp_path: Path, hub: FakeHub) -> None:
     assert caught.value.reason == Reason.DATASET_INVALID
 
 
+@pytest.mark.parametrize("subset", ["local", "url", "web", "above"])
+def test_a_card_that_names_files_elsewhere(tmp_path: Path, hub: FakeHub, subset: str) -> None:
+    """A data set's author must not reach what is mounted into the head, or have it ask an address of theirs."""
+    (tmp_path / "key.jsonl").write_text('{"text": "a password"}')
+    paths = {"local": f"{tmp_path}/key.jsonl", "url": f"file://{tmp_path}/key.jsonl", "web": f"{hub.url}/elsewhere/key.jsonl"}
+    paths["above"] = f"../../../..{tmp_path}/key.jsonl"
+    card = "".join(
+        f"- config_name: {name}\n  data_files: '{path}'\n" for name, path in {"default": "a.jsonl", subset: paths[subset]}.items()
+    )
+    hub.files["datasets"] = {"README.md": f"---\nconfigs:\n{card}---\n".encode(), "a.jsonl": b'{"text": "a"}'}
+    assert texts(tmp_path, "name", subset="default") == ["a"]
+    with pytest.raises(JobError) as caught:
+        texts(tmp_path, "name", subset=subset)
+    assert caught.value.reason in (Reason.DATASET_INVALID, Reason.DATASET_NOT_FOUND)
+    assert "password" not in caught.value.message
+    assert not any("elsewhere" in path for path in hub.fetched)
+
+
 def test_a_whole_data_set_that_is_not_there(tmp_path: Path, hub: FakeHub) -> None:
     with pytest.raises(JobError, match="hf://datasets/owner/other does not exist") as caught:
         rows(tmp_path, "other")

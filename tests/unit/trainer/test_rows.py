@@ -1,6 +1,7 @@
 """Every file that cannot be read, and every row, told by file, line and what is wrong."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import fsspec
@@ -127,6 +128,17 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
 )
 def test_csv_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
     assert refused(tmp_path, "a.csv", content) == message
+
+
+def test_a_line_of_csv_without_an_end_is_not_read_to_it(tmp_path: Path) -> None:
+    """64 MiB that are no CSV, though they are called so: a row's 16 MiB are held, in some copies, not all of it."""
+    content = b"text\nfirst\n" + b"a" * (64 << 20)
+    tracemalloc.start()
+    message = refused(tmp_path, "a.csv", content)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert message == "pvc://data/a.csv, line 3: the row is not CSV: a line longer than 16 MiB"
+    assert peak < 60 << 20
 
 
 def test_parquet(tmp_path: Path) -> None:

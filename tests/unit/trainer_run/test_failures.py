@@ -102,3 +102,10 @@ def test_plain_words_pass() -> None:
 def test_a_long_message_is_cut() -> None:
     message = failure_from(JobError(Reason.DATASET_INVALID, "x" * 5000), None).message
     assert len(message) == MESSAGE_LIMIT
+
+
+@pytest.mark.parametrize("sign", ["\x1b[2J", "\r", "\x08", "\x9b31m", "\u202e", "\x00"])
+def test_a_strangers_words_do_not_rule_the_readers_terminal(sign: str) -> None:
+    """A column's name, or what a server says, stands in messages; a log is read in a terminal."""
+    message = failure_from(JobError(Reason.DATASET_INVALID, f"the columns are a{sign}b,\n\tnot text"), "Prepare").message
+    assert message == f"the columns are a\ufffd{sign[1:]}b,\n\tnot text"

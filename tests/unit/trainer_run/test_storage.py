@@ -2,6 +2,7 @@
 
 import errno
 import json
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs as arrow
 
 from finetune_api.reasons import Reason
+from finetune_trainer.data.shelf import Shelf
 from finetune_trainer.errors import JobError
 from finetune_trainer.storage import Storage
 
@@ -192,3 +194,36 @@ def test_two_jobs_write_the_same_file_at_once(tmp_path: Path) -> None:
     assert failures == []
     assert root.read_json("answers/batch.json") == value
     assert [path.name for path in (tmp_path / "root" / "answers").iterdir()] == ["batch.json"]
+
+
+def test_a_full_disk_is_told_from_a_full_volume(tmp_path: Path) -> None:
+    """What goes into a bucket is put together on this machine, which is then what is full."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for storage, words in (
+        (Storage(LocalFileSystem(), str(tmp_path), "pvc://models/bot"), "pvc://models/bot/adapter: no space is left"),
+        (
+            Storage(MemoryFileSystem(), "/bucket/root", "s3://bucket/root"),
+            f"{tempfile.gettempdir()} of this machine, by way of which s3://bucket/root/adapter goes: no space is left",
+        ),
+    ):
+        with pytest.raises(JobError) as caught, storage.new_folder("adapter"):
+            raise full
+        assert (caught.value.reason, caught.value.message) == (Reason.STORAGE_FULL, words)
+
+
+def test_a_shelf_keeps_the_last_of_each_name() -> None:
+    with Shelf() as shelf:
+        for name, content in ((b"a", b"one"), (b"b", b""), (b"a", b"three"), (b"c", b"four")):
+            shelf.put(name, content)
+        assert [shelf.get(name) for name in (b"a", b"b", b"c", b"d")] == [b"three", b"", b"four", None]
+        assert b"b" in shelf
+        assert b"d" not in shelf
+
+
+def test_a_shelf_that_is_full_says_where() -> None:
+    """/dev/full takes nothing, as a full disk does."""
+    with Shelf() as shelf, open("/dev/full", "r+b", buffering=0) as full:  # noqa: PTH123
+        shelf._file = full
+        with pytest.raises(JobError, match=r"of the head, not output\.storage: no space is left") as caught:
+            shelf.put(b"a", b"one")
+    assert caught.value.reason == Reason.STORAGE_FULL

@@ -190,7 +190,7 @@ def _csv(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
     """A header line, then rows. Quoted values may hold line breaks; a row's line is its first."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(ROW_BYTES)
-    reader = csv.reader(text, strict=True)
+    reader = csv.reader(_lines(text), strict=True)
     line = 1
     try:
         header = next(reader, None)
@@ -205,6 +205,14 @@ def _csv(stream: IO[bytes], file: str) -> Iterator[Row | Fault]:
                 yield _csv_row(header, values, place)
     except csv.Error as error:
         raise JobError(Reason.DATASET_INVALID, f"{file}, line {line}: the row is not CSV: {error}") from error
+
+
+def _lines(text: IO[str]) -> Iterator[str]:
+    """The lines, none of which is read further than a row may be long. Raises csv.Error."""
+    while line := text.readline(ROW_BYTES + 1):
+        if len(line) > ROW_BYTES:
+            raise csv.Error(f"a line longer than {ROW_BYTES >> 20} MiB")
+        yield line
 
 
 def _csv_row(header: list[str], values: list[str], place: Place) -> Row | Fault:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 import finetune_trainer.methods.bottleneck  # noqa: F401 - what the published folder itself carries for others
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.attention import probe
-from finetune_trainer.methods.method import load_trained_state
 from finetune_trainer.model import load_model
 from finetune_trainer.model_files import fetch_model
 from finetune_trainer.sources import Mounts
@@ -114,7 +113,7 @@ def _difference(job: FineTuneJob, finished: Finished, volumes: Path, folder: Pat
     last = max(checkpoints.iterdir())
     names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
     state = {name: tensor for file in last.glob("model*.safetensors") for name, tensor in load_file(file).items() if name in names}
-    load_trained_state(trained, state)
+    trained.load_state_dict(state, strict=False)
 
     (artifact,) = finished.report.artifacts
     place = volumes / "claims" / artifact.uri.removeprefix("pvc://")

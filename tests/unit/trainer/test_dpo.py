@@ -24,7 +24,7 @@ from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.data.tensors import Layout, collate
 from finetune_trainer.methods import method_for
-from finetune_trainer.methods.method import load_trained_state, trained_state
+from finetune_trainer.methods.method import trained_state
 from finetune_trainer.model import CausalModel, has_plain_head
 from finetune_trainer.objectives import Context, begin
 from finetune_trainer.objectives.dpo import Dpo
@@ -123,7 +123,7 @@ def trl(model: CausalModel, folder: Path, **options: Any) -> TrlOnOneBatch:
         processing_class=tokenizer,
         peft_config=copy.deepcopy(lora),
     )
-    load_trained_state(trainer.model, trained_state(model.module))
+    trainer.model.load_state_dict(trained_state(model.module), strict=False)
     return trainer
 
 

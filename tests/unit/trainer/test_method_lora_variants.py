@@ -15,7 +15,7 @@ from finetune_api.reasons import Reason
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import check_mergeable
-from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
+from finetune_trainer.methods.method import BaseModel, trained_state
 from finetune_trainer.model import CausalModel
 
 VARIANTS = ("none", "dora", "rslora", "pissa")
@@ -132,7 +132,7 @@ def test_a_pissa_that_was_interrupted_goes_on_exactly() -> None:
     models = [method(**lora("pissa")).apply(tiny(), seed=3) for _ in range(2)]
     assert all(torch.equal(first, second) for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True))
     learn(models[0], steps=3)
-    load_trained_state(models[1], {name: tensor.clone() for name, tensor in trained_state(models[0]).items()})
+    models[1].load_state_dict({name: tensor.clone() for name, tensor in trained_state(models[0]).items()}, strict=False)
     assert torch.equal(models[0](INPUT).logits, models[1](INPUT).logits)
 
 

@@ -12,7 +12,7 @@ from tuned import BASE, INPUT, learn, method, on_meta, shake, tiny, trained_name
 
 from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
-from finetune_trainer.methods.method import count_parameters, load_trained_state, trained_state
+from finetune_trainer.methods.method import count_parameters, trained_state
 from finetune_trainer.methods.prompts import PREFIX_SCALE
 
 HEAD_DIM, KEY_HEADS, LAYERS = 8, 2, 2
@@ -79,7 +79,7 @@ def test_the_published_prompt_loads(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", sorted(SPECS))
 def test_a_checkpoint_goes_on(kind: str) -> None:
     models = [method(**SPECS[kind]).apply(tiny(), seed=seed).eval() for seed in (1, 2)]
-    load_trained_state(models[1], {name: tensor.clone() for name, tensor in trained_state(models[0]).items()})
+    models[1].load_state_dict({name: tensor.clone() for name, tensor in trained_state(models[0]).items()}, strict=False)
     assert torch.equal(models[0](INPUT).logits, models[1](INPUT).logits)
 
 

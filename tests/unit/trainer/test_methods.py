@@ -12,7 +12,7 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Method as MethodSpec
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import Method, method_for
-from finetune_trainer.methods.method import BaseModel, load_trained_state, trained_state
+from finetune_trainer.methods.method import BaseModel, trained_state
 from finetune_trainer.methods.modules import matching_modules, shortened
 
 
@@ -150,19 +150,5 @@ def test_a_published_model_keeps_the_number_format_of_its_base(tmp_path: Path) -
 def test_trained_parameters_come_back(spec: dict[str, object]) -> None:
     model, other = (method(**spec).apply(tiny(), seed=seed) for seed in (1, 2))
     shake(model)
-    load_trained_state(other, {name: tensor.clone() for name, tensor in trained_state(model).items()})
+    other.load_state_dict({name: tensor.clone() for name, tensor in trained_state(model).items()}, strict=False)
     torch.testing.assert_close(other(INPUT).logits, model(INPUT).logits, rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_another_rank_does_not_fit() -> None:
-    state = trained_state(method(lora={"rank": 4}).apply(tiny(), seed=1))
-    with pytest.raises(JobError, match=r"another shape of base_model.*28 such") as caught:
-        load_trained_state(method(lora={"rank": 8}).apply(tiny(), seed=1), state)
-    assert caught.value.reason == Reason.CHECKPOINT_INCOMPATIBLE
-
-
-def test_a_checkpoint_of_another_method_does_not_fit() -> None:
-    state = trained_state(method(full={}).apply(tiny(), seed=1))
-    with pytest.raises(JobError, match="lacks base_model") as caught:
-        load_trained_state(method(lora={}).apply(tiny(), seed=1), state)
-    assert caught.value.reason == Reason.CHECKPOINT_INCOMPATIBLE

@@ -1,15 +1,12 @@
 """What every method offers, and what all of them share."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from finetune_api.reasons import Reason
 from finetune_api.status import ArtifactKind, ModelSummary
-from finetune_trainer.errors import JobError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,12 +53,9 @@ class Method(Protocol):
         ...
 
 
-NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
-
-
-def trained_state(model: torch.nn.Module, extra: NamedParameters = ()) -> dict[str, torch.Tensor]:
-    """The parameters that train, and those that the objective adds, by name: what a checkpoint holds. Detached, not copied."""
-    return {name: parameter.detach() for name, parameter in (*model.named_parameters(), *extra) if parameter.requires_grad}
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that train, by name. Detached, not copied."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def count_parameters(model: torch.nn.Module) -> ModelSummary:
@@ -69,16 +63,3 @@ def count_parameters(model: torch.nn.Module) -> ModelSummary:
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return ModelSummary(parameters=sum(parameter.numel() for parameter in parameters), trained_parameters=trained)
-
-
-def load_trained_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], extra: NamedParameters = ()) -> None:
-    """Copy saved parameters into the model. Raises JobError (CheckpointIncompatible) naming what does not fit."""
-    own = trained_state(model, extra)
-    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    other = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
-    for what, names in (("lacks", missing), ("has the unknown", surplus), ("has another shape of", other)):
-        if names:
-            raise JobError(Reason.CHECKPOINT_INCOMPATIBLE, f"the checkpoint {what} {names[0]} ({len(names)} such parameters)")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])

@@ -167,12 +167,17 @@ class EndpointTeacher:
     def _tell(self) -> None:
         """Say what became of the questions. Raises JobError where the teacher has answered none."""
         count = self.count
-        answered = count.asked + count.known - count.refused - count.empty
+        questions = count.asked + count.known
+        if not questions and not count.unasked:
+            return  # not one row is an example, which is told of the data
+        if not questions:
+            raise JobError(Reason.DATASET_INVALID, f"data.train: none of {count.unasked:,} examples has a prompt for the teacher to answer")
+        answered = questions - count.refused - count.empty
         if not answered:
-            why = f": {count.first_refusal}" if count.first_refusal else ""
-            raise JobError(
-                Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self.endpoint.model} has answered none of {count.asked + count.known} prompts{why}"
-            )
+            why = [f"{count.refused:,} refused, the first with {count.first_refusal}"] if count.refused else []
+            why += [f"{count.empty:,} empty; check model, and maxTokens where it reasons first"] if count.empty else []
+            what = f"{self.endpoint.model} has answered none of {questions:,} prompts: {', '.join(why)}"
+            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}")
         kept = [(count.refused, "refused"), (count.empty, "empty"), (count.unasked, "without a prompt")]
         own = [f"{number:,} {what}" for number, what in kept if number]
         parts = [f"the teacher has answered {answered:,} prompts ({count.known:,} of them before)"]
@@ -277,7 +282,10 @@ class _Asker:
         return [self._counted(known.get(name), refusals.get(name, "")) for name in names]
 
     def _ask(self, new: Mapping[str, Question], known: dict[str, Answer], refusals: dict[str, str]) -> None:
-        """Add what comes of new questions. What has come is kept even where an error, or a call to stop, ends the rest: it is paid for."""
+        """Add what comes of new questions. What has come is kept even where an error, or a call to stop, ends the rest: it is paid for.
+
+        An empty answer is not kept beyond this attempt: the server may have been at fault, and another time it may say something.
+        """
         names = list(new)
 
         def hear(place: int, answer: Answer | RefusedQuestionError) -> None:
@@ -293,8 +301,9 @@ class _Asker:
             done = {name: _as_json(known[name]) for name in names if name in known}
             for name, value in done.items():
                 self._shelf.put(name.encode(), json.dumps(value).encode())
-            if done:
-                self._storage.write_json(f"{digest_of({'questions': list(done)})[7:39]}.json", done)
+            said = {name: value for name, value in done.items() if value["text"].strip()}
+            if said:
+                self._storage.write_json(f"{digest_of({'questions': list(said)})[7:39]}.json", said)
 
     def _counted(self, answer: Answer | None, refusal: str) -> Answer | None:
         if answer is None:

@@ -355,16 +355,6 @@ def test_what_the_teacher_will_not_answer_keeps_its_own(tmp_path: Path, tokenize
     )
 
 
-def test_a_teacher_that_answers_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    site = Site(tmp_path, tokenizer, *PROMPTS)
-    with (
-        FakeEndpoint(lambda path, body: (200, {}, completion(""))) as server,
-        pytest.raises(JobError, match="answered none of 4") as caught,
-    ):
-        site.prepare(server.url)
-    assert caught.value.reason == Reason.TEACHER_UNAVAILABLE
-
-
 def test_prompts_are_asked_as_turns_where_there_are_only_those(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     site = Site(tmp_path, tokenizer, *PROMPTS)
     with FakeEndpoint(lambda path, body: (404, {}, "no") if path == "/completions" else echo(path, body)) as server:

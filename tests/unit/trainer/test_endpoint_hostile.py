@@ -283,3 +283,35 @@ def test_a_pause_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
         model = ServedModel(Endpoint(url=server.url, model="large"), None, sleep, said.append)
         asyncio.run(all_of_it())
     assert said == ["the teacher has too many requests (429) and asks to wait 60 s (quota)"]
+
+
+def test_a_teacher_that_answers_nothing(tmp_path: Path) -> None:
+    """It may answer another time, so an empty answer is asked again by the next attempt."""
+    said, site = "", Site(tmp_path, byte_tokenizer(), *PROMPTS)
+
+    def reply(path: str, body: dict[str, Any]) -> Any:
+        return (400, {}, {"error": "not that"}) if body["prompt"] == "two " else (200, {}, completion(said))
+
+    with FakeEndpoint(reply) as server:
+        with pytest.raises(JobError) as caught:
+            site.prepare(server.url)
+        said = "yes"
+        assert [text for _, text in site.texts(site.prepare(server.url))] == ["yes<eos>", "own<eos>", "yes<eos>"]
+    assert caught.value.reason == Reason.TEACHER_UNAVAILABLE
+    assert caught.value.message.endswith(
+        ": large has answered none of 3 prompts: 1 refused, the first with 400 (not that), "
+        "2 empty; check model, and maxTokens where it reasons first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [(" ", "none of 2 examples has a prompt for the teacher to answer"), (3, "prompt")],
+    ids=["blank", "no text"],
+)
+def test_data_without_a_prompt_is_not_the_teachers_fault(tmp_path: Path, prompt: Any, words: str) -> None:
+    site = Site(tmp_path, byte_tokenizer(), *[{"prompt": prompt, "completion": "own"}] * 2)
+    with FakeEndpoint(echo) as server, pytest.raises(JobError, match=words) as caught:
+        site.prepare(server.url)
+    assert caught.value.reason == Reason.DATASET_INVALID
+    assert server.asked == []

@@ -299,8 +299,11 @@ def _tokens(found: Mapping[str, Any]) -> tuple[Token, ...]:
 
 
 def _numbers(top: Iterable[tuple[bytes, Any]]) -> tuple[tuple[bytes, float], ...]:
-    """Those whose logarithm is a number: some servers write null, NaN or -Infinity for a token that cannot be."""
-    return tuple((text, float(value)) for text, value in top if value is not None and math.isfinite(float(value)))
+    """Those whose logarithm is a number: some servers write null, NaN or -Infinity for a token that cannot be.
+
+    More digits than five would be kept for nothing: the targets are float16.
+    """
+    return tuple((text, round(float(value), 5)) for text, value in top if value is not None and math.isfinite(float(value)))
 
 
 def _bytes(token: Mapping[str, Any]) -> bytes:

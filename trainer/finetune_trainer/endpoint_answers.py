@@ -9,9 +9,11 @@ objectives/distillation/soft_targets.py), which are written beside the prepared 
 """
 
 import asyncio
+import base64
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDER = ".finetune/cache/answers"
-FORMAT = 1
+FORMAT = 2
 BATCH = 128
 """Questions whose answers are written together, or so many for each request at a time as PER_REQUEST says."""
 PER_REQUEST = 16
@@ -361,19 +363,20 @@ def _read(storage: Storage) -> Iterator[tuple[str, bytes]]:
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:
-    """Bytes as the characters of the same number."""
+    """The tokens, which are a hundred times the text, packed: as JSON, with bytes as the characters of the same number."""
     tokens = [[token.text.decode("latin-1"), [[text.decode("latin-1"), value] for text, value in token.top]] for token in answer.tokens]
-    return {"text": answer.text, "cut": answer.cut, "tokens": tokens}
+    packed = base64.b64encode(zlib.compress(json.dumps(tokens).encode())).decode() if tokens else ""
+    return {"text": answer.text, "cut": answer.cut, "tokens": packed}
 
 
 def _from_bytes(content: bytes | None) -> Answer | None:
     """The answer of an _as_json; None where it is none."""
     try:
         value = json.loads(content or b"")
-        tokens = (
-            Token(text.encode("latin-1"), tuple((each.encode("latin-1"), float(p)) for each, p in top)) for text, top in value["tokens"]
-        )
+        packed = value["tokens"]
+        named = json.loads(zlib.decompress(base64.b64decode(packed))) if packed else ()
+        tokens = (Token(text.encode("latin-1"), tuple((each.encode("latin-1"), float(p)) for each, p in top)) for text, top in named)
         answer = Answer(value["text"], bool(value["cut"]), tuple(tokens))
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, zlib.error):
         return None
     return answer if isinstance(answer.text, str) else None

@@ -56,6 +56,22 @@ class Reason(StrEnum):
     INTERNAL_ERROR = "InternalError"
 
 
+MEANINGS: dict[Reason, str] = {
+    Reason.ACCEPTED: "The spec can be run, and the first attempt begins.",
+    Reason.PENDING: "What the message names is to come: the head pod, the workers, a place in a queue, or a stage.",
+    Reason.PREPARING: "The head checks the storage, the model and the data, and tokenises the data.",
+    Reason.TRAINING: "The workers train, or wait for one another.",
+    Reason.EVALUATING: "The workers measure the trained model on what it was not trained on.",
+    Reason.PUBLISHING: "The head puts the result into output.storage.",
+    Reason.SUCCEEDED: "The result, or that of the stage, is there.",
+    Reason.SUSPENDED: "spec.suspend is set: the pods save a checkpoint and go. Set it to false to go on.",
+    Reason.RESUMED: "spec.suspend is unset: a new attempt goes on from the last checkpoint.",
+    Reason.RETRYING: "An attempt has ended for the reason that the message names, and another one follows it.",
+    Reason.WARNED: "The job runs; the message says what its owner should know of it.",
+}
+"""What the reasons of a job say with which nothing is wrong."""
+
+
 @dataclass(frozen=True)
 class Advice:
     """Whether another attempt may help, and what to do."""
@@ -70,13 +86,16 @@ ADVICE: dict[Reason, Advice] = {
         False, "Correct the rows that the message names, or set data.format and data.columns to what the file holds."
     ),
     Reason.DATASET_NOT_FOUND: Advice(False, "Check data.*.source: the path, the bucket or the data set's name."),
-    Reason.MODEL_NOT_FOUND: Advice(False, "Check model.source and model.revision."),
+    Reason.MODEL_NOT_FOUND: Advice(False, "Check source and revision of the model, or of the teacher where the message names it."),
     Reason.MODEL_INVALID: Advice(
         False,
-        "The model must be a causal language model that transformers knows, with its tokenizer; check the names that method gives too.",
+        "The model, or the teacher where the message names it, must be a causal language model that transformers knows, "
+        "with its tokenizer and undamaged weights.",
     ),
     Reason.UNSAFE_MODEL_FORMAT: Advice(False, "Only safetensors are loaded: convert the model's weights first."),
-    Reason.AUTHENTICATION_FAILED: Advice(False, "Check the Secret that secretRef names: its keys, and what its owner may read."),
+    Reason.AUTHENTICATION_FAILED: Advice(
+        False, "Check the Secret that secretRef names: its keys, and what its owner may read. An endpoint's 401 and 403 are this, too."
+    ),
     Reason.SECRET_NOT_FOUND: Advice(False, "Create the Secret in the job's namespace, or correct secretRef.name."),
     Reason.CONFIG_MAP_NOT_FOUND: Advice(False, "Create the ConfigMap with that key in the job's namespace, or correct configMap.name."),
     Reason.VOLUME_CLAIM_NOT_FOUND: Advice(False, "Create the PersistentVolumeClaim in the job's namespace, or correct the pvc:// URI."),
@@ -88,7 +107,7 @@ ADVICE: dict[Reason, Advice] = {
     ),
     Reason.TEACHER_UNAVAILABLE: Advice(
         True,
-        "Check objective.distillation.teacher: whether its source or endpoint can be reached, the model's name, and its secretRef's token.",
+        "The teacher's storage or endpoint does not answer, or not as it should: check that it runs, and the endpoint's url and model.",
     ),
     Reason.IMAGE_PULL_FAILED: Advice(True, "Check the trainer image of the operator's settings and the cluster's access to its registry."),
     Reason.UNSCHEDULABLE: Advice(True, "No node has what compute.resourcesPerWorker, nodeSelector and tolerations ask for."),

@@ -42,7 +42,6 @@ CACHE = ".finetune/cache/teacher"
 BESIDE_DATA = "teacher"
 """Folder in prepared data that an endpoint's teacher has worked on."""
 _FIELD = "objective.distillation.teacher"
-_UNAVAILABLE = (Reason.MODEL_NOT_FOUND, Reason.MODEL_INVALID, Reason.UNSAFE_MODEL_FORMAT, Reason.STORAGE_UNAVAILABLE)
 
 
 def teacher_source(job: FineTuneJob) -> ModelSource | None:
@@ -67,7 +66,8 @@ def check_teacher(
 ) -> CheckedTeacher | None:
     """Check on the head, without weights, that the job's teacher can teach this student; None where the job has no model as its teacher.
 
-    `revision` is what an earlier attempt resolved. Raises JobError (TeacherUnavailable, AuthenticationFailed, SecretNotFound, InvalidSpec).
+    `revision` is what an earlier attempt resolved.
+    Raises JobError (TeacherUnavailable, ModelNotFound, ModelInvalid, AuthenticationFailed, SecretNotFound, InvalidSpec, ...).
     """
     spec, source = job.spec.objective.distillation, teacher_source(job)
     if spec is None or source is None:
@@ -125,11 +125,14 @@ def shortest_limit(student: int | None, teacher: CheckedTeacher | None) -> int |
 
 @contextmanager
 def _blamed() -> Iterator[None]:
-    """Errors of fetching and loading, said of the teacher."""
+    """Errors of fetching and loading, said of the teacher.
+
+    Storage that does not answer may do so later; a teacher that is not there, or no model, is no more of one then: that reason stays.
+    """
     try:
         yield
     except JobError as error:
-        reason = Reason.TEACHER_UNAVAILABLE if error.reason in _UNAVAILABLE else error.reason
+        reason = Reason.TEACHER_UNAVAILABLE if error.reason == Reason.STORAGE_UNAVAILABLE else error.reason
         raise JobError(reason, f"{_FIELD}: {error.message}") from error
 
 

@@ -240,6 +240,6 @@ def test_a_teacher_whose_numbers_are_none_is_not_kept(data: Examples, tmp_path: 
         teacher.transformer.get_output_embeddings().weight[7] = torch.nan
     with pytest.raises(JobError, match=r"its probabilities are no numbers \(NaN\).*training\.precision float32") as caught:
         fill(storage_in(tmp_path), teacher, data, Worker(), TAKING)
-    assert caught.value.reason == Reason.TEACHER_UNAVAILABLE
+    assert caught.value.reason == Reason.MODEL_INVALID
     assert not is_complete(storage_in(tmp_path))
     assert list(tmp_path.glob("shard-*")) == []

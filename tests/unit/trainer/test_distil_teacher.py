@@ -1,5 +1,6 @@
 """A teacher that is a model: what the head finds wrong with it, and when a worker loads it."""
 
+import errno
 import json
 import shutil
 from datetime import UTC, datetime
@@ -14,11 +15,13 @@ from tiny_models import job_manifest
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer import model_files
 from finetune_trainer.errors import JobError
+from finetune_trainer.failures import failure_from
 from finetune_trainer.model import load_model, load_tokenizer
 from finetune_trainer.model_files import fetch_model
 from finetune_trainer.objectives.distillation.teacher_cache import write_complete
-from finetune_trainer.sources import Mounts
+from finetune_trainer.sources import Location, Mounts, files_under
 from finetune_trainer.storage import Storage
 from finetune_trainer.teacher import BESIDE_DATA, CACHE, CheckedTeacher, Place, Taught, check_teacher, shortest_limit, taught
 from finetune_trainer.worker import Worker
@@ -77,29 +80,52 @@ def test_another_vocabulary_is_refused_with_what_to_do(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "reason", "words"),
     [
-        (shutil.rmtree, "does not exist"),
-        (lambda model: (model / "config.json").unlink(), "has no config.json"),
-        (lambda model: (model / "model.safetensors").write_bytes(b"no weights"), "is not a safetensors file"),
-        (lambda model: (model / "tokenizer.json").write_text("{"), "has no tokenizer that can be loaded"),
-        (lambda model: (model / "config.json").write_text('{"model_type": "nobody"}'), "has no configuration that transformers knows"),
+        (shutil.rmtree, Reason.MODEL_NOT_FOUND, "does not exist"),
+        (lambda model: (model / "config.json").unlink(), Reason.MODEL_INVALID, "has no config.json"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"none"), Reason.MODEL_INVALID, "is not a safetensors file"),
+        (lambda model: (model / "tokenizer.json").write_text("{"), Reason.MODEL_INVALID, "has no tokenizer that can be loaded"),
+        (
+            lambda model: (model / "config.json").write_text('{"model_type": "nobody"}'),
+            Reason.MODEL_INVALID,
+            "has no configuration that transformers knows",
+        ),
+        (
+            lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
+            Reason.UNSAFE_MODEL_FORMAT,
+            "has no safetensors",
+        ),
     ],
 )
-def test_a_teacher_that_cannot_be_loaded(folder: Path, tmp_path: Path, damage: Any, words: str) -> None:
+def test_a_teacher_that_cannot_be_loaded_is_not_waited_for(folder: Path, tmp_path: Path, damage: Any, reason: Reason, words: str) -> None:
     shutil.copytree(folder, tmp_path / "models")
     damage(tmp_path / "models" / "teacher")
     with pytest.raises(JobError) as caught:
         check(tmp_path / "models", tmp_path)
-    assert caught.value.reason == Reason.TEACHER_UNAVAILABLE
-    assert caught.value.message.startswith("objective.distillation.teacher: ")
-    assert words in caught.value.message
+    failure = failure_from(caught.value, "Prepare")
+    assert (failure.reason, failure.retryable) == (reason, False)
+    assert failure.message.startswith("objective.distillation.teacher: ")
+    assert words in failure.message
+
+
+def test_a_teacher_whose_storage_does_not_answer_is_waited_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unanswered(place: Location) -> tuple[Location, ...]:
+        if place.path.endswith("teacher"):
+            raise OSError(errno.EIO, "Input/output error")
+        return files_under(place)
+
+    monkeypatch.setattr(model_files, "files_under", unanswered)
+    with pytest.raises(JobError, match=r"objective\.distillation\.teacher: .* cannot be read: OSError: .*Input/output error") as caught:
+        check(folder, tmp_path)
+    failure = failure_from(caught.value, "Prepare")
+    assert (failure.reason, failure.retryable) == (Reason.TEACHER_UNAVAILABLE, True)
 
 
 def test_a_teacher_that_has_changed_since_the_job_began(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="have changed since the job began") as caught:
         check(folder, tmp_path, revision="sha256:0")
-    assert caught.value.reason == Reason.TEACHER_UNAVAILABLE
+    assert caught.value.reason == Reason.MODEL_INVALID
 
 
 @pytest.mark.parametrize(
@@ -172,7 +198,7 @@ def test_a_teacher_of_whom_all_is_kept_is_neither_fetched_nor_loaded(folder: Pat
     assert second.kept == first.kept
     with pytest.raises(JobError) as caught:
         load(tmp_path / "models", tmp_path, response={"topK": 4}, relation={})
-    assert caught.value.reason == Reason.TEACHER_UNAVAILABLE
+    assert caught.value.reason == Reason.MODEL_NOT_FOUND
 
 
 def test_what_an_endpoint_said_stands_beside_the_data(folder: Path, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], 
         ids, log_probabilities = _largest(teacher, batch.to(teacher.device), taking)
         if bool(log_probabilities.isnan().any()):  # kept, it would spoil every later job too
             raise JobError(
-                Reason.TEACHER_UNAVAILABLE,
+                Reason.MODEL_INVALID,
                 "objective.distillation.teacher: its probabilities are no numbers (NaN): its weights are damaged, or too large for "
                 f"training.precision {str(teacher.precision).removeprefix('torch.')}",
             )

@@ -64,8 +64,8 @@ class CausalModel:
     """The transformers model itself."""
     layout: Layout
     """The layout of micro-batches that it takes."""
-    plain_head: bool
-    """Whether its logits are a linear layer over its last hidden states and nothing else."""
+    head_scale: float | None
+    """What its output layer's products with the last hidden states are multiplied by to be the logits; None where there is more to it."""
     precision: torch.dtype
     """Number format of the computation: float32 or bfloat16."""
     device: torch.device
@@ -77,9 +77,18 @@ class CausalModel:
     """Tokens that fit into the device's memory at once, where that is known."""
 
     @property
+    def plain_head(self) -> bool:
+        """Whether its logits are a linear layer over its last hidden states, times a number, and nothing else."""
+        return self.head_scale is not None
+
+    @property
     def head(self) -> torch.nn.Linear:
         """The output layer. Only where `plain_head` is true."""
         return cast("torch.nn.Linear", self.transformer.get_output_embeddings())
+
+    def before_head(self, last: torch.Tensor) -> torch.Tensor:
+        """Last hidden states as the output layer makes logits of them. Only where `plain_head` is true."""
+        return last if self.head_scale in (None, 1.0) else last * self.head_scale
 
     @property
     def virtual_tokens(self) -> int:
@@ -223,10 +232,10 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device, *, pre
     layout = choose_layout(transformer)
     if layout == "padded" and job.spec.training.packing:
         log.warning("%s cannot keep packed examples apart; its rows are computed one example a line", files.base.name)
-    plain_head = has_plain_head(transformer, layout)
+    scale = head_scale(transformer, layout)
     tokenizer = load_tokenizer(files) if method.virtual_tokens else None
     module = method.apply(transformer, seed=job.spec.training.seed, tokenizer=tokenizer).to(device).train()
-    return CausalModel(module, transformer, layout, plain_head, precision, device)
+    return CausalModel(module, transformer, layout, scale, precision, device)
 
 
 def model_without_weights(files: ModelFiles, job: FineTuneJob, precision: torch.dtype) -> tuple[torch.nn.Module, "PreTrainedModel"]:
@@ -280,16 +289,28 @@ def load_transformer(
 
 
 @torch.no_grad()
-def has_plain_head(model: "PreTrainedModel", layout: Layout) -> bool:
-    """Whether the logits are the output layer's of the last hidden states: found out by comparing, since some models scale or cap them."""
+def head_scale(model: "PreTrainedModel", layout: Layout) -> float | None:
+    """What the output layer's products with the last hidden states are multiplied by to be the logits: for most models 1.
+
+    None where the logits are made of them in another way (soft caps), found out by comparing.
+    """
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:
-        return False
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None  # small logits do not show it
+    if type(head) is not torch.nn.Linear or capped:
+        return None
     batch = probe([[3, 4, 5, 6]], layout).to(model.device)
     model.eval()
     logits = model(**forward_arguments(batch)).logits
-    expected = head(model.get_decoder()(**forward_arguments(batch)).last_hidden_state)
-    return logits.shape == expected.shape and bool(torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-5))
+    products = head(model.get_decoder()(**forward_arguments(batch)).last_hidden_state)
+    if logits.shape != products.shape:
+        return None
+    if torch.allclose(logits.float(), products.float(), rtol=1e-4, atol=1e-5):
+        return 1.0
+    made, of = logits.double(), products.double()
+    scale = float((made * of).sum() / of.square().sum())
+    rounding = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    fits = head.bias is None and bool(torch.allclose(made, of * scale, rtol=rounding, atol=1e-5))
+    return scale if fits else None
 
 
 def read_config(files: ModelFiles) -> "PreTrainedConfig":

@@ -26,14 +26,14 @@ def placed(files: ModelFiles, job: FineTuneJob, worker: Worker) -> tuple[CausalM
     # Only the one that leads ever holds all weights, in its machine's memory: the others get their part from it.
     if worker.leads:
         whole = load_model(files, job, CPU, precision=precision)
-        module, transformer, flat, plain = whole.module, whole.transformer, whole.layout == "flat", whole.plain_head
+        module, transformer, flat, scale = whole.module, whole.transformer, whole.layout == "flat", whole.head_scale
     else:
-        (module, transformer), flat, plain = model_without_weights(files, job, precision), False, False
-    flat, plain = bool(worker.agree(int(flat))), bool(worker.agree(int(plain)))
+        (module, transformer), flat, scale = model_without_weights(files, job, precision), False, None
+    flat, scale = bool(worker.agree(int(flat))), worker.sum(scale or 0.0) or None
     if flat:
         use_flat_attention(transformer)
     shard(module, transformer, worker.device)
-    model = CausalModel(module, transformer, "flat" if flat else "padded", plain, precision, worker.device)
+    model = CausalModel(module, transformer, "flat" if flat else "padded", scale, precision, worker.device)
     return _ready(replace(model, sharded=True), job, worker)
 
 

@@ -21,7 +21,7 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.methods import method_for
 from finetune_trainer.model import (
     CausalModel,
-    has_plain_head,
+    head_scale,
     load_tokenizer,
     load_transformer,
     longest_example,
@@ -211,9 +211,9 @@ def load_teacher(files: ModelFiles, job: FineTuneJob, device: torch.device) -> C
     precision = precision_for(job.spec.training.precision, device)
     transformer = load_transformer(files, precision, device)
     layout = choose_layout(transformer)
-    plain_head = has_plain_head(transformer, layout)
+    scale = head_scale(transformer, layout)
     transformer.requires_grad_(False).eval()
-    return CausalModel(transformer, transformer, layout, plain_head, precision, device, tuned=False)
+    return CausalModel(transformer, transformer, layout, scale, precision, device, tuned=False)
 
 
 def _alike(student: CausalModel, teacher: CausalModel, *, attention: bool) -> tuple[CausalModel, CausalModel]:

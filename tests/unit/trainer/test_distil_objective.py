@@ -11,14 +11,14 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch.nn import functional
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from finetune_api.v1alpha1 import DistillationObjective, Training
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.batches import rank_share
 from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.data.tensors import Layout, collate
-from finetune_trainer.model import CausalModel, has_plain_head
+from finetune_trainer.model import CausalModel, head_scale
 from finetune_trainer.objectives import Context, Sft, parameters_of
 from finetune_trainer.objectives.distillation import begin_distillation
 from finetune_trainer.objectives.distillation.relation import Relations
@@ -39,10 +39,10 @@ def llama(seed: int, **changes: Any) -> PreTrainedModel:
 
 def causal(model: PreTrainedModel, layout: Layout | None = None, *, teaches: bool = False) -> CausalModel:
     chosen = layout or choose_layout(model)
-    plain = has_plain_head(model, chosen)
+    scale = head_scale(model, chosen)
     if teaches:
         model.requires_grad_(False)
-    return CausalModel(model, model, chosen, plain, torch.float32, CPU)
+    return CausalModel(model, model, chosen, scale, torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +108,22 @@ def test_response_with_labels(data: Examples, layout: Layout) -> None:
     assert parameters_of(objective) == []
 
 
-def test_a_head_that_is_more_than_a_linear_layer(data: Examples) -> None:
-    """Gemma 2 caps its logits: student's and teacher's are the model's own then."""
-    sizes = SIZES | {"head_dim": 8, "final_logit_softcapping": 0.5, "initializer_range": 0.3}
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_a_head_that_is_more_than_a_linear_layer(data: Examples, name: str) -> None:
+    """Gemma 2 caps its logits: student's and teacher's are the model's own then. Granite divides them."""
     torch.manual_seed(3)
-    student, teacher = (Gemma2ForCausalLM(Gemma2Config(**sizes)) for _ in range(2))
+    capped = SIZES | {"head_dim": 8, "final_logit_softcapping": 0.5, "initializer_range": 0.3}
+    scaled = SIZES | {"logits_scaling": 3.0, "initializer_range": 0.3}
+    student, teacher = (
+        Gemma2ForCausalLM(Gemma2Config(**capped)) if name == "gemma2" else GraniteForCausalLM(GraniteConfig(**scaled)) for _ in range(2)
+    )
     expected = torch.zeros(())
     for ours, theirs, places, labels in each_example(data, student, teacher):
         mine, its = ours.logits[0, places], theirs.logits[0, places]
         expected = expected + 0.5 * functional.cross_entropy(mine, labels, reduction="sum")
         expected = expected + functional.kl_div(its.log_softmax(-1), mine.log_softmax(-1), log_target=True, reduction="sum")
     wrapped = causal(student), causal(teacher, teaches=True)
-    assert not wrapped[0].plain_head
+    assert wrapped[0].plain_head == (name == "granite")
     relation = {"relation": {"weight": 1e-9, "distanceWeight": 1}}  # and what needs the last states has them
     check(begin(data, *wrapped, response={"divergence": "reverseKL"}, **relation), wrapped[0], data, expected)
 

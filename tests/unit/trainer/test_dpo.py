@@ -25,7 +25,7 @@ from finetune_trainer.data.examples import Examples, Prepared, join
 from finetune_trainer.data.tensors import Layout, collate
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import trained_state
-from finetune_trainer.model import CausalModel, has_plain_head
+from finetune_trainer.model import CausalModel, head_scale
 from finetune_trainer.objectives import Context, begin
 from finetune_trainer.objectives.dpo import Dpo
 from finetune_trainer.objectives.log_probabilities import example_log_probabilities, linear_log_probabilities
@@ -69,7 +69,7 @@ def module_of(model: PreTrainedModel, method: dict[str, object]) -> torch.nn.Mod
 def untrained(method: dict[str, object], layout: Layout | None = None) -> CausalModel:
     model = llama()
     layout = layout or choose_layout(model)
-    return CausalModel(module_of(model, method), model, layout, has_plain_head(model, layout), torch.float32, CPU)
+    return CausalModel(module_of(model, method), model, layout, head_scale(model, layout), torch.float32, CPU)
 
 
 def move(module: torch.nn.Module) -> None:

@@ -7,13 +7,24 @@ import pytest
 import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.batches import rank_share
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.tensors import IGNORED, Layout, collate
-from finetune_trainer.model import CausalModel, has_plain_head
+from finetune_trainer.model import CausalModel, head_scale
+from finetune_trainer.objectives.log_probabilities import example_log_probabilities
 from finetune_trainer.objectives.sft import CHUNK, Sft, linear_cross_entropy
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -70,7 +81,7 @@ def llama(**changes: object) -> PreTrainedModel:
 
 def causal(model: PreTrainedModel, layout: Layout | None = None) -> CausalModel:
     chosen = layout or choose_layout(model)
-    return CausalModel(model, model, chosen, has_plain_head(model, chosen), torch.float32, CPU)
+    return CausalModel(model, model, chosen, head_scale(model, chosen), torch.float32, CPU)
 
 
 def examples() -> Examples:
@@ -111,21 +122,48 @@ def test_the_loss_and_its_gradients_are_transformers_own(layout: Layout, tied: b
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
-        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.05)),
-    ],
-    ids=["granite scales its logits", "gemma2 caps them"],
-)
-def test_a_head_that_is_more_than_a_linear_layer_is_computed_by_the_model(make: object) -> None:
+def test_a_head_that_caps_its_logits_is_computed_by_the_model() -> None:
+    """However small they are, as of a model that has learnt nothing: a cap does not show then."""
     torch.manual_seed(0)
-    model, data = make(), examples()
+    model, data = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.0)), examples()
     wrapped = causal(model)
     assert not wrapped.plain_head
     loss = Sft().loss(wrapped, collate(data, [(0, 1, 2, 3)], wrapped.layout))
     torch.testing.assert_close(loss.total, reference(model, data), rtol=1e-5, atol=1e-5)
+
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "scale"),
+    [
+        (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=6.0, initializer_range=0.2)), 1 / 6),
+        (
+            lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.0625, bos_token_id=1, eos_token_id=2, initializer_range=0.2)),
+            0.0625,
+        ),
+    ],
+    ids=["granite", "cohere"],
+)
+def test_a_head_that_multiplies_its_logits_is_computed_in_chunks(make: object, scale: float) -> None:
+    torch.manual_seed(0)
+    model, data = make(), examples()
+    expected = reference(model, data)
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    wrapped = causal(model)
+    assert wrapped.plain_head
+    assert wrapped.head_scale == pytest.approx(scale)
+    batch = collate(data, [(0, 1), (2, 3)], wrapped.layout)
+    loss = Sft().loss(wrapped, batch)
+    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(-example_log_probabilities(wrapped, batch).sum().float(), expected, rtol=1e-5, atol=1e-4)
+    loss.total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5 * float(gradients[name].abs().max()), msg=name)
+    assert head_scale(model.to(torch.bfloat16), wrapped.layout) == pytest.approx(scale, rel=1e-2)
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32 weights", "bfloat16 weights"])

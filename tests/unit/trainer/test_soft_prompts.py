@@ -33,7 +33,7 @@ def prompted(kind: str, layout: Layout) -> CausalModel:
         model.set_attn_implementation("sdpa")
     module = method(**{kind: {"numVirtualTokens": 4}}).apply(model, seed=3).train()
     shake(module)
-    return CausalModel(module, model, layout, True, torch.float32, CPU)
+    return CausalModel(module, model, layout, 1.0, torch.float32, CPU)
 
 
 def pefts_own(kind: str, data: Examples) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -29,7 +29,7 @@ def example_log_probabilities(model: CausalModel, batch: MicroBatch) -> torch.Te
     else:
         assert outputs.last is not None  # noqa: S101 - one of the two is there
         head = model.head
-        hidden = outputs.last.flatten(0, 1)[batch.label_positions]
+        hidden = model.before_head(outputs.last.flatten(0, 1)[batch.label_positions])
         each = linear_log_probabilities(hidden, head.weight, head.bias, targets, model.precision)
     return torch.stack([part.sum() for part in torch.split(each.double(), list(batch.document_labels))])
 

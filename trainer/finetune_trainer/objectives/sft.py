@@ -40,8 +40,8 @@ def cross_entropy(model: CausalModel, outputs: Outputs, batch: MicroBatch) -> to
         logits = outputs.logits.flatten(0, 1)[batch.label_positions]
         return functional.cross_entropy(logits.float(), targets, reduction="sum")
     assert outputs.last is not None  # noqa: S101 - one of the two is there
-    head = model.head
-    return linear_cross_entropy(outputs.last.flatten(0, 1)[batch.label_positions], head.weight, head.bias, targets, model.precision)
+    head, hidden = model.head, model.before_head(outputs.last.flatten(0, 1)[batch.label_positions])
+    return linear_cross_entropy(hidden, head.weight, head.bias, targets, model.precision)
 
 
 def linear_cross_entropy(

@@ -56,7 +56,7 @@ def logits_at(model: CausalModel, outputs: Outputs, positions: torch.Tensor) -> 
 
     def made(part: slice) -> torch.Tensor:
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(hidden[positions[part]].to(model.precision), matrix, offset).float()
+            return functional.linear(model.before_head(hidden[positions[part]]).to(model.precision), matrix, offset).float()
 
     return made
 

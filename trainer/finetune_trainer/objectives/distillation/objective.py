@@ -93,7 +93,8 @@ class Distillation:
         score = response.together(*scores)
         if outputs.logits is not None:
             return score_logits(outputs.logits.flatten(0, 1)[positions], score)
-        return linear_score(_last(outputs)[positions], model.head.weight, model.head.bias, model.precision, score)
+        hidden = model.before_head(_last(outputs)[positions])
+        return linear_score(hidden, model.head.weight, model.head.bias, model.precision, score)
 
     def _feature(self, outputs: Outputs, taught: Outputs, batch: MicroBatch) -> torch.Tensor:
         """The mean over the layer pairs."""

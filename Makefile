@@ -62,4 +62,4 @@ bench: install  ## measure: trainer beside TRL, preparing data, kept teachers, A
 	$(BIN)/python -m tests.bench
 
 clean:  ## remove the virtual environment and what runs left here
-	rm -rf $(VENV) .finetune examples/.finetune examples/*.status.yaml .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .finetune $(foreach here,examples examples/*,$(here)/.finetune $(here)/*.status.yaml) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -96,6 +96,7 @@ def mark_used(storage: Storage, name: str) -> None:
     now, folder = datetime.now(UTC), name.rpartition("/")[0]
     try:
         storage.write_json(f"{name}.json", {"used": now.isoformat()})
+        storage.remove_abandoned(folder)
         for key in storage.folders(folder):
             other = f"{folder}/{key}"
             if not key.startswith(".") and other != name and _is_old(storage.read_json(f"{other}.json"), now):

@@ -186,6 +186,16 @@ class Storage:
             if self.fs.exists(self._path(name)):
                 self.fs.rm(self._path(name), recursive=True)
 
+    def remove_abandoned(self, name: str) -> None:
+        """Remove what killed processes have left half made in a folder, whatever it was to become, after ABANDONED_SECONDS."""
+        if not self.is_local:
+            return  # what is put together for an object store goes with its machine
+        with storage_errors(self.locate(name)):
+            for left in Path(self._path(name)).glob(".*.partial"):
+                with suppress(FileNotFoundError):  # its owner has put it in its place
+                    if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+
     def check_writable(self) -> None:
         """Write a small file, read it, remove it."""
         name = f".finetune/.writable-{uuid.uuid4().hex[:8]}"  # other jobs may ask at the same moment

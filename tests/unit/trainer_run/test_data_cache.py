@@ -337,6 +337,19 @@ def test_what_no_job_has_begun_with_for_long_is_removed(storage: Storage) -> Non
     assert not storage.exists(f"{FOLDER}/old.json")
 
 
+def test_what_was_never_completed_goes_with_it(storage: Storage) -> None:
+    """Data that nobody prepares again: its half would else stay for ever."""
+    folder = Path(storage.location(FOLDER).path)
+    for name in (".gone.12345678.partial", ".fresh.12345678.partial"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train-tokens.npy").write_bytes(b"half")
+    (folder / ".mark.json.12345678.partial").write_text("{")
+    for name in (".gone.12345678.partial", ".mark.json.12345678.partial"):
+        os.utime(folder / name, (0, 0))
+    mark_used(storage, f"{FOLDER}/mine")
+    assert sorted(path.name for path in folder.iterdir()) == [".fresh.12345678.partial", "mine.json"]
+
+
 @pytest.mark.parametrize("mark", ["", "[]", "{}", '{"used": 3}', '{"used": "yesterday"}', '{"used": "2020-01-01"}'])
 def test_a_mark_that_says_nothing_removes_nothing(storage: Storage, mark: str) -> None:
     used(storage, "odd", 0)

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from finetune_trainer.objectives.distillation.divergences import DIVERGENCES
-from finetune_trainer.objectives.distillation.head import CHUNK, Score, chunks, linear_score, score_logits
+from finetune_trainer.objectives.distillation.head import score_logits
 from finetune_trainer.objectives.distillation.response import Largest, Response, cross_entropy, largest, together, whole
+from finetune_trainer.objectives.linear_score import CHUNK, Score, chunks, linear_score
 
 NAMES = sorted(DIVERGENCES)
 

@@ -28,9 +28,9 @@ from finetune_trainer.methods.method import trained_state
 from finetune_trainer.model import CausalModel, head_scale
 from finetune_trainer.objectives import Context, begin
 from finetune_trainer.objectives.dpo import Dpo
+from finetune_trainer.objectives.linear_score import CHUNK
 from finetune_trainer.objectives.log_probabilities import example_log_probabilities, linear_log_probabilities
 from finetune_trainer.objectives.references import FOLDER, References, references_of
-from finetune_trainer.objectives.sft import CHUNK
 from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
 

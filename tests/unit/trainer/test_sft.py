@@ -24,8 +24,9 @@ from finetune_trainer.data.batches import rank_share
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.tensors import IGNORED, Layout, collate
 from finetune_trainer.model import CausalModel, head_scale
+from finetune_trainer.objectives.linear_score import CHUNK
 from finetune_trainer.objectives.log_probabilities import example_log_probabilities
-from finetune_trainer.objectives.sft import CHUNK, Sft, linear_cross_entropy
+from finetune_trainer.objectives.sft import Sft, linear_cross_entropy
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives.sft import CHUNK
+from finetune_trainer.objectives.linear_score import CHUNK
 
 
 def example_log_probabilities(model: CausalModel, batch: MicroBatch) -> torch.Tensor:

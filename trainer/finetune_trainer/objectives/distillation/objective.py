@@ -9,10 +9,11 @@ from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel, Outputs
 from finetune_trainer.objectives.distillation import response
 from finetune_trainer.objectives.distillation.feature import attention_rows, hidden_states, new_projection
-from finetune_trainer.objectives.distillation.head import linear_score, logits_at, score_logits
+from finetune_trainer.objectives.distillation.head import logits_at, score_logits
 from finetune_trainer.objectives.distillation.relation import Relations
 from finetune_trainer.objectives.distillation.response import Response
 from finetune_trainer.objectives.distillation.teacher_cache import Taking, TeacherCache, fill, is_complete, vocabulary_of
+from finetune_trainer.objectives.linear_score import linear_score
 from finetune_trainer.objectives.objective import Context, LossSum, Unit
 from finetune_trainer.objectives.sft import Sft
 

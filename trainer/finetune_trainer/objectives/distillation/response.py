@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from finetune_trainer.objectives.distillation.divergences import DIVERGENCES, Divergence, slope_in_logits
-from finetune_trainer.objectives.distillation.head import Score
+from finetune_trainer.objectives.linear_score import Score
 
 
 @dataclass(frozen=True)

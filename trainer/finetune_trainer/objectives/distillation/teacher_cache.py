@@ -30,8 +30,9 @@ from finetune_trainer.data.tensors import MicroBatch, collate
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import describe_files, digest_of, read_manifest, write_manifest
 from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives.distillation.head import chunks, logits_at
+from finetune_trainer.objectives.distillation.head import logits_at
 from finetune_trainer.objectives.distillation.response import Largest
+from finetune_trainer.objectives.linear_score import chunks
 from finetune_trainer.storage import Storage, storage_errors
 from finetune_trainer.worker import Worker
 

@@ -1,4 +1,4 @@
-"""Text that people will read, without what must stay secret."""
+"""Text that people will read: without what must stay secret, and of a log what says something."""
 
 import re
 
@@ -21,3 +21,11 @@ def scrub(text: str) -> str:
     Some of it is a stranger's (a server's words, a column's name), so what would change the reader's terminal is shown as a sign.
     """
     return _CONTROLS.sub("\ufffd", _SECRETS.sub("***", text))
+
+
+_MARKERS = re.compile(r"[\s^~]*")
+
+
+def telling_lines(text: str) -> list[str]:
+    """The lines that say something: those that are not blank, nor the marks (`~~~~^^^^`) which point at the line of code above them."""
+    return [line.rstrip() for line in text.splitlines() if not _MARKERS.fullmatch(line)]

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from finetune_api.reasons import ADVICE, Reason
 from finetune_api.report import EXIT_INTERRUPTED, Report
-from finetune_api.scrub import scrub
+from finetune_api.scrub import scrub, telling_lines
 from finetune_api.status import TEXT_MAX, Failure, StageName
 from finetune_operator.observed import STORAGE_LIMIT, Pod
+
+LAST_WORDS = 600
+"""Characters of a log that a message holds."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,16 @@ def _ended_otherwise(head: Head) -> Ending:
         words = f"pod {head.pod.name} ended without a report of its success"
     else:
         what = f"was ended by signal {head.pod.exit.code - 128}" if head.pod.exit.code > 128 else f"exited with {head.pod.exit.code}"
-        words = f"pod {head.pod.name} {what}, and gave no reason; its last words: {scrub(head.pod.exit.message)[-600:].strip()}"
+        last = _last_words(head.pod.exit.message)
+        words = f"pod {head.pod.name} {what}, and gave no reason" + (f"; its last words: {last}" if last else "")
     return _failed(head, Reason.INTERNAL_ERROR, words)
+
+
+def _last_words(log: str) -> str:
+    """The end of a log, from the beginning of a line where one begins there."""
+    text = "\n".join(telling_lines(scrub(log)))
+    end = text[-LAST_WORDS:]
+    return (end.partition("\n")[2] or end if len(text) > LAST_WORDS else end).strip()
 
 
 _CHECKS: tuple[Callable[[Head], Ending | None], ...] = (

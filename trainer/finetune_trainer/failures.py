@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterator
 
 from finetune_api.reasons import ADVICE, Reason
-from finetune_api.scrub import scrub
+from finetune_api.scrub import scrub, telling_lines
 from finetune_api.status import Failure, StageName
 from finetune_trainer.errors import JobError
 
@@ -92,8 +92,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+    lines = telling_lines(str(error))
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
 def _shortened(text: str) -> str:

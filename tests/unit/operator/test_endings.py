@@ -92,6 +92,17 @@ def test_the_last_words_of_a_log_are_kept_and_bounded() -> None:
     assert len(ending.failure.message) <= 1024
 
 
+def test_the_marks_of_a_traceback_are_no_words() -> None:
+    """They come below the code; where the limit falls into a line, the words begin with the next."""
+    frame = '  File "run.py", line 7, in main\n    data["prompt"].strip()\n    ~~~~^^^^^^^^^^\n'
+    ending = ending_of(failed(1, log=frame * 20 + "KeyError: 'prompt'\n    ^^^^\n\n"), None, "Prepare")
+    words = ending.message.partition("its last words: ")[2]
+    assert words.splitlines()[-1] == "KeyError: 'prompt'"
+    assert {line.strip() for line in words.splitlines()[:-1]} == {'File "run.py", line 7, in main', 'data["prompt"].strip()'}
+    assert 500 < len(words) <= 600
+    assert ending_of(failed(1, log="    ^^^^\n"), None, "Prepare").message.endswith("gave no reason")
+
+
 def test_a_token_in_the_last_words_of_a_log_does_not_come_into_the_status() -> None:
     """A head that crashed had no time to leave anything out; the kubelet hands on the end of its log."""
     token = "hf_" + "A1b2" * 8

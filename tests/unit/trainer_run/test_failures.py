@@ -59,6 +59,8 @@ def test_the_cause_is_told_and_not_that_the_others_lost_the_worker() -> None:
 def test_an_unknown_error_shows_its_kind_and_last_line() -> None:
     assert failure_from(ValueError("first\n\nlast line\n"), None).message == "ValueError: last line"
     assert failure_from(KeyError(), None).message == "KeyError: no message"
+    assert failure_from(ValueError("not YAML: a: b: c\n             ~~~^\n"), None).message == "ValueError: not YAML: a: b: c"
+    assert failure_from(ValueError("  ^^^^  "), None).message == "ValueError: no message"
 
 
 @pytest.mark.parametrize(

@@ -177,34 +177,39 @@ def test_a_head_that_is_killed_then_one_that_is_stopped_cost_no_accuracy(
     assert losses(report) == pytest.approx(losses(undisturbed[1]), abs=1e-5)
 
 
-def test_a_worker_pod_that_has_to_go_costs_no_step(inputs: Path, tmp_path: Path) -> None:
-    job = spec(inputs, tmp_path / "out")
-    job["training"] |= {"epochs": 100, "microBatchSize": 2}
-    job["checkpoint"]["everySteps"] = 1000
-    with Pods(tmp_path / "pods", job) as pods:
+LONG = {"epochs": 100, "microBatchSize": 2}
+"""500 steps."""
+
+
+@pytest.fixture(scope="module")
+def left_by_a_worker(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Report, str]:
+    """A long training, one of whose worker pods has to go: exit code, last word, log."""
+    folder = tmp_path_factory.mktemp("left")
+    job = spec(inputs, folder / "out", every_steps=1000)
+    job["training"] |= LONG
+    with Pods(folder / "pods", job) as pods:
         pods.start_head()
         assert pods.follow(has_step(KILL_AT)) is not None
         left = pods.terminate_worker()
         assert left is not None, "the training came to its end before the worker went"
-        code, report = pods.ended()
-        assert "a worker is taken away" in pods.log()
+        return *pods.ended(), pods.log()
+
+
+def test_a_worker_pod_that_has_to_go_costs_no_step(left_by_a_worker: tuple[int, Report, str]) -> None:
+    code, report, log = left_by_a_worker
+    assert "a worker is taken away" in log
     assert code == EXIT_SUCCEEDED
     assert (report.attempt, report.lost_steps) == (1, 0)
     assert report.progress is not None
     assert report.progress.step == 500
 
 
-def test_the_number_of_workers_does_not_matter(inputs: Path, tmp_path: Path, undisturbed: tuple[Pods, Report]) -> None:
-    with Pods(tmp_path / "pods", spec(inputs, tmp_path / "out", workers=1)) as pods:
-        pods.start_head()
-        code, report = pods.ended()
-    assert code == EXIT_SUCCEEDED
-    assert losses(report) == pytest.approx(losses(undisturbed[1]), abs=1e-4)
-
-
-def test_an_elastic_job_grows_and_shrinks_and_comes_to_the_same_end(inputs: Path, tmp_path: Path, undisturbed: tuple[Pods, Report]) -> None:
+def test_an_elastic_job_grows_and_shrinks_and_comes_to_the_same_end(
+    inputs: Path, tmp_path: Path, left_by_a_worker: tuple[int, Report, str]
+) -> None:
     """There is room for one worker, then for two, then one is killed and does not come back."""
-    job = spec(inputs, tmp_path / "out")
+    job = spec(inputs, tmp_path / "out", every_steps=25)
+    job["training"] |= LONG
     job["compute"] = {"workers": {"min": 1, "max": 2}}
     with Pods(tmp_path / "pods", job) as pods:
         pods.room = 1
@@ -215,7 +220,7 @@ def test_an_elastic_job_grows_and_shrinks_and_comes_to_the_same_end(inputs: Path
         grown = pods.follow(lambda _: len(pods.training_processes()) == 2)
         assert grown is not None, "the training came to its end before the second worker took part"
         step = grown.progress.step if grown.progress else 0
-        shrinking = pods.follow(has_step(step + SAVED_EVERY))
+        shrinking = pods.follow(has_step(step + 25))
         assert shrinking is not None
         assert shrinking.lost_steps == 0
         pods.room = 1
@@ -226,7 +231,15 @@ def test_an_elastic_job_grows_and_shrinks_and_comes_to_the_same_end(inputs: Path
     assert "more workers have joined" in log
     assert "processes that take part: 1, before 2" in log
     assert (report.attempt, report.resumed_step) == (1, None)
-    assert 0 < report.lost_steps <= SAVED_EVERY + LOST_AT_LEAST
+    assert report.lost_steps <= 25 + LOST_AT_LEAST
+    assert losses(report) == pytest.approx(losses(left_by_a_worker[1]), rel=1e-4)
+
+
+def test_the_number_of_workers_does_not_matter(inputs: Path, tmp_path: Path, undisturbed: tuple[Pods, Report]) -> None:
+    with Pods(tmp_path / "pods", spec(inputs, tmp_path / "out", workers=1)) as pods:
+        pods.start_head()
+        code, report = pods.ended()
+    assert code == EXIT_SUCCEEDED
     assert losses(report) == pytest.approx(losses(undisturbed[1]), abs=1e-4)
 
 

@@ -1,16 +1,18 @@
 """The pods of an attempt: what they mount, may do and are told. Pure.
 
-They keep to the restricted Pod Security Standard, hold no API token, and see only the claims, ConfigMaps and Secrets that the job names.
+They keep to the restricted Pod Security Standard, hold no API token, and see only the claims, ConfigMaps and Secrets that the job names:
+the head all of them, a worker what it needs. Prepared data comes from the output, so the data's claim may be one that a single node can mount.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from finetune_api.report import REPORT_PORT
 from finetune_api.v1alpha1 import ConfigMapSource, DataSource, Spec
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
+Role = Literal["head", "worker"]
 
 RAY_PORT = 6379
 JOB_KEY = "job.json"
@@ -48,7 +50,7 @@ def head_pod(name: str, token_secret: str, namespace: str, spec: Spec, image: st
             "failureThreshold": 3,
         },
     }
-    return _pod(f"{name}-head", name, token_secret, container, spec, settings)
+    return _pod(f"{name}-head", "head", name, token_secret, container, spec, settings)
 
 
 def worker_pod(name: str, token_secret: str, namespace: str, index: int, spec: Spec, image: str, settings: Settings) -> Manifest:
@@ -57,7 +59,7 @@ def worker_pod(name: str, token_secret: str, namespace: str, index: int, spec: S
     limits = {name: str(quantity) for name, quantity in spec.compute.resources_per_worker.items()}
     container = _container("worker", name, token_secret, namespace, spec, image, settings)
     container["resources"] = {"requests": {**WORKER_REQUESTS, **limits}, "limits": limits}
-    pod = _pod(f"{name}-worker-{index}", name, token_secret, container, spec, settings)
+    pod = _pod(f"{name}-worker-{index}", "worker", name, token_secret, container, spec, settings)
     if spec.compute.node_selector:
         pod["spec"]["nodeSelector"] = dict(spec.compute.node_selector)
     asked = [toleration.model_dump(mode="json", by_alias=True, exclude_none=True) for toleration in spec.compute.tolerations]
@@ -65,7 +67,7 @@ def worker_pod(name: str, token_secret: str, namespace: str, index: int, spec: S
     return pod
 
 
-def _pod(pod_name: str, attempt_name: str, token_secret: str, container: Manifest, spec: Spec, settings: Settings) -> Manifest:
+def _pod(pod_name: str, role: Role, attempt_name: str, token_secret: str, container: Manifest, spec: Spec, settings: Settings) -> Manifest:
     secrets = [{"name": name} for name in settings.image_pull_secrets]
     return {
         "apiVersion": "v1",
@@ -99,12 +101,12 @@ def _pod(pod_name: str, attempt_name: str, token_secret: str, container: Manifes
                 for state in ("not-ready", "unreachable")
             ],
             "containers": [container],
-            "volumes": [volume for volume, _ in _volumes(attempt_name, token_secret, spec)],
+            "volumes": [volume for volume, _ in _volumes(role, attempt_name, token_secret, spec)],
         },
     }
 
 
-def _container(role: str, name: str, token_secret: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
+def _container(role: Role, name: str, token_secret: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
     return {
         "name": role,
         "image": image,
@@ -119,7 +121,7 @@ def _container(role: str, name: str, token_secret: str, namespace: str, spec: Sp
         },
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [mount for _, mount in _volumes(name, token_secret, spec)],
+        "volumeMounts": [mount for _, mount in _volumes(role, name, token_secret, spec)],
     }
 
 
@@ -144,7 +146,7 @@ def _env(name: str, namespace: str, settings: Settings) -> dict[str, str]:
     }
 
 
-def _volumes(name: str, token_secret: str, spec: Spec) -> list[tuple[Manifest, Manifest]]:
+def _volumes(role: Role, name: str, token_secret: str, spec: Spec) -> list[tuple[Manifest, Manifest]]:
     """Each volume with its mount: what every pod has, then what the job names."""
     return [
         _mounted("job", {"configMap": {"name": name}}, JOB_FOLDER, read_only=True),
@@ -152,37 +154,40 @@ def _volumes(name: str, token_secret: str, spec: Spec) -> list[tuple[Manifest, M
         _mounted("home", {"emptyDir": {}}, HOME),
         _mounted("tmp", {"emptyDir": {"sizeLimit": TMP_LIMIT}}, "/tmp"),  # noqa: S108 - the pod's own
         _mounted("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": SHM_LIMIT}}, "/dev/shm"),  # noqa: S108 - the pod's own
-        *_named_volumes(spec),
+        *_named_volumes(role, spec),
     ]
 
 
-def _named_volumes(spec: Spec) -> Iterable[tuple[Manifest, Manifest]]:
+def _named_volumes(role: Role, spec: Spec) -> Iterable[tuple[Manifest, Manifest]]:
     """The claims, ConfigMaps (only the keys) and Secrets that the job names; a claim is writable only where the output is."""
     storage = _claim(spec.output.storage)
-    for number, claim in enumerate(claims_of(spec)):
+    for number, claim in enumerate(_claims(role, spec)):
         source = {"persistentVolumeClaim": {"claimName": claim}}
         yield _mounted(f"claim-{number}", source, f"{VOLUMES}/claims/{claim}", read_only=claim != storage)
-    for number, (config_map, keys) in enumerate(sorted(_config_maps(spec).items())):
+    for number, (config_map, keys) in enumerate(sorted(_config_maps(spec).items() if role == "head" else ())):
         items = [{"key": key, "path": key} for key in sorted(keys)]
         yield _mounted(
             f"configmap-{number}", {"configMap": {"name": config_map, "items": items}}, f"{VOLUMES}/configmaps/{config_map}", read_only=True
         )
-    for number, secret in enumerate(secrets_of(spec)):
+    for number, secret in enumerate(_secrets(role, spec)):
         yield _mounted(f"secret-{number}", _secret(secret), f"{VOLUMES}/secrets/{secret}", read_only=True)
 
 
-def claims_of(spec: Spec) -> tuple[str, ...]:
-    """The PersistentVolumeClaims that a job names, sorted."""
+def _claims(role: Role, spec: Spec) -> tuple[str, ...]:
+    """The PersistentVolumeClaims that a pod needs, sorted: the models', the output's, and for the head the data's."""
     teacher = spec.teacher
-    uris = [spec.model.source, spec.output.storage, teacher.source if teacher else None, *(source.source for source in _data(spec))]
+    uris = [spec.model.source, spec.output.storage, teacher.source if teacher else None]
+    uris += [source.source for source in _data(spec)] if role == "head" else []
     return tuple(sorted({claim for uri in uris if (claim := _claim(uri))}))
 
 
-def secrets_of(spec: Spec) -> tuple[str, ...]:
-    """The Secrets that a job names, sorted."""
-    references = [spec.model.secret_ref, spec.output.secret_ref, *(source.secret_ref for source in _data(spec))]
-    if spec.teacher is not None:
-        references += [spec.teacher.secret_ref, spec.teacher.endpoint.secret_ref if spec.teacher.endpoint else None]
+def _secrets(role: Role, spec: Spec) -> tuple[str, ...]:
+    """The Secrets that a pod needs, sorted: the models', the output's, and for the head the data's and the endpoint's."""
+    teacher = spec.teacher
+    references = [spec.model.secret_ref, spec.output.secret_ref, teacher.secret_ref if teacher else None]
+    if role == "head":
+        references += [source.secret_ref for source in _data(spec)]
+        references += [teacher.endpoint.secret_ref] if teacher and teacher.endpoint else []
     return tuple(sorted({reference.name for reference in references if reference}))
 
 

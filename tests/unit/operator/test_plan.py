@@ -239,15 +239,29 @@ def test_a_teachers_claim_is_mounted_to_be_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "teacher",
+    ("teacher", "pods"),
     [
-        {"source": "hf://org/large", "secretRef": {"name": "of-the-teacher"}},
-        {"endpoint": {"url": "https://models.example.com/v1", "model": "large", "secretRef": {"name": "of-the-teacher"}}},
+        ({"source": "hf://org/large", "secretRef": {"name": "of-the-teacher"}}, {"head", "worker"}),
+        ({"endpoint": {"url": "https://models.example.com/v1", "model": "large", "secretRef": {"name": "of-the-teacher"}}}, {"head"}),
     ],
     ids=["files", "endpoint"],
 )
-def test_a_teachers_secret_is_mounted(teacher: dict) -> None:
+def test_a_teachers_secret_is_mounted_where_it_is_used(teacher: dict, pods: set[str]) -> None:
+    """A served teacher is asked by the head alone; files are fetched by the workers too."""
+    found = set()
     for pod in taught_by(teacher):
-        (volume,) = (each["name"] for each in pod["volumes"] if each.get("secret", {}).get("secretName") == "of-the-teacher")
-        (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == volume)
-        assert mount == {"name": volume, "mountPath": "/mnt/finetune/secrets/of-the-teacher", "readOnly": True}
+        for volume in (each["name"] for each in pod["volumes"] if each.get("secret", {}).get("secretName") == "of-the-teacher"):
+            (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == volume)
+            assert mount == {"name": volume, "mountPath": "/mnt/finetune/secrets/of-the-teacher", "readOnly": True}
+            found.add(pod["containers"][0]["name"])
+    assert found == pods
+
+
+def test_workers_mount_nothing_of_the_data() -> None:
+    """They read what the head has prepared: a ReadWriteOnce claim of the data would else keep them from every node but the head's."""
+    pods = {each["metadata"]["name"]: each["spec"] for each in planned("all-sources") if each["kind"] == "Pod"}
+    mounted = {name: {each["mountPath"] for each in pod["containers"][0]["volumeMounts"]} for name, pod in pods.items()}
+    own = {"/etc/finetune/job", "/etc/finetune/token", "/home/finetune", "/tmp", "/dev/shm"}
+    of_the_data = {"/mnt/finetune/configmaps/small-sets", "/mnt/finetune/secrets/bucket.keys"}
+    of_both = {"/mnt/finetune/claims/shared", "/mnt/finetune/secrets/hub"}
+    assert mounted == {"all-1-head": own | of_both | of_the_data, "all-1-worker-0": own | of_both}

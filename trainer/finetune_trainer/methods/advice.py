@@ -1,5 +1,6 @@
-"""What a job's owner should know of a method before it runs: said in the status, and as an Event."""
+"""What a job's owner should know of its method and its workers before it runs: said in the status, and as an Event."""
 
+from finetune_api.v1alpha1 import Compute
 from finetune_api.v1alpha1 import Method as MethodSpec
 
 FULL_NEEDS_EXAMPLES = 1000
@@ -13,5 +14,15 @@ def advice(method: MethodSpec, examples: int) -> tuple[str, ...]:
         return (
             f"method.full trains every weight on {examples:,} examples; with fewer than {FULL_NEEDS_EXAMPLES:,} it is likely to learn them "
             "by heart and to forget what it knew: compare the validation loss with that of method.lora",
+        )
+    return ()
+
+
+def strategy_advice(compute: Compute, processes: int) -> tuple[str, ...]:
+    """Sentences of advice on compute.strategy; `processes` is how many train in each worker pod, one for each GPU or one alone."""
+    if compute.strategy == "fsdp" and compute.workers.max * processes == 1:
+        return (
+            "compute.strategy fsdp is without effect: it gives each process that trains a part of the model, and here one alone trains; "
+            "raise compute.workers, ask for more GPUs in compute.resourcesPerWorker, or leave the strategy out",
         )
     return ()

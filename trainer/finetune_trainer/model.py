@@ -78,8 +78,11 @@ class CausalModel:
 
     @property
     def plain_head(self) -> bool:
-        """Whether its logits are a linear layer over its last hidden states, times a number, and nothing else."""
-        return self.head_scale is not None
+        """Whether its logits are a linear layer over its last hidden states, times a number, and nothing else.
+
+        Not where a method has put something of its own beside the output layer.
+        """
+        return self.head_scale is not None and type(self.transformer.get_output_embeddings()) is torch.nn.Linear
 
     @property
     def head(self) -> torch.nn.Linear:

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -12,11 +13,14 @@ from transformers import AutoModelForCausalLM
 from tuned import BASE, INPUT, learn, method, on_meta, shake, tiny, trained_names
 
 from finetune_api.reasons import Reason
-from finetune_trainer.data.tensors import MicroBatch
+from finetune_trainer.attention import choose_layout
+from finetune_trainer.data.examples import join
+from finetune_trainer.data.tensors import MicroBatch, collate
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods import check_mergeable
 from finetune_trainer.methods.method import BaseModel, trained_state
-from finetune_trainer.model import CausalModel
+from finetune_trainer.model import CausalModel, head_scale
+from finetune_trainer.objectives import Sft
 
 VARIANTS = ("none", "dora", "rslora", "pissa")
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -188,3 +192,25 @@ def test_a_merged_model_keeps_the_number_format_of_its_base(tmp_path: Path, vari
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(loaded(INPUT).logits, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "ia3"])
+def test_the_output_layer_can_be_tuned_too(name: str) -> None:
+    """The loss and its gradients are those of PEFT's own model, which computes the logits with what was put beside the output layer."""
+    targets = {"targetModules": ["q_proj", "lm_head"]}
+    spec = {"ia3": targets} if name == "ia3" else {"lora": {"rank": 2, "variant": name, **targets}}
+    model = tiny()
+    scale = head_scale(model, choose_layout(model))
+    module = method(**spec).apply(model, seed=1)
+    shake(module)
+    wrapped = CausalModel(module, model, "flat", scale, torch.float32, torch.device("cpu"))
+    tokens = np.arange(5, 14, dtype=np.int32)
+    loss = Sft().loss(wrapped, collate(join([(tokens, np.ones(9, np.bool_))]), ((0,),), "flat")).total
+    gradients = torch.autograd.grad(loss, wrapped.trained_parameters())
+    model.set_attn_implementation("sdpa")
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    expected = module(input_ids=ids, labels=ids).loss * 8
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for own, reference in zip(gradients, torch.autograd.grad(expected, wrapped.trained_parameters()), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
+    assert any(gradient.any() for name, gradient in zip(trained_names(module), gradients, strict=True) if "lm_head" in name)

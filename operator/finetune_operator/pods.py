@@ -1,7 +1,7 @@
 """The pods of an attempt: what they mount, may do and are told. Pure.
 
-They keep to the restricted Pod Security Standard, hold no API token, and see only the claims, ConfigMaps and Secrets that the job names:
-the head all of them, a worker what it needs. Prepared data comes from the output, so the data's claim may be one that a single node can mount.
+They keep to the restricted Pod Security Standard, hold no API token, and see only the claims, ConfigMaps and Secrets that the job names,
+workers only those that they need: prepared data comes from the output, so the data's own claim may be one that a single node can mount.
 """
 
 from collections.abc import Iterable, Mapping

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.reasons import Reason
+from finetune_api.scrub import telling_lines
 from finetune_api.v1alpha1 import Compute, FineTuneJob
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.errors import JobError
@@ -146,7 +147,7 @@ class RayHead:
             if b"This command will now block" in self._log.read_bytes():
                 return
             time.sleep(0.1)
-        words = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        words = telling_lines(self._log.read_text(errors="replace"))
         raise JobError(Reason.INTERNAL_ERROR, f"the Ray head did not start: {' / '.join(words[-3:])}")
 
     def stop(self) -> None:

@@ -24,7 +24,7 @@ from finetune_trainer.failures import is_final
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.manifest import digest_of
-from finetune_trainer.methods.advice import advice
+from finetune_trainer.methods.advice import advice, strategy_advice
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model_card import Publication
 from finetune_trainer.ray_cluster import Growth, RayHead, driver, gpus_of, processes_of, wait_for_workers
@@ -174,7 +174,9 @@ def prepare(attempt: Attempt) -> Preparation:
         config["teacher"] = {"source": teacher.source, "revision": teacher.revision}
     resolved = Resolved(model_revision=files.revision, data_digest=facts["digest"], config_digest=digest_of(config))
     data = DataSummary.model_validate(facts["data"])
-    attempt.reporter.update(resolved=resolved, data=data, warnings=advice(job.spec.method, data.train))
+    compute = job.spec.compute
+    warnings = (*advice(job.spec.method, data.train), *strategy_advice(compute, processes_of(compute)))
+    attempt.reporter.update(resolved=resolved, data=data, warnings=warnings)
     counts = f"{data.train:,} examples to train on ({data.tokens:,} tokens), {data.validation:,} validation, {data.test:,} test"
     attempt.console.say(f"data {counts}, {data.rejected:,} left out")
     return Preparation(files.base, tokenizer, resolved, config, facts["folder"])

@@ -24,12 +24,13 @@ def data(tmp_path: Path) -> Path:
     return Path(shutil.copy(EXAMPLES / "data" / "support" / "test.jsonl", tmp_path / "train.jsonl"))
 
 
-def attempt(data: Path, uid: str = "u1", number: int = 1, **training: object) -> Attempt:
+def attempt(data: Path, uid: str = "u1", number: int = 1, strategy: str = "auto", **training: object) -> Attempt:
     spec = {
         "model": {"source": f"file://{EXAMPLES}/models/tiny-llama"},
         "data": {"train": {"source": f"file://{data}"}},
         "method": {"lora": {}},
         "training": {"maxSequenceLength": 256} | training,
+        "compute": {"strategy": strategy},
         "output": {"storage": f"file://{data.parent}/out"},
     }
     metadata = {"name": "bot", "namespace": "team", "uid": uid}
@@ -84,3 +85,12 @@ def test_bad_data_leaves_no_facts(data: Path) -> None:
     with pytest.raises(JobError, match="messages is empty"):
         prepare(refused)
     assert refused.own.read_json(PREPARED_FACTS) is None
+
+
+def test_what_has_no_effect_is_told_before_workers_are_asked_for(data: Path) -> None:
+    plain, sharded = attempt(data), attempt(data, "u2", strategy="fsdp")
+    prepare(plain)
+    prepare(sharded)
+    assert plain.reporter.report.warnings == ()
+    (warning,) = sharded.reporter.report.warnings
+    assert warning.startswith("compute.strategy fsdp is without effect")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 NAME = "finetune_flat"
 _KERNEL_HEAD_DIM = 256
 """Largest head that the fast kernels take, for grouped queries too."""
-_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict", "is_causal"}
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits"}
+_HARMLESS |= {"return_dict", "is_causal"}
 """Further arguments that models hand to their attention and that change nothing here."""
 _NEIGHBOURS = ([1, 2, 6, 7], [8, 6, 2, 9])
 """Examples that another one comes after, to see whether it is the same after either."""
@@ -97,7 +98,7 @@ def flat_attention(  # noqa: PLR0913, PLR0917 - the signature that transformers 
         return by_kernel(query, key, value, scaling, sliding_window, spans), None
     parts = zip(*(torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [_one_document(*part, dropout=dropout, scaling=scaling, window=sliding_window, past=past) for part in parts]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _layer_of(module: torch.nn.Module, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,6 +218,8 @@ def choose_layout(model: "PreTrainedModel") -> Layout:
     model.set_attn_implementation(NAME)
     try:
         together, otherwise = (_last_hidden(model, probe([first, [3, 4, 5]], "flat"))[:, len(first) :] for first in _NEIGHBOURS)
+        with torch.no_grad():
+            model(**forward_arguments(probe([[3, 4, 5]], "flat").to(model.device)))  # which may hand on more than its decoder alone
     except (UnsupportedAttentionError, TypeError):
         isolated = False
     else:

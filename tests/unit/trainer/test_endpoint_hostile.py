@@ -26,6 +26,7 @@ from finetune_trainer.endpoint import Answer, Question, ServedModel, Token, answ
 from finetune_trainer.endpoint_answers import _Asker, _Count, batch_size, endpoint_teacher
 from finetune_trainer.errors import JobError
 from finetune_trainer.interruption import InterruptedRunError
+from finetune_trainer.objectives.distillation.soft_targets import _where
 from finetune_trainer.sources import Mounts
 
 
@@ -371,3 +372,42 @@ def test_probabilities_come_back_from_what_is_kept(tmp_path: Path) -> None:
     assert again.digest == first.digest
     assert len(beside) == 6
     assert [path.read_bytes() for path in sorted((tmp_path / "out" / site.entry.name / "teacher").rglob("*.npy"))] == beside
+
+
+class Counted(bytes):
+    """Counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return bytes.__eq__(self, other)
+
+    __hash__ = bytes.__hash__
+
+
+def test_an_answer_that_is_cut_otherwise_costs_no_more_than_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher with another tokenizer: nearly every answer is one, and it may have 65,536 tokens."""
+    monkeypatch.setattr(Counted, "compared", 0)
+    texts = [Counted(b"%d" % number) for number in range(3000)]
+    assert _where(texts, [Counted(b"other"), *texts]) is None
+    assert Counted.compared <= 3000
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted", "expected"),
+    [
+        ("abc", "abc", (0, 3)),
+        ("xabc.", "abc", (1, 3)),
+        ("xyabc.", "abc", (2, 3)),
+        ("ab", "abc", (0, 2)),  # cut off at maxSequenceLength
+        ("xab", "abc", (1, 2)),
+        ("xyab", "abc", None),  # too little of it, too late, to be sure
+        ("abxabc", "abc", (3, 3)),
+        ("abd", "abc", None),
+        ("", "abc", None),
+        ("abc", "", None),
+    ],
+)
+def test_where_the_students_tokens_are_the_teachers(texts: str, wanted: str, expected: tuple[int, int] | None) -> None:
+    assert _where([each.encode() for each in texts], [each.encode() for each in wanted]) == expected

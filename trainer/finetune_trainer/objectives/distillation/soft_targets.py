@@ -113,10 +113,12 @@ def _last_run(labels: npt.NDArray[np.int64]) -> int:
 def _where(texts: Sequence[bytes], wanted: Sequence[bytes]) -> tuple[int, int] | None:
     """From which place on, and for how many, the student's tokens are these; they may be cut off at their end."""
     for start in range(len(texts)):
-        here = texts[start : start + len(wanted)]
-        whole = len(here) == len(wanted) or start + len(here) == len(texts)
-        if here and whole and list(wanted[: len(here)]) == list(here) and (len(here) == len(wanted) or start <= 1):
-            return start, len(here)
+        count = min(len(wanted), len(texts) - start)
+        if start > 1 and count < len(wanted):
+            break
+        # The first one alone rules out nearly every place, so that the cost is that of going through once.
+        if count and texts[start] == wanted[0] and list(texts[start : start + count]) == list(wanted[:count]):
+            return start, count
     return None
 
 

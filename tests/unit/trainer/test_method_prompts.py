@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from tuned import BASE, INPUT, learn, method, on_meta, shake, tiny, trained_names
 
 from finetune_api.reasons import Reason
@@ -121,6 +121,15 @@ def test_a_prefix_is_put_beside_recomputed_activations() -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     wrapped = method(prefixTuning={}).apply(model, seed=1)
     assert any(getattr(module, "gradient_checkpointing", False) for module in wrapped.modules())
+
+
+def test_layers_without_keys_and_values_have_no_prefix() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = Lfm2ForCausalLM(Lfm2Config(**sizes, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
+    with pytest.raises(JobError, match=r"method\.prefixTuning: lfm2 has layers that take no keys and values \(conv\)") as caught:
+        method(prefixTuning={}).apply(model, seed=1)
+    assert caught.value.reason == Reason.INVALID_SPEC
 
 
 def test_what_peft_makes_no_prefix_for_is_refused() -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFIX_SCALE = 0.02
 """Standard deviation that keys and values begin with: much smaller than those of words, so that the model begins nearly as it was."""
+_WITHOUT_KEYS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "recurrent"}
+"""What transformers calls the layers that keep a state along the row in place of keys and values."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,15 @@ def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase | None", count: int) 
 
 def _try_prompt(model: Any, field: str) -> None:  # noqa: ANN401 - a PEFT model, which has no types
     """Have PEFT make the prompt once: what it cannot make for an architecture it says only then."""
+    config = model.get_base_model().config
+    others = _WITHOUT_KEYS.intersection(getattr(config.get_text_config(), "layer_types", None) or ())
+    if others and field.endswith("prefixTuning"):
+        kinds = ", ".join(sorted(others))
+        raise JobError(
+            Reason.INVALID_SPEC, f"{field}: {config.model_type} has layers that take no keys and values ({kinds}); use method.promptTuning"
+        )
     try:
         with torch.no_grad():
             model.get_prompt(batch_size=1)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
-        architecture = model.get_base_model().config.model_type
-        raise JobError(Reason.INVALID_SPEC, f"{field}: PEFT makes no such prompt for {architecture} models: {error}") from error
+        raise JobError(Reason.INVALID_SPEC, f"{field}: PEFT makes no such prompt for {config.model_type} models: {error}") from error

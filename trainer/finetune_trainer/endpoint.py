@@ -12,7 +12,7 @@ import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
@@ -61,6 +61,8 @@ class Question:
     prompt: str | None = None
     messages: Messages = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    place: str = field(default="", compare=False)
+    """The row that it is of, for a message."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ class ServedModel:
                 self._send, f"{self._url}{path}", body, aiohttp.ClientTimeout(total=seconds, connect=CONNECT_SECONDS)
             )
         except _TransientError as error:
-            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self._url} {error}, {attempts} times") from error
+            where = f", at the prompt of {question.place}" if question.place else ""
+            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self._url} {error}, {attempts} times{where}") from error
         try:
             return answer_in(payload, probabilities=self._endpoint.top_logprobs > 0)
         except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -219,10 +219,10 @@ def question_of(example: Example | Fault) -> Question | None:
     if isinstance(example, Fault):
         return None
     if isinstance(example, PromptCompletion):
-        return Question(prompt=example.prompt) if example.prompt.strip() else None
+        return Question(prompt=example.prompt, place=str(example.place)) if example.prompt.strip() else None
     if isinstance(example, Conversation):
         last = _last_answer(example)
-        return Question(messages=example.messages[:last], tools=example.tools) if last else None
+        return Question(messages=example.messages[:last], tools=example.tools, place=str(example.place)) if last else None
     raise JobError(
         Reason.INVALID_SPEC,
         "data.format: an endpoint answers prompts, which rows of the form text do not have; "
@@ -322,7 +322,10 @@ class _Asker:
         for chat in sorted({question.prompt is None for question in questions} - self._probed):
             self._probe(chat=chat)
         if self._prompts_as_chat:
-            questions = [Question(messages=({"role": "user", "content": each.prompt},)) if each.prompt else each for each in questions]
+            questions = [
+                replace(each, prompt=None, messages=({"role": "user", "content": each.prompt},)) if each.prompt else each
+                for each in questions
+            ]
         self._runner.run(answers(self._model, questions, hear))
 
     def _tell_rate(self) -> None:

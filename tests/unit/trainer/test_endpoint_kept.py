@@ -42,7 +42,7 @@ def test_what_was_answered_is_kept_though_another_question_ends_all(tmp_path: Pa
         return (503, {}, "gone") if body["prompt"] == "three " else echo(path, body)
 
     with FakeEndpoint(reply) as server:
-        with pytest.raises(JobError, match="answers 503"):
+        with pytest.raises(JobError, match=r"answers 503 \(gone\), 6 times, at the prompt of file:.*/train\.jsonl, line 3$"):
             site.prepare(server.url)
         server.reply = echo
         server.asked.clear()

@@ -1,16 +1,16 @@
-"""How the model is spread over the workers: whole on each of them, or a part on each; and how its activations are held."""
+"""How the model is spread over the workers: whole on each of them, or a part on each."""
 
 from dataclasses import replace
 
 import torch
 
 from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.activations import with_activations
 from finetune_trainer.attention import use_flat_attention
 from finetune_trainer.compiling import compile_layers
-from finetune_trainer.memory import STATE_SHARE, coming_bytes, plan_activations, state_bytes
+from finetune_trainer.memory import STATE_SHARE, state_bytes
 from finetune_trainer.model import CausalModel, load_model, model_without_weights, precision_for
 from finetune_trainer.model_files import ModelFiles
-from finetune_trainer.parts import local_part
 from finetune_trainer.sharding import shard
 from finetune_trainer.worker import CPU, Worker
 
@@ -50,28 +50,6 @@ def _is_to_be_sharded(files: ModelFiles, job: FineTuneJob, worker: Worker) -> bo
 
 
 def _ready(model: CausalModel, job: FineTuneJob, worker: Worker) -> tuple[CausalModel, tuple[str, ...]]:
-    """The model with its activations held as memory and training ask for, compiled where that helps.
-
-    All workers go by the one with the least memory: those that hold parts of a model must compute it equally often.
-    """
-    training, config = job.spec.training, model.transformer.config.get_text_config()
-    warnings: tuple[str, ...] = ()
-    if not model.recomputable:
-        if training.gradient_checkpointing == "always":
-            warnings = ("activations are not recomputed: this model's layers would lose the prefix",)
-        training = training.model_copy(update={"gradient_checkpointing": "never"})
-    recomputed = training.gradient_checkpointing == "always"
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        left = worker.least(free - coming_bytes(model.module) // _parts(model))
-        plan = plan_activations(config, training, model.precision, left)
-        model, recomputed = replace(model, auto_tokens=plan.tokens), plan.recomputed
-    if recomputed:
-        model.transformer.activation_checkpointing_enable({"use_reentrant": False})
+    """The model with its activations held as memory and training ask for, compiled where that helps."""
+    model, warnings = with_activations(model, job, worker)
     return model, (*warnings, *compile_layers(model, job.spec))
-
-
-def _parts(model: CausalModel) -> int:
-    """Into how many parts its parameters are split."""
-    weight = next(model.transformer.parameters())
-    return max(1, round(weight.numel() / max(1, local_part(weight).numel()))) if model.sharded else 1

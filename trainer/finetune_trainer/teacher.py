@@ -15,6 +15,7 @@ import torch
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DistillationObjective, FineTuneJob, ModelSource
+from finetune_trainer.activations import with_activations
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data_cache import mark_used
 from finetune_trainer.errors import JobError
@@ -191,7 +192,9 @@ def taught(
         files = first_of_each_node(lambda: fetch_model(source, place.mounts, place.cache, weights=True, revision=revision))
         teacher = load_teacher(files, job, worker.device)
     attention = spec.feature is not None and spec.feature.attention
-    return Taught(*_alike(student, teacher, attention=attention), kept)
+    student, teacher = _alike(student, teacher, attention=attention)
+    student, _ = with_activations(student, job, worker)  # the teacher has taken memory since that was planned
+    return Taught(student, teacher, kept)
 
 
 def _named(source: ModelSource, revision: str | None, namespace: str) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny_models import job_manifest
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer import model_files
+from finetune_trainer.activations import with_activations
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import failure_from
 from finetune_trainer.model import load_model, load_tokenizer
@@ -175,6 +177,20 @@ def test_the_teacher_is_frozen_and_evaluates(folder: Path, tmp_path: Path) -> No
     assert not any(parameter.requires_grad for parameter in pair.teacher.module.parameters())
     assert pair.student.module.training
     assert (pair.student.layout, pair.teacher.layout) == ("flat", "flat")
+
+
+def test_the_teachers_memory_is_not_the_students(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, of which 8 MiB were free before the teacher was loaded and half of that is left."""
+    job, mounts, free = job_of(folder), Mounts(tmp_path, local=True), iter([8 * 2**20, 4 * 2**20])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 2**30))
+    files = fetch_model(job.spec.model, mounts, tmp_path / "cache", weights=True)
+    student, _ = with_activations(replace(load_model(files, job, CPU), device=torch.device("cuda")), job, Worker())
+    place = Place(Storage(LocalFileSystem(), str(tmp_path), "file:///out"), "data", "sha256:1", mounts, tmp_path / "cache")
+    pair = taught(job, student, None, place, Worker(), lambda call: call())
+    assert pair.teacher is not None
+    assert pair.student.auto_tokens is not None
+    assert student.auto_tokens is not None
+    assert 0 < pair.student.auto_tokens < student.auto_tokens
 
 
 def test_attention_maps_need_padded_rows_and_plain_attention(folder: Path, tmp_path: Path) -> None:

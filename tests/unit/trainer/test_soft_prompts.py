@@ -10,7 +10,7 @@ from torch.nn import functional
 from tuned import method, shake, tiny
 
 from finetune_api.v1alpha1 import parse_job
-from finetune_trainer import placement
+from finetune_trainer.activations import with_activations
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.tensors import Layout, collate
@@ -64,7 +64,7 @@ def test_losses_and_gradients_are_pefts(kind: str, layout: Layout, recomputed: b
 @pytest.mark.parametrize(("layout", "said"), [("flat", 0), ("padded", 1)])
 def test_what_cannot_be_recomputed_is_told(layout: Layout, said: int) -> None:
     job = parse_job(job_manifest(method={"prefixTuning": {}}, training={"gradientCheckpointing": "always"}), local=True)
-    model, warnings = placement._ready(prompted("prefixTuning", layout), job, Worker())
+    model, warnings = with_activations(prompted("prefixTuning", layout), job, Worker())
     assert len(warnings) == said
     assert model.transformer.is_gradient_checkpointing == (not said)
 

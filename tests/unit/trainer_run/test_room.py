@@ -11,7 +11,7 @@ from tests.tiny_llama import make_tiny_llama
 from tests.unit.trainer_run.test_loop import CONFIG, CPU, DATA, Listener, Together, manifest_with, storage_in
 
 from finetune_api.v1alpha1 import parse_job
-from finetune_trainer import placement
+from finetune_trainer.activations import with_activations
 from finetune_trainer.data.batches import AUTO_TOKENS
 from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.model import CausalModel, load_model
@@ -66,11 +66,11 @@ def test_all_workers_go_by_the_one_with_the_least_memory(tmp_path: Path, monkeyp
     together = Together(2)
 
     def ready(rank: int) -> CausalModel:
-        return placement._ready(models[rank], job, together.worker(rank))[0]
+        return with_activations(models[rank], job, together.worker(rank))[0]
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(ready, range(2))
-    alone, _ = placement._ready(models[0], job, Worker())
+    alone, _ = with_activations(models[0], job, Worker())
     assert first.auto_tokens == second.auto_tokens
     assert first.auto_tokens is not None
     assert alone.auto_tokens is not None

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tenacity
+import torch
 from fake_s3 import FakeS3
 from pyarrow import parquet
 from tiny_models import job_manifest
@@ -17,16 +18,19 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DataSource, ModelSource, Output, SecretReference, parse_job
 from finetune_trainer import data_cache, sources
-from finetune_trainer.data.examples import open_prepared
+from finetune_trainer.data.examples import join, open_prepared
 from finetune_trainer.data.inputs import Files
 from finetune_trainer.data.rows import Row, read_rows
 from finetune_trainer.data.writing import SplitWriter, digest_of, write_manifest
 from finetune_trainer.errors import JobError
 from finetune_trainer.model_files import fetch_model
+from finetune_trainer.objectives.distillation import teacher_cache
+from finetune_trainer.objectives.distillation.soft_targets import hard_targets
 from finetune_trainer.sources import Mounts, files_under, resolve_data, resolve_storage
 from finetune_trainer.storage import MANIFEST, storage_at
 
 SECRET = SecretReference(name="s3")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -164,3 +168,24 @@ def test_the_output_storage(s3: FakeS3, mounts: Mounts, tmp_path: Path) -> None:
     storage.remove("checkpoints/step-1")
     assert storage.folders("checkpoints") == []
     assert {key for key in s3.objects if not key.endswith("/")} == {"out/report.json"}
+
+
+def test_what_a_teacher_said_in_a_bucket(s3: FakeS3, mounts: Mounts) -> None:
+    """Found whole with one listing, found damaged when an object is gone; and told with the place where it cannot be read."""
+    storage = storage_at(resolve_storage(Output(storage="s3://bucket/teacher", secret_ref=SECRET), mounts))
+    data = join([(np.arange(size, dtype=np.int32), np.ones(size, np.bool_)) for size in (4, 3)])
+    assert not teacher_cache.is_complete(storage)
+    shards = teacher_cache.shards_of(data)
+    for number, (start, end) in enumerate(shards):
+        tokens = np.concatenate([data.example(index)[0][1:] for index in range(start, end)])
+        teacher_cache.write_shard(storage, number, hard_targets(tokens, 2))
+    teacher_cache.write_complete(storage, shards)
+    assert teacher_cache.is_complete(storage)
+    assert teacher_cache.TeacherCache(storage, data).of((1,), CPU).ids[:, 0].tolist() == [1, 2]
+    gone = s3.objects.pop("teacher/shard-00001/ids.npy")
+    assert not teacher_cache.is_complete(storage)
+    with pytest.raises(JobError, match=r"s3://bucket/teacher: what the teacher said cannot be read: .*shard-00001") as caught:
+        teacher_cache.TeacherCache(storage, data)
+    assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
+    s3.objects["teacher/shard-00001/ids.npy"] = gone
+    assert teacher_cache.is_complete(storage)

@@ -26,6 +26,8 @@ SCRATCH_VARIABLE = "FINETUNE_SCRATCH"
 """Tells the processes of a worker node its folder."""
 START_SECONDS = 120.0
 LEAVE_SECONDS = 10.0
+GROUP_SECONDS = 15
+"""Ray waits so long for the nodes that a group is to be on, then counts again: one that was lost is noticed only after a while."""
 SETTLE_SECONDS = 30.0
 """With enough workers for the start, the others are waited for this long."""
 _PR_SET_PDEATHSIG = 1
@@ -104,7 +106,7 @@ def ray_variables(environment: Environment) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_SECONDS),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",

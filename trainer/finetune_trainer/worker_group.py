@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_FAILURES = 3
 """Times that lost workers are started again within an attempt."""
-MAX_START_FAILURES = 5
-"""Times that starting them may fail, a minute each."""
+MAX_START_FAILURES = 20
+"""Times that starting them may fail, GROUP_SECONDS each."""
 NEVER = 1e12
 COLLECTIVE_SECONDS = 7200
 """Longest time that workers wait for one another: one may be fetching or saving a large model. A dead peer is noticed at once."""
@@ -65,7 +65,16 @@ def fit(compute: Compute, config: dict[str, Any], name: str, scratch: Path) -> N
             callbacks=[EndOnFinalError()],
         ),
     )
+    if fewest < most:
+        _look_for_nodes()
     trainer.fit()
+
+
+def _look_for_nodes() -> None:
+    """Have Ray count the nodes now: an elastic start goes by a count that may be 20 seconds old, without those who have just joined."""
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as counting
+
+    ray.get(counting.get_or_create_autoscaling_coordinator().get_reserved_resources.remote("finetune", recompute=True))
 
 
 class EndOnFinalError(UserCallback):  # type: ignore[misc]  # Ray has no types

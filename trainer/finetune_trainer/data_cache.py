@@ -74,10 +74,10 @@ def find_or_prepare(
     return Entry(name, read_manifest(storage.location(name)) or manifest, is_new=True)
 
 
-def is_there(storage: Storage, name: str) -> bool:
-    """Whether a folder is there as it was written."""
+def is_there(storage: Storage, name: str, digest: str) -> bool:
+    """Whether a folder is there as it was written, and holds what it held: another job may have made it again, from other answers."""
     manifest = read_manifest(storage.location(name))
-    return manifest is not None and _is_whole(storage, name, manifest)
+    return manifest is not None and manifest["digest"] == digest and _is_whole(storage, name, manifest)
 
 
 def _is_whole(storage: Storage, name: str, manifest: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.reasons import Reason
 from finetune_api.report import Outcome, Report, parse_report
 from finetune_api.scrub import scrub
-from finetune_api.status import DataSummary, ModelSummary, Resolved
+from finetune_api.status import TEXT_MAX, DataSummary, ModelSummary, Resolved
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
@@ -77,6 +77,11 @@ class Attempt:
     def scratch(self) -> Path:
         """A folder on this machine that goes with the attempt."""
         return scratch_folder(self.job.metadata.uid, self.environment.attempt)
+
+    def tell(self, text: str) -> None:
+        """Tell people how far a long stage is: in the log, and in the status."""
+        self.console.say(text)
+        self.reporter.update(message=text[:TEXT_MAX])
 
     def keep_report(self, outcome: Outcome | None = None) -> None:
         """Leave the report in the storage, for people and for the next attempt. It is not worth failing for."""
@@ -152,9 +157,9 @@ def prepare(attempt: Attempt) -> Preparation:
     if teacher is not None:
         attempt.console.say(f"teacher {teacher.source} at {teacher.revision}")
 
-    if "folder" not in facts or not data_cache.is_there(attempt.storage, facts["folder"]):
+    if "folder" not in facts or not data_cache.is_there(attempt.storage, facts["folder"], facts["digest"]):
         longest = shortest_limit(longest_example(files, job.spec.method), teacher)
-        served = endpoint_teacher(job, tokenizer, attempt.mounts, attempt.storage, attempt.console.say)
+        served = endpoint_teacher(job, tokenizer, attempt.mounts, attempt.storage, attempt.tell)
         entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest, served)
         facts = {"revision": files.revision, "digest": entry.manifest["digest"], "data": entry.manifest["summary"], "folder": entry.name}
         facts |= {"teacherRevision": teacher.revision} if teacher is not None else {}

@@ -117,13 +117,13 @@ def test_data_that_is_prepared_once(s3: FakeS3, mounts: Mounts, tmp_path: Path, 
     storage = storage_at(resolve_storage(job.spec.output, mounts))
     first, second = (data_cache.find_or_prepare(storage, job, mounts, tokenizer) for _ in range(2))
     assert (first.is_new, second.is_new, first.manifest) == (True, False, second.manifest)
-    assert data_cache.is_there(storage, first.name)
+    assert data_cache.is_there(storage, first.name, first.manifest["digest"])
     data_cache.mark_used(storage, first.name)
     assert "used" in storage.read_json(f"{first.name}.json")
     prepared = open_prepared(storage.location(first.name), tmp_path / "cache")
     assert {tokenizer.decode(part.example(0)[0].tolist()) for part in (prepared.train, prepared.validation)} == {"a b c<eos>", "d e f<eos>"}
     del s3.objects[f"out/{first.name}/train-tokens.npy"]
-    assert not data_cache.is_there(storage, first.name)
+    assert not data_cache.is_there(storage, first.name, first.manifest["digest"])
     assert data_cache.find_or_prepare(storage, job, mounts, tokenizer).is_new
 
 

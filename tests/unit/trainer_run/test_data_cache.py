@@ -259,10 +259,10 @@ def test_what_a_teacher_left_beside_the_data_is_found_again_in_an_object_store(
 ) -> None:
     mounts = Mounts(Path("/nowhere"), local=True)
     first = find_or_prepare(bucket, job(train), mounts, tokenizer, None, Moody())
-    assert data_cache.is_there(bucket, first.name)
+    assert data_cache.is_there(bucket, first.name, first.manifest["digest"])
     assert find_or_prepare(bucket, job(train), mounts, tokenizer, None, Moody()).is_new is False
     bucket.remove(f"{first.name}/teacher")
-    assert not data_cache.is_there(bucket, first.name)
+    assert not data_cache.is_there(bucket, first.name, first.manifest["digest"])
 
 
 def test_two_uploads_that_became_mixed_are_noticed_and_made_again(

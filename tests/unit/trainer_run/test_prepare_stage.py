@@ -79,6 +79,17 @@ def test_a_later_attempt_whose_folder_was_removed_prepares_again(data: Path) -> 
     assert open_prepared(first.storage.location(again.data), data.parent).digest == before.resolved.data_digest
 
 
+def test_a_later_attempt_does_not_take_a_folder_with_something_else(data: Path) -> None:
+    first = attempt(data)
+    before = prepare(first)
+    manifest = Path(first.storage.location(before.data).path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(before.resolved.data_digest, "sha256:" + "0" * 64))
+    facts = first.own.read_json(PREPARED_FACTS)
+    assert facts is not None
+    assert not data_cache.is_there(first.storage, before.data, facts["digest"])
+    assert prepare(attempt(data, number=2)).resolved.data_digest != before.resolved.data_digest
+
+
 def test_bad_data_leaves_no_facts(data: Path) -> None:
     data.write_text('{"messages": []}\n')
     refused = attempt(data)

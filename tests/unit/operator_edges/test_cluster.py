@@ -15,7 +15,6 @@ from aiohttp import web
 from finetune_api.report import Report
 from finetune_api.status import Condition, Status
 from finetune_operator.cluster import REPORT_BYTES, ApiError, KubernetesCluster, connect, event_manifest
-from finetune_operator.kinds import required_lease_rules, required_rules
 from finetune_operator.observed import Pod
 from finetune_operator.port import Conflict, Event, JobKey, Refused
 
@@ -391,17 +390,3 @@ async def test_login_is_what_kopf_needs(cluster: KubernetesCluster, server: Fake
     login = await cluster.login()
     assert login["server"] == f"http://127.0.0.1:{server.port}"
     assert (login["scheme"], login["token"]) == ("Bearer", "secret-token")
-
-
-def test_rules_have_no_wildcard_and_never_read_secrets() -> None:
-    rules = required_rules() + required_lease_rules()
-    assert not [rule for rule in rules if "*" in str(rule)]
-    verbs = {resource: set(rule["verbs"]) for rule in rules for resource in rule["resources"]}
-    assert verbs["secrets"] == {"create", "delete"}
-    assert verbs["finetunejobs"] == {"get", "list", "watch", "delete"}
-    assert verbs["pods"] == {"get", "list", "watch", "create", "delete"}
-    assert verbs["finetunejobs/status"] == {"update"}
-    assert verbs["leases"] == {"get", "create", "update"}
-    groups = {resource: rule["apiGroups"] for rule in rules for resource in rule["resources"]}
-    assert groups["pods"] == [""]
-    assert groups["networkpolicies"] == ["networking.k8s.io"]

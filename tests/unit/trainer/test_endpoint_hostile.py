@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import tenacity
+from endpoint_site import KEY, PROMPTS, Site
 from fake_endpoint import FakeEndpoint, chat, completion, echo
-from test_endpoint import KEY, PROMPTS, Site, ask, failure
+from test_endpoint import ask, failure
 from tiny_models import byte_tokenizer
 
 from finetune_api.reasons import Reason

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import tenacity
+from endpoint_site import Site
 from fake_endpoint import FakeEndpoint, completion, echo
-from test_endpoint import Site
 from tiny_models import byte_tokenizer
 
 from finetune_api.v1alpha1 import Endpoint

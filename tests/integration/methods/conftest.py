@@ -9,6 +9,8 @@ import torch
 from tests.unit.docs.markdown import ROOT
 
 ROWS = {"train": 48, "validation": 8, "test": 8, "preference": 330}
+FEW = 24
+"""Preferences of the table: enough to learn them by heart."""
 _table = pytest.StashKey[list[tuple[str, ...]]]()
 
 
@@ -31,6 +33,8 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in ROWS.items():
         rows = (ROOT / f"examples/data/support/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (data / f"{name}.jsonl").write_text("".join(rows[:count]), encoding="utf-8")
+        if name == "preference":
+            (data / "few-preferences.jsonl").write_text("".join(rows[:FEW]), encoding="utf-8")
     return root
 
 

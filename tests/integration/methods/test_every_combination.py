@@ -33,8 +33,6 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "pTuning": ({"pTuning": {"numVirtualTokens": 8}}, 1e-2),
 }
 """The methods and their learning rates."""
-CALM = {"lora": 5e-4, "rslora": 5e-4, "dora": 5e-4}
-"""Learning rates for preferences, whose loss grows with the length of the answers: with more it goes up and down, and its end is chance."""
 _TEACHER = {"teacher": {"source": "pvc://quickstart/out/lora/merged"}}
 OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
     "sft": ({"sft": {}}, 0.95),
@@ -62,16 +60,14 @@ _TRAINING = {"epochs": 4, "globalBatchSize": 4, "maxSequenceLength": 256, "preci
 
 def _spec(method: str, objective: str, storage: str) -> dict[str, Any]:
     data: dict[str, Any] = {name: {"configMap": {"name": "support-data", "key": f"{name}.jsonl"}} for name in ("train", "validation")}
-    rate = METHODS[method][1]
     if objective == "dpo":
-        data = {"train": {"configMap": {"name": "support-data", "key": "preference.jsonl"}}, "validation": {"fraction": 0.25}}
-        rate = CALM.get(method, rate)
+        data = {"train": {"configMap": {"name": "support-data", "key": "few-preferences.jsonl"}}, "validation": {"fraction": 0.25}}
     return {
         "model": {"source": "pvc://quickstart/models/tiny-llama"},
         "data": data,
         "method": METHODS[method][0],
         "objective": OBJECTIVES[objective][0],
-        "training": {**_TRAINING, "learningRate": rate},
+        "training": {**_TRAINING, "learningRate": METHODS[method][1]},
         "checkpoint": {"everySteps": 3, "keep": 1},
         "output": {"storage": storage},
     }

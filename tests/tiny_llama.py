@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def make_tiny_llama(folder: Path, *, width: int = 32, layers: int = 2, seed: int = 0) -> Path:
+def make_tiny_llama(folder: Path, *, width: int = 32, layers: int = 2, seed: int = 0, tied: bool = False) -> Path:
     """Write model and tokenizer as transformers loads them. The vocabulary is the 256 bytes and four special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -27,7 +27,7 @@ def make_tiny_llama(folder: Path, *, width: int = 32, layers: int = 2, seed: int
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

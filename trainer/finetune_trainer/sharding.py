@@ -57,12 +57,7 @@ class _Sending:
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         self._device = device
-        numbers: dict[int, int] = {}
-        self._numbers = {
-            (id(owner), name): numbers.setdefault(id(parameter), len(numbers))
-            for owner in module.modules()
-            for name, parameter in owner._parameters.items()
-        }
+        self._numbers = _agreed_numbers(module, device)
         self._parameters: dict[int, torch.nn.Parameter] = {}
         self._buffers: set[tuple[int, str]] = set()
         self._formats = _agreed_formats(module, device)
@@ -88,6 +83,25 @@ class _Sending:
     def forget(self) -> None:
         """Let go of what was sent: it has been split."""
         self._parameters.clear()
+
+
+def _agreed_numbers(module: torch.nn.Module, device: torch.device) -> dict[tuple[int, str], int]:
+    """A number for each parameter of rank 0; tied ones have the same.
+
+    Without weights a model is tied as its configuration says; with weights that differ it is not.
+    """
+    import torch.distributed as dist
+
+    first: dict[int, int] = {}
+    places = {
+        (id(owner), name): first.setdefault(id(parameter), len(first))
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    }
+    numbers = torch.tensor(list(places.values()), dtype=torch.int64, device=device)
+    dist.broadcast(numbers, src=0)
+    return dict(zip(places, numbers.tolist(), strict=True))
 
 
 def _agreed_formats(module: torch.nn.Module, device: torch.device) -> dict[tuple[int, str], torch.dtype]:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from tests.sharded import Run, start
 from tests.tiny_llama import make_tiny_llama
 from tests.unit.trainer_run.test_loop import manifest_with
-from transformers import AutoModelForCausalLM
 
 SETTINGS: dict[str, Any] = {"globalBatchSize": 4, "microBatchSize": 1, "packing": False, "epochs": 1, "precision": "float32"}
 """30 examples: 8 steps of four rows, the last one of two, so that with three workers one is idle."""
@@ -20,12 +19,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its output layer is its embeddings, which must stay one tensor."""
-    folder = make_tiny_llama(tmp_path_factory.mktemp("model"), width=16)
-    tied = AutoModelForCausalLM.from_pretrained(folder)
-    tied.config.tie_word_embeddings = True
-    tied.tie_weights()
-    tied.save_pretrained(folder)
-    return folder
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), width=16, tied=True)
 
 
 def run(
@@ -81,6 +75,18 @@ def test_each_worker_holds_a_part_and_all_is_as_in_one_process(
     same_end(tmp_path, folder, method)
     saved = sorted(path.name for path in (tmp_path / "checkpoints" / "step-00000008").glob("model*"))
     assert saved == [f"model-{rank:05d}-of-{world:05d}.safetensors" for rank in range(1, world + 1)]
+
+
+def test_weights_that_differ_are_not_tied_whatever_the_configuration_says(tmp_path: Path) -> None:
+    """The worker with the weights finds out; the one without must follow it."""
+    wrong = make_tiny_llama(tmp_path / "model", width=16)
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    losses, norms = run(wrong, tmp_path / "alone", 1, sharded=False)
+    own_losses, own_norms = run(wrong, tmp_path / "sharded", 2, sharded=True)
+    assert own_losses == pytest.approx(losses, abs=TOLERANCE)
+    assert own_norms == pytest.approx(norms, abs=TOLERANCE)
+    same_end(tmp_path / "sharded", tmp_path / "alone", "full")
 
 
 def test_a_checkpoint_is_for_any_number_of_workers(model: Path, tmp_path: Path, full: Alone) -> None:

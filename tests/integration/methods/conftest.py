@@ -23,7 +23,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The claim `quickstart` with the tiny model, and the ConfigMap `support-data` with the first rows of each file."""
     root = tmp_path_factory.mktemp("volumes")

@@ -19,6 +19,7 @@ from finetune_operator.manifest import read_manifests
 TEACHER = ROOT / "examples/methods/lora.yaml"
 EXAMPLES = sorted([*(ROOT / "examples/methods").glob("*.yaml"), *(ROOT / "examples/objectives").glob("*.yaml")])
 ENDPOINT_KEY = "an-endpoints-key"
+TEACHER_UID = "teacher-of-the-examples"
 LOADS = """
 import sys, json, importlib, pathlib
 base, folder, prompt = sys.argv[1:]
@@ -77,7 +78,7 @@ def endpoint() -> Iterator[str]:
 def taught(volumes: Path) -> Path:
     """The claim after examples/methods/lora.yaml has run, whose merged model is the teacher of the distillation examples."""
     with pytest.MonkeyPatch.context() as patch:
-        run_job(_job(TEACHER, uid="teacher"), volumes, patch)
+        run_job(_job(TEACHER, uid=TEACHER_UID), volumes, patch)
     return volumes
 
 
@@ -86,7 +87,7 @@ def _job(path: Path, uid: str, **teacher: str) -> Any:
     manifest["metadata"]["uid"] = uid
     if teacher:
         manifest["spec"]["objective"]["distillation"]["teacher"]["endpoint"] |= teacher
-    if uid != "teacher":
+    if uid != TEACHER_UID:
         manifest["spec"]["output"]["storage"] += "-again"
     return parse_job(manifest, local=True)
 

@@ -240,8 +240,9 @@ def test_two_active_adapters_stand_one_after_the_other() -> None:
 
 def test_it_cannot_be_merged() -> None:
     model = get_peft_model(tiny(), config())
-    with pytest.raises(ValueError, match="cannot be merged: it is not linear"):
-        model.merge_and_unload()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged: it is not linear"):
+            merge()
 
 
 def test_it_loads_without_making_weights_first(tmp_path: Path) -> None:

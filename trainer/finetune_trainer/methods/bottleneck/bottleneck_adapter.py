@@ -143,10 +143,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             hidden = hidden + up(NON_LINEARITIES[self.bottleneck_non_linearity[name]](down(states))).to(dtype)
         return hidden
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """A function that is not linear cannot be worked into the weights."""
-        raise NotImplementedError("a bottleneck adapter cannot be merged: it is not linear")
-
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 
@@ -189,6 +185,7 @@ class BottleneckModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
+        """PEFT asks before it merges in any way: what is not linear cannot be worked into the weights."""
         raise ValueError("a bottleneck adapter cannot be merged: it is not linear")
 
 

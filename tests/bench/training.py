@@ -103,7 +103,7 @@ def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
     from finetune_api.v1alpha1 import parse_job
     from finetune_trainer import loop
     from finetune_trainer.data.prepare import prepare_data
-    from finetune_trainer.model import check_model
+    from finetune_trainer.model import inspect_model
     from finetune_trainer.model_files import fetch_model
     from finetune_trainer.placement import placed
     from finetune_trainer.progress import WorkerProgress
@@ -129,7 +129,7 @@ def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
     job = parse_job(manifest, local=True)
     mounts = Mounts(own, local=True)
     files = fetch_model(job.spec.model, mounts, own / "cache", weights=True)
-    data = prepare_data(job, check_model(files, job), mounts, None)
+    data = prepare_data(job, inspect_model(files, job).tokenizer, mounts, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     class Clock:

@@ -175,11 +175,6 @@ class Inspected:
     summary: ModelSummary
 
 
-def check_model(files: ModelFiles, job: FineTuneJob) -> "PreTrainedTokenizerBase":
-    """`inspect_model` for those who only need the tokenizer."""
-    return inspect_model(files, job).tokenizer
-
-
 def inspect_model(files: ModelFiles, job: FineTuneJob) -> Inspected:
     """Check on the head, from configuration, tokenizer and file list alone, that the model can be loaded and the method fits it.
 

@@ -14,7 +14,7 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, ModelSource, parse_job
 from finetune_trainer.errors import JobError
 from finetune_trainer.methods.method import trained_state
-from finetune_trainer.model import check_model, load_model, longest_example, precision_for
+from finetune_trainer.model import inspect_model, load_model, longest_example, precision_for
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.sources import Mounts
 
@@ -165,7 +165,7 @@ def no_tokenizer(folder: Path) -> None:
 def test_models_that_the_head_refuses(tmp_path: Path, folder: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(folder)
     with pytest.raises(JobError, match=message) as caught:
-        check_model(fetch(tmp_path, weights=False), job())
+        inspect_model(fetch(tmp_path, weights=False), job())
     assert caught.value.reason == Reason.MODEL_INVALID
     assert not (folder / "canary").exists()
 
@@ -174,7 +174,7 @@ def test_models_that_the_head_refuses(tmp_path: Path, folder: Path, spoil: Calla
 def test_the_attention_that_a_model_asks_for_is_not_taken(tmp_path: Path, folder: Path, attention: str) -> None:
     edit(folder / "config.json", attn_implementation=attention)
     files = fetch(tmp_path)
-    check_model(files, job())
+    inspect_model(files, job())
     assert load_model(files, job(), CPU).layout == "flat"
 
 
@@ -188,13 +188,13 @@ def test_weights_whose_shapes_are_not_their_sizes(tmp_path: Path, folder: Path) 
 
 def test_the_head_checks_the_method_too(model_files: ModelFiles) -> None:
     with pytest.raises(JobError, match="no module is called query"):
-        check_model(model_files, job(method={"lora": {"targetModules": ["query"]}}))
+        inspect_model(model_files, job(method={"lora": {"targetModules": ["query"]}}))
 
 
 def test_the_head_needs_no_weights(tmp_path: Path, folder: Path) -> None:
     files = fetch(tmp_path, weights=False)
     (folder / "model.safetensors").unlink()
-    assert len(check_model(files, job())) == 259
+    assert len(inspect_model(files, job()).tokenizer) == 259
     assert longest_example(files) == 128
 
 

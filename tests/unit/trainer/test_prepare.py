@@ -14,7 +14,7 @@ from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.prepare import inputs_of, prepare_data, write_data
 from finetune_trainer.data.rows import Place, Row
 from finetune_trainer.errors import JobError
-from finetune_trainer.model import check_model, longest_example
+from finetune_trainer.model import inspect_model, longest_example
 from finetune_trainer.model_files import fetch_model
 from finetune_trainer.sources import Mounts
 
@@ -251,7 +251,7 @@ def test_the_quickstarts_model_and_data() -> None:
     spec = parse_job(job_manifest(model={"source": f"file://{examples}/models/tiny-llama"}, data=splits), local=True)
     mounts = Mounts(Path("/nowhere"), local=True)
     files = fetch_model(spec.spec.model, mounts, Path("/nowhere"), weights=False)
-    tokenizer = check_model(files, spec)
+    tokenizer = inspect_model(files, spec).tokenizer
     prepared = prepare_data(spec, tokenizer, mounts, longest_example(files))
     assert prepared.rejected == 0
     for split, examples_of_split in prepared.splits().items():

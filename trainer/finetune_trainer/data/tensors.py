@@ -54,16 +54,6 @@ class MicroBatch:
         """Number of labels."""
         return len(self.label_positions)
 
-    def token_positions(self) -> torch.Tensor:
-        """[N]: where in the flattened input_ids the examples' tokens stand, example after example; padding left out."""
-        if self.layout == "flat":
-            return torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        width = self.input_ids.shape[1]
-        starts = range(0, width * len(self.document_lengths), width)
-        return torch.cat([torch.arange(start, start + length) for start, length in zip(starts, self.document_lengths, strict=True)]).to(
-            self.input_ids.device
-        )
-
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on another device, copied without waiting."""
         names = ("input_ids", "targets", "position_ids", "label_positions")

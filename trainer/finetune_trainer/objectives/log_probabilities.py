@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives.linear_score import CHUNK
+from finetune_trainer.objectives.linear_score import chunks
 
 
 def example_log_probabilities(model: CausalModel, batch: MicroBatch) -> torch.Tensor:
@@ -111,8 +111,7 @@ def _chunks(
 ) -> "list[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]":
     """Some rows at a time, and the output layer, in the number format of the products."""
     rows, matrix, offset = hidden.to(precision), weight.to(precision), None if bias is None else bias.to(precision)
-    parts = [slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK)]
-    return [(part, rows[part], matrix, offset) for part in parts]
+    return [(part, rows[part], matrix, offset) for part in chunks(len(hidden), len(weight))]
 
 
 def _slope(logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

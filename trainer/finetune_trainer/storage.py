@@ -80,7 +80,18 @@ class Storage:
 
     def write_json(self, name: str, value: object) -> None:
         """Replace a file whole: a reader sees the old one or the new one."""
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        self.write_text(name, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def read_text(self, name: str) -> str | None:
+        """A file of text; None where it is absent. Raises ValueError where it is not UTF-8."""
+        with storage_errors(self.locate(name)):
+            try:
+                return str(self.fs.cat_file(self._path(name)), "utf-8")
+            except FileNotFoundError:
+                return None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file whole: a reader sees the old one or the new one."""
         with storage_errors(self.locate(name)):
             if not self.is_local:
                 self.fs.pipe_file(self._path(name), text.encode())
@@ -95,6 +106,16 @@ class Storage:
             finally:
                 aside.unlink(missing_ok=True)
             _flush(target.parent)
+
+    def files(self, name: str = "") -> list[str]:
+        """Names of the files directly below, sorted; those that are being written left out."""
+        with storage_errors(self.locate(name)):
+            path = self._path(name)
+            self.fs.invalidate_cache()
+            if not self.fs.exists(path):
+                return []
+            found = (PurePosixPath(entry["name"]).name for entry in self.fs.ls(path, detail=True) if entry["type"] == "file")
+            return sorted(each for each in found if not each.startswith("."))
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:

@@ -227,3 +227,14 @@ def test_a_shelf_that_is_full_says_where() -> None:
         with pytest.raises(JobError, match=r"of the head, not output\.storage: no space is left") as caught:
             shelf.put(b"a", b"one")
     assert caught.value.reason == Reason.STORAGE_FULL
+
+
+def test_a_text_is_replaced_whole_and_found_by_its_name(storage: Storage) -> None:
+    assert storage.read_text("answers/a.jsonl") is None
+    assert storage.files("answers") == []
+    storage.write_text("answers/a.jsonl", '{"text": "één"}\n')
+    storage.write_text("answers/a.jsonl", '{"text": "zwei"}\n')
+    storage.write_text("answers/b/c.jsonl", "")
+    assert storage.read_text("answers/a.jsonl") == '{"text": "zwei"}\n'
+    assert storage.files("answers") == ["a.jsonl"]
+    assert storage.folders("answers") == ["b"]

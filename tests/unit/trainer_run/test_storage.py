@@ -232,6 +232,7 @@ def test_a_shelf_that_is_full_says_where() -> None:
 def test_a_text_is_replaced_whole_and_found_by_its_name(storage: Storage) -> None:
     assert storage.read_text("answers/a.jsonl") is None
     assert storage.files("answers") == []
+    storage.fs.makedirs(storage.location("answers/b").path, exist_ok=True)  # arrow's local files ask for what a bucket does not
     storage.write_text("answers/a.jsonl", '{"text": "één"}\n')
     storage.write_text("answers/a.jsonl", '{"text": "zwei"}\n')
     storage.write_text("answers/b/c.jsonl", "")

@@ -7,28 +7,14 @@ A candidate is what is measured: `baseline` (the untuned model, asked as the dat
 (the model as it was after that step).
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+
+from finetune_trainer.data.cases import Case, read, written
+
+__all__ = ["BASELINE", "Answered", "Case", "read", "written"]
 
 BASELINE = "baseline"
 """The candidate that others are compared with."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One example of a suite, as it is asked: a plain prompt, or the conversation before the answer."""
-
-    id: str
-    """Stable within the suite."""
-    reference: str
-    """The golden answer; empty where there is none, as in plain text."""
-    prompt: str | None = None
-    messages: tuple[Mapping[str, Any], ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
-    place: str = ""
-    """File and line, for a message."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +30,3 @@ class Answered:
     """Tokens of the reference; 0 where its loss was not measured."""
     correct: int = 0
     """Tokens of the reference that it found the most probable in their place."""
-
-
-Value = TypeVar("Value", Case, Answered)
-
-
-def written(values: Iterable[Case | Answered]) -> Iterator[str]:
-    """A line of JSON for each, with its end."""
-    for value in values:
-        yield json.dumps({name: item for name, item in asdict(value).items() if item not in (None, (), [])}, ensure_ascii=False) + "\n"
-
-
-def read(lines: Iterable[str], kind: type[Value]) -> Iterator[Value]:
-    """The values of such lines. Raises ValueError, TypeError or KeyError where they are not."""
-    known = {field.name for field in fields(kind)}
-    for line in lines:
-        found = {name: tuple(item) if isinstance(item, list) else item for name, item in json.loads(line).items() if name in known}
-        yield kind(**found)

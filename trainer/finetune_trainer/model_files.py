@@ -94,6 +94,36 @@ def _from_hub(source: ModelSource, revision: str | None, token: str | None, cach
     return ModelFiles(Path(folder), BaseModel(name, commit, _dtype(Path(folder))), commit, _matching(names, WEIGHTS))
 
 
+def fetch_below(source: ModelSource, mounts: Mounts, cache: Path, files: ModelFiles, name: str) -> Path:
+    """One file of a folder below the model's own, such as `1_Pooling/config.json`, beside those that `fetch_model` has brought.
+
+    Raises JobError (ModelInvalid) where it is not there, and as fetch_model does.
+    """
+    uri, target = f"{source.source}/{name}", files.folder / name
+    secret = source.secret_ref.name if source.secret_ref else None
+    try:
+        if source.source.startswith("hf://"):
+            from huggingface_hub import hf_hub_download
+
+            # The same folder as the model's: it is the commit's.
+            repository, folder = source.source.removeprefix("hf://"), None if mounts.local else cache / "hub"
+            access: str | bool = hub_token(mounts, secret) or False
+            return Path(patiently(lambda: hf_hub_download(repository, name, revision=files.revision, token=access, cache_dir=folder)))
+        place = resolve(uri, mounts, secret)
+        if (local := place.local_path()) is not None:
+            if not local.is_file():
+                raise FileNotFoundError(uri)
+            return local
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.part")
+            patiently(lambda: place.filesystem.get_file(place.path, str(aside)))
+            aside.rename(target)
+    except Exception as error:
+        raise explained(error, uri, Reason.MODEL_INVALID) from error
+    return target
+
+
 def _with_revision(uri: str, revision: str | None) -> str:
     return f"{uri} at {revision}" if revision else uri
 

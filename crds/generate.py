@@ -96,9 +96,10 @@ def _section(path: str, schema: dict[str, Any]) -> list[str]:
     if rules:
         lines += ["Rules:", "", *(f"- {message}" for message in rules), ""]
     for name, field in fields.items():
-        inner = field.get("items", field)
+        inner = field.get("items") or field.get("additionalProperties") or field
+        mark = "[]" if "items" in field else ".*" if "additionalProperties" in field else ""
         if "properties" in inner:
-            lines += _section(f"{path}.{name}" + ("[]" if "items" in field else ""), inner)
+            lines += _section(f"{path}.{name}{mark}", inner)
     return lines
 
 
@@ -129,6 +130,8 @@ def _default(schema: dict[str, Any]) -> str:
 def _type(schema: dict[str, Any]) -> str:
     if schema.get("x-kubernetes-int-or-string"):
         return "integer or string"
+    if schema.get("x-kubernetes-preserve-unknown-fields"):
+        return "number, string or boolean"
     if "items" in schema:
         return f"list of {_type(schema['items'])}"
     if "additionalProperties" in schema:

@@ -141,7 +141,9 @@ _COPIED = (
     "maxItems",
     "maxProperties",
     "required",
+    "oneOf",
     "x-kubernetes-int-or-string",
+    "x-kubernetes-preserve-unknown-fields",
     "x-kubernetes-list-type",
     "x-kubernetes-list-map-keys",
 )

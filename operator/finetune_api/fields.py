@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Protocol, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -93,6 +93,27 @@ def check_distinct(items: tuple[str, ...]) -> tuple[str, ...]:
     return items
 
 
+class Named(Protocol):
+    """What has a name."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+
+
+_Named = TypeVar("_Named", bound=Named)
+
+
+def check_names_distinct(items: tuple[_Named, ...]) -> tuple[_Named, ...]:
+    """The items of a list of type `map`, where each name stands once. Raises ValueError."""
+    check(len({item.name for item in items}) == len(items), "every name must stand once")
+    return items
+
+
+BY_NAME: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+"""The `json_schema_extra` of a list whose items have a name each."""
+
+
 def model_in(annotation: object) -> type[BaseModel] | None:
     """The model inside an annotation such as `Model | None` or `tuple[Model, ...]`; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -142,6 +163,10 @@ SubsetName = _text(
     r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", 128, "a subset's name (letters, digits, _, ., + and -; quote one that reads as a number)"
 )
 ServedModel = _text(r"^[^\x00-\x1f]+$", 253, "a model's name, without control characters")
+ShortName = _text(LABEL_PATTERN, 32, "a short name (lower-case letters, digits and inner hyphens)")
+MetricName = _text(rf"^{_LABEL}/[A-Za-z0-9_.-]+$", 97, "a metric's name: suite/metric, such as task/exactMatch")
+Template = Annotated[str, Field(min_length=1, max_length=8192)]
+"""Words for a model, in which some {words} stand for what is put there."""
 LabelKey = _text(rf"^({_SUBDOMAIN}/)?{_WORD}$", 317, "a label's key: name, or domain/name with a name of at most 63 characters")
 LabelValue = _text(rf"^({_WORD})?$", 63, "a label's value (a string of letters, digits, inner -, _ and .)", least=0)
 ResourceName = _text(RESOURCE_PATTERN, 317, "cpu, memory, ephemeral-storage, hugepages-SIZE or a device such as nvidia.com/gpu")
@@ -158,7 +183,9 @@ _HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _S3 = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]{_PATH}"
 _PVC = rf"pvc://{_SUBDOMAIN}{_PATH}"
 MODEL_URI = rf"^(hf://{_HUB_NAME}|{_S3}|{_PVC})$"
-DATA_URI = rf"^(hf://datasets/{_HUB_NAME}{_PATH}|{_S3}|{_PVC})$"
+_DATA = rf"hf://datasets/{_HUB_NAME}{_PATH}|{_S3}|{_PVC}"
+DATA_URI = rf"^({_DATA})$"
+SUITE_SOURCE = rf"^(test|validation|{_DATA})$"
 STORAGE_URI = rf"^({_S3}|{_PVC})$"
 FILE_URI = r"^file://[^\x00-\x1f:]+$"
 _HOST_LABEL = "[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?"
@@ -191,5 +218,6 @@ def _uri(pattern: str, forms: str) -> Any:  # noqa: ANN401 - an annotation
 
 ModelUri = _uri(MODEL_URI, "hf://owner/name, s3://bucket/path or pvc://claim/path")
 DataUri = _uri(DATA_URI, "hf://datasets/owner/name/path, s3://bucket/path or pvc://claim/path")
+SuiteSource = _uri(SUITE_SOURCE, "test, validation, hf://datasets/owner/name/path, s3://bucket/path or pvc://claim/path")
 StorageUri = _uri(STORAGE_URI, "s3://bucket/path or pvc://claim/path")
 EndpointUrl = _text(ENDPOINT_URL, URI_MAX, "http://host/path or https://host/path, without credentials, query or fragment")

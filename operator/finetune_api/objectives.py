@@ -5,10 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune_api.fields import (
-    EndpointUrl,
     ModelUri,
     Revision,
-    ServedModel,
     SpecModel,
     check,
     check_distinct,
@@ -17,7 +15,15 @@ from finetune_api.fields import (
     rule,
     rules,
 )
-from finetune_api.sources import REVISION_NEEDS_HUB, SECRET_NEEDS_REMOTE, ModelSource, SecretReference, check_revision, check_secret
+from finetune_api.sources import (
+    REVISION_NEEDS_HUB,
+    SECRET_NEEDS_REMOTE,
+    Endpoint,
+    ModelSource,
+    SecretReference,
+    check_revision,
+    check_secret,
+)
 
 LossOn = Literal["completion", "assistant", "all"]
 
@@ -27,25 +33,6 @@ class SftObjective(SpecModel):
 
     loss_on: LossOn = "completion"
     """Tokens that count: the completion (of a conversation, its last assistant turn), every assistant turn, or all."""
-
-
-class Endpoint(SpecModel):
-    """A served model that answers as OpenAI's API does (vLLM, llama.cpp, most hosted services)."""
-
-    url: EndpointUrl
-    """Base address, to which /chat/completions is added: https://models.example.com/v1."""
-    model: ServedModel
-    """Name of the model in its requests."""
-    secret_ref: SecretReference | None = None
-    """Secret with the key `token`, which is sent as a bearer token; absent sends none."""
-    max_tokens: Annotated[int, Field(ge=1, le=65536)] = 512
-    """Longest answer in tokens."""
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    """Temperature that answers are sampled at; 0 takes the most probable token."""
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    """Most probable tokens at each place whose probabilities are learned from too; 0 learns from the text alone."""
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
-    """Requests at a time."""
 
 
 class Teacher(SpecModel):

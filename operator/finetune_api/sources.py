@@ -1,10 +1,29 @@
-"""Where the model comes from, where the results go, and which Secrets open them."""
+"""Where models and data come from, who serves a model, where the results go, and which Secrets open them."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from finetune_api.fields import ModelUri, ObjectName, Revision, SpecModel, StorageUri, check, check_distinct, rule, rules
+from finetune_api.fields import (
+    ConfigMapKey,
+    DataUri,
+    EndpointUrl,
+    ModelUri,
+    ObjectName,
+    Revision,
+    ServedModel,
+    SpecModel,
+    SplitName,
+    StorageUri,
+    SubsetName,
+    check,
+    check_distinct,
+    check_exactly_one,
+    exactly_one,
+    rule,
+    rules,
+)
 from finetune_api.status import ArtifactKind
 
 
@@ -36,6 +55,29 @@ def check_revision(revision: str | None, source: str | None) -> None:
     check(revision is None or (source or "").startswith("hf://"), REVISION_NEEDS_HUB["message"])
 
 
+class ModelReference(SpecModel):
+    """A model beside the one that is tuned, in safetensors, with its tokenizer."""
+
+    model_config = ConfigDict(json_schema_extra=rules(REVISION_NEEDS_HUB, SECRET_NEEDS_REMOTE))
+
+    source: ModelUri
+    """Where the model is: hf://owner/name, pvc://claim/path or s3://bucket/path. Local runs also take file://path."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub model."""
+    secret_ref: SecretReference | None = None
+    """Secret with the key `token` (hub), or `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
+
+    @model_validator(mode="after")
+    def _fits_source(self) -> Self:
+        check_revision(self.revision, self.source)
+        check_secret(self.secret_ref, self.source)
+        return self
+
+    def model_source(self) -> "ModelSource":
+        """The same as a model to load."""
+        return ModelSource.model_construct(source=self.source, revision=self.revision, secret_ref=self.secret_ref)
+
+
 class ModelSource(SpecModel):
     """The base model, in safetensors, with its tokenizer."""
 
@@ -60,6 +102,70 @@ class ModelSource(SpecModel):
         check_revision(self.revision, self.source)
         check_secret(self.secret_ref, self.source)
         return self
+
+
+class ConfigMapSource(SpecModel):
+    """One key of a ConfigMap in the job's namespace."""
+
+    name: ObjectName
+    """Name of the ConfigMap."""
+    key: ConfigMapKey
+    """Key that holds the file; its ending (.jsonl, .json, .csv, .parquet) tells the file's form."""
+
+
+_HUB_DATA_SET = "^hf://datasets/[^/]+/[^/]+/?$"
+SPLIT_NEEDS_HUB = rule(
+    f"(!has(self.split) && !has(self.subset)) || (has(self.source) && self.source.matches('{_HUB_DATA_SET}'))",
+    "split and subset go with a source hf://datasets/owner/name, without a path",
+)
+
+
+def check_split(split: str | None, subset: str | None, source: str | None) -> None:
+    """SPLIT_NEEDS_HUB in Python. Raises ValueError."""
+    check((split is None and subset is None) or re.fullmatch(_HUB_DATA_SET, source or "") is not None, SPLIT_NEEDS_HUB["message"])
+
+
+class DataSource(SpecModel):
+    """One file, or one folder of files of one form. Exactly one of source and configMap."""
+
+    model_config = ConfigDict(json_schema_extra=rules(exactly_one("source", "configMap"), SECRET_NEEDS_REMOTE, SPLIT_NEEDS_HUB))
+
+    source: DataUri | None = None
+    """Where the data is: pvc://claim/path, s3://bucket/path or hf://datasets/owner/name/path. Local runs also take file://path."""
+    config_map: ConfigMapSource | None = None
+    """Data that stands in a ConfigMap."""
+    split: SplitName | None = None
+    """Split of a hub data set, such as train; it is read by its name, whatever its files are."""
+    subset: SubsetName | None = None
+    """Subset (configuration) of a hub data set."""
+    secret_ref: SecretReference | None = None
+    """Secret with the key `token` (hub), or `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        check_exactly_one(self, "source", "configMap")
+        check_secret(self.secret_ref, self.source)
+        check_split(self.split, self.subset, self.source)
+        return self
+
+
+class Endpoint(SpecModel):
+    """A served model that answers as OpenAI's API does (vLLM, llama.cpp, most hosted services)."""
+
+    url: EndpointUrl
+    """Base address, to which /chat/completions is added: https://models.example.com/v1."""
+    model: ServedModel
+    """Name of the model in its requests."""
+    secret_ref: SecretReference | None = None
+    """Secret with the key `token`, which is sent as a bearer token; absent sends none."""
+    max_tokens: Annotated[int, Field(ge=1, le=65536)] = 512
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Temperature that answers are sampled at; 0 takes the most probable token."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    """Most probable tokens at each place whose probabilities are learned from too; 0 learns from the text alone."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Requests at a time."""
 
 
 _SECRET_NEEDS_S3 = rule("!has(self.secretRef) || self.storage.startsWith('s3://')", "secretRef goes with an s3:// storage")

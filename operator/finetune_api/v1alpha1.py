@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from finetune_api import JOB_NAME_MAX
+from finetune_api.baseline import BaselinePlan
 from finetune_api.compute import Compute, Toleration, Workers
-from finetune_api.data import ConfigMapSource, Data, DataSource, ValidationSource
+from finetune_api.data import Data, HeldOutSource
+from finetune_api.evaluation import EvaluationPlan, Gate, Suite
 from finetune_api.fields import LABEL_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, model_in, rule, rules
+from finetune_api.loop_rules import LOOP_RULES
 from finetune_api.methods import (
     WHOLE_MODEL_METHODS,
     AdapterMethod,
@@ -31,7 +34,6 @@ from finetune_api.methods import (
 from finetune_api.objectives import (
     DistillationObjective,
     DpoObjective,
-    Endpoint,
     FeatureForm,
     LayerPair,
     Objective,
@@ -40,46 +42,60 @@ from finetune_api.objectives import (
     SftObjective,
     Teacher,
 )
-from finetune_api.sources import ModelSource, Output, SecretReference
+from finetune_api.preparation import ContentPoints, Generator, KnowledgeBase, Preparation, Questions, Retriever
+from finetune_api.search import SearchPlan
+from finetune_api.sources import ConfigMapSource, DataSource, Endpoint, ModelReference, ModelSource, Output, SecretReference
 from finetune_api.status import ArtifactKind, Status
 from finetune_api.training import Checkpoint, EarlyStopping, Training
 
 __all__ = [
     "AdapterMethod",
     "ArtifactKind",
+    "BaselinePlan",
     "Checkpoint",
     "Compute",
     "ConfigMapSource",
+    "ContentPoints",
     "Data",
     "DataSource",
     "DistillationObjective",
     "DpoObjective",
     "EarlyStopping",
     "Endpoint",
+    "EvaluationPlan",
     "FeatureForm",
     "FineTuneJob",
     "FreezeMethod",
     "FullMethod",
+    "Gate",
+    "Generator",
+    "HeldOutSource",
     "Ia3Method",
+    "KnowledgeBase",
     "LayerPair",
     "LoraMethod",
     "Method",
+    "ModelReference",
     "ModelSource",
     "ObjectMeta",
     "Objective",
     "Output",
     "PTuningMethod",
     "PrefixTuningMethod",
+    "Preparation",
     "PromptTuningMethod",
+    "Questions",
     "RelationForm",
     "ResponseForm",
+    "Retriever",
+    "SearchPlan",
     "SecretReference",
     "SftObjective",
     "Spec",
+    "Suite",
     "Teacher",
     "Toleration",
     "Training",
-    "ValidationSource",
     "Workers",
     "parse_job",
 ]
@@ -88,6 +104,14 @@ __all__ = [
 def _immutable(*names: str) -> list[dict[str, str]]:
     """A spec says what ran, so it does not change; only what steers the run does."""
     return [rule(f"self.{name} == oldSelf.{name}", f"{name} is immutable") for name in names]
+
+
+def _immutable_where_set(*names: str) -> list[dict[str, str]]:
+    """The same for fields that a spec may be without."""
+    return [
+        rule(f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})", f"{name} is immutable")
+        for name in names
+    ]
 
 
 _A_SEQUENCE_FOR_EACH_WORKER = rule(
@@ -147,7 +171,8 @@ class Spec(SpecModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             *_immutable("model", "data", "method", "objective", "training", "checkpoint", "compute", "output"),
-            *_immutable("backoffLimit"),
+            *_immutable("evaluation", "backoffLimit"),
+            *_immutable_where_set("baseline", "search"),
             rule("self.preRunningDeadlineSeconds >= oldSelf.preRunningDeadlineSeconds", "preRunningDeadlineSeconds can only be raised"),
             _A_SEQUENCE_FOR_EACH_WORKER,
             _QUANTIZED_NEEDS_GPU,
@@ -158,6 +183,7 @@ class Spec(SpecModel):
             _DPO_NEEDS_PREFERENCES,
             _EXAMPLES_NEED_PACKING,
             *_ARTIFACTS_FIT_METHOD,
+            *(rule(entry.cel, entry.message) for entry in LOOP_RULES),
             rule(
                 "!has(self.activeDeadlineSeconds) || "
                 "(has(oldSelf.activeDeadlineSeconds) && self.activeDeadlineSeconds >= oldSelf.activeDeadlineSeconds)",
@@ -180,6 +206,12 @@ class Spec(SpecModel):
     """How often the state of the training is saved."""
     compute: Compute = Compute()
     """The workers that train."""
+    baseline: BaselinePlan | None = None
+    """Prompts for the untuned model that are measured before the training; absent measures it as it is asked anyway."""
+    search: SearchPlan | None = None
+    """Trials of other values before the training; absent trains with the spec's own."""
+    evaluation: EvaluationPlan = EvaluationPlan()
+    """How the tuned model is measured, and what it must reach to be published."""
     output: Output
     """Where checkpoints and results go."""
     suspend: bool = False
@@ -230,6 +262,12 @@ class Spec(SpecModel):
         check("merged" not in self.artifacts or self.method.chosen in ("lora", "ia3"), merged)
         check("model" not in self.artifacts or whole, model)
         check("adapter" not in self.artifacts or not whole, adapter)
+        return self
+
+    @model_validator(mode="after")
+    def _loop_fits(self) -> Self:
+        for entry in LOOP_RULES:
+            check(entry.holds(self), entry.message)
         return self
 
     @property

@@ -197,8 +197,7 @@ def _config_maps(spec: Spec) -> dict[str, set[str]]:
 
 
 def _data(spec: Spec) -> tuple[DataSource, ...]:
-    sources = (spec.data.train, spec.data.validation.data_source(), spec.data.test)
-    return tuple(source for source in sources if source is not None)
+    return tuple(spec.data.sources().values())
 
 
 def _claim(uri: str | None) -> str | None:

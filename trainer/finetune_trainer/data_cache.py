@@ -142,7 +142,6 @@ def _key(
 
 def _places(job: FineTuneJob) -> dict[str, Any]:
     """Where each split is read from. A claim, a ConfigMap and the server that a Secret names are the namespace's own."""
-    data = job.spec.data
-    sources = {"train": data.train, "validation": data.validation.data_source(), "test": data.test}
-    named = {split: source.model_dump(mode="json", by_alias=True, exclude_none=True) for split, source in sources.items() if source}
+    sources = job.spec.data.sources()
+    named = {split: source.model_dump(mode="json", by_alias=True, exclude_none=True) for split, source in sources.items()}
     return {"namespace": job.metadata.namespace, **named}

@@ -241,10 +241,8 @@ def _sources(job: FineTuneJob) -> Iterator[tuple[str, str]]:
 
 
 def _data_sources(job: FineTuneJob) -> Iterator[tuple[str, DataSource]]:
-    data = job.spec.data
-    for name, source in (("train", data.train), ("validation", data.validation.data_source()), ("test", data.test)):
-        if source is not None:
-            yield f"spec.data.{name}", source
+    for name, source in job.spec.data.sources().items():
+        yield f"spec.data.{name}", source
 
 
 def _claims(job: FineTuneJob) -> Iterator[tuple[str, str]]:

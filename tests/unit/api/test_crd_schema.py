@@ -41,7 +41,9 @@ STRUCTURAL = {
     "properties",
     "additionalProperties",
     "required",
+    "oneOf",
     "x-kubernetes-int-or-string",
+    "x-kubernetes-preserve-unknown-fields",
     "x-kubernetes-list-type",
     "x-kubernetes-list-map-keys",
     "x-kubernetes-validations",
@@ -51,7 +53,8 @@ STRUCTURAL = {
 def test_every_node_uses_only_what_a_structural_schema_may_say():
     for path, node in NODES.items():
         assert set(node) <= STRUCTURAL, path
-        assert ("type" in node) != bool(node.get("x-kubernetes-int-or-string")), path
+        several = node.get("x-kubernetes-int-or-string") or node.get("x-kubernetes-preserve-unknown-fields")
+        assert ("type" in node) != bool(several), path
         assert isinstance(node.get("exclusiveMinimum", True), bool), path
         assert not ("properties" in node and "additionalProperties" in node), path
 
@@ -77,7 +80,11 @@ def test_a_bound_with_a_fraction_is_an_inclusive_maximum():
         for bound in ("minimum", "maximum")
         if path.startswith("spec") and not float(node.get(bound, 0)).is_integer()
     }
-    assert fractions == {("spec.data.validation.fraction", "maximum"), ("spec.objective.dpo.labelSmoothing", "maximum")}
+    assert fractions == {
+        ("spec.data.validation.fraction", "maximum"),
+        ("spec.data.test.fraction", "maximum"),
+        ("spec.objective.dpo.labelSmoothing", "maximum"),
+    }
     assert not any(NODES[path].get("exclusiveMaximum") for path, _ in fractions)
 
 
@@ -134,7 +141,11 @@ def test_every_part_of_the_spec_is_immutable_or_steers_the_run():
     steering = {"suspend", "activeDeadlineSeconds", "preRunningDeadlineSeconds", "ttlSecondsAfterFinished"}
     rules = {rule["rule"] for rule in NODES["spec"]["x-kubernetes-validations"]}
     for field in Spec.model_fields.values():
-        assert (f"self.{field.alias} == oldSelf.{field.alias}" in rules) != (field.alias in steering), field.alias
+        name = field.alias
+        always = f"self.{name} == oldSelf.{name}"
+        where_set = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
+        immutable = where_set in rules if field.default is None else always in rules
+        assert immutable != (name in steering), name
 
 
 class _Inner(BaseModel):

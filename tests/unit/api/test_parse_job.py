@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from finetune_api.v1alpha1 import DataSource, Endpoint, ModelSource, SecretReference, Teacher, ValidationSource, parse_job
+from finetune_api.v1alpha1 import DataSource, Endpoint, HeldOutSource, ModelSource, SecretReference, Teacher, parse_job
 from finetune_operator.manifest import explain, read_manifests
 
 MINIMAL = (Path(__file__).parents[3] / "tests/data/jobs/good/minimal.yaml").read_text(encoding="utf-8")
@@ -61,10 +61,10 @@ def test_a_jobs_parts_cannot_be_changed():
 
 
 def test_validation_data_of_its_own_is_a_data_source():
-    assert ValidationSource(fraction=0.2).data_source() is None
-    assert ValidationSource(source="pvc://a/b").data_source() == DataSource(source="pvc://a/b")
+    assert HeldOutSource(fraction=0.2).data_source() is None
+    assert HeldOutSource(source="pvc://a/b").data_source() == DataSource(source="pvc://a/b")
     hub = {"source": "hf://datasets/a/b", "split": "test", "subset": "en"}
-    assert ValidationSource(**hub).data_source() == DataSource(**hub)
+    assert HeldOutSource(**hub).data_source() == DataSource(**hub)
 
 
 @pytest.mark.parametrize(

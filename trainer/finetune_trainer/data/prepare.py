@@ -42,9 +42,7 @@ log = logging.getLogger(__name__)
 
 def inputs_of(job: FineTuneJob, mounts: Mounts) -> dict[str, Input]:
     """Where the rows of each split come from: train, and validation and test where they have data of their own. Raises JobError."""
-    data = job.spec.data
-    sources = {"train": data.train, "validation": data.validation.data_source(), "test": data.test}
-    return {split: input_of(source, split, mounts) for split, source in sources.items() if source is not None}
+    return {split: input_of(source, split, mounts) for split, source in job.spec.data.sources().items()}
 
 
 def prepare_data(job: FineTuneJob, tokenizer: "PreTrainedTokenizerBase", mounts: Mounts, longest: int | None = None) -> Prepared:

@@ -20,7 +20,7 @@ from finetune_trainer import sources
 from finetune_trainer.data.inputs import input_of
 from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import JobError
-from finetune_trainer.model_files import ModelFiles, fetch_model
+from finetune_trainer.model_files import ModelFiles, fetch_below, fetch_model
 from finetune_trainer.sources import Mounts
 
 
@@ -67,6 +67,16 @@ def test_the_head_leaves_the_weights_where_they_are(tmp_path: Path, hub: FakeHub
     assert files.weights == ("model.safetensors",)
     assert (files.folder / "config.json").exists()
     assert "model.safetensors" not in hub.fetched
+
+
+def test_a_file_of_a_folder_below_lies_beside_the_models(tmp_path: Path, hub: FakeHub) -> None:
+    files, source = fetch(tmp_path), ModelSource(source="hf://owner/name")
+    below = fetch_below(source, Mounts(tmp_path), tmp_path / "cache", files, "original/model.safetensors")
+    assert below == files.folder / "original" / "model.safetensors"
+    assert below.read_bytes() == b"other"
+    with pytest.raises(JobError, match=r"hf://owner/name/1_Pooling/config\.json does not exist") as caught:
+        fetch_below(source, Mounts(tmp_path), tmp_path / "cache", files, "1_Pooling/config.json")
+    assert caught.value.reason == Reason.MODEL_INVALID
 
 
 def test_a_gated_model_needs_the_token_of_the_secret(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

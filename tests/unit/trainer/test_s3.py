@@ -23,7 +23,7 @@ from finetune_trainer.data.inputs import Files
 from finetune_trainer.data.rows import Row, read_rows
 from finetune_trainer.data.writing import SplitWriter, digest_of, write_manifest
 from finetune_trainer.errors import JobError
-from finetune_trainer.model_files import fetch_model
+from finetune_trainer.model_files import fetch_below, fetch_model
 from finetune_trainer.objectives.distillation import teacher_cache
 from finetune_trainer.objectives.distillation.soft_targets import hard_targets
 from finetune_trainer.sources import Mounts, files_under, resolve_data, resolve_storage
@@ -146,6 +146,13 @@ def test_a_model(s3: FakeS3, mounts: Mounts, tmp_path: Path, model_folder: Path)
     assert worker.revision == head.revision
     assert (worker.folder / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
     assert not list(worker.folder.glob(".*.part"))
+    s3.objects["models/tiny/1_Pooling/config.json"] = b"{}"
+    below = fetch_below(source, mounts, tmp_path / "worker", worker, "1_Pooling/config.json")
+    assert below == worker.folder / "1_Pooling" / "config.json"
+    assert below.read_bytes() == b"{}"
+    with pytest.raises(JobError, match=r"s3://bucket/models/tiny/2_Dense/config\.json does not exist") as caught:
+        fetch_below(source, mounts, tmp_path / "worker", worker, "2_Dense/config.json")
+    assert caught.value.reason == Reason.MODEL_INVALID
 
 
 def test_the_output_storage(s3: FakeS3, mounts: Mounts, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import json
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
@@ -26,9 +26,9 @@ from aiohttp.abc import ResolveResult
 from finetune_api.reasons import Reason
 from finetune_api.scrub import scrub
 from finetune_api.v1alpha1 import Endpoint
+from finetune_trainer.completions import Answer, Question, answer_in, request_of
 from finetune_trainer.errors import JobError
 
-FIELD = "objective.distillation.teacher.endpoint"
 ATTEMPTS = 6
 """Times that a request is sent at most; a refusal for the number of requests does not count."""
 RETRY_WAIT: tenacity.wait.wait_base = tenacity.wait_random_exponential(multiplier=1, max=30)
@@ -51,38 +51,23 @@ ERROR_BYTES = 1 << 16
 """What is read of an answer that says what is wrong."""
 _SHOWN = 300
 
-Messages = tuple[Mapping[str, Any], ...]
-
 
 @dataclass(frozen=True)
-class Question:
-    """What to ask: a plain prompt, or a conversation that ends before the answer."""
+class Party:
+    """Who is behind an endpoint: how messages name it, and what it means when it does not answer."""
 
-    prompt: str | None = None
-    messages: Messages = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
-    place: str = field(default="", compare=False)
-    """The row that it is of, for a message."""
+    field: str
+    """The endpoint's field in the spec."""
+    who: str
+    """For a sentence: the teacher."""
+    unavailable: Reason
 
-
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer, as bytes, with the most probable ones in its place."""
-
-    text: bytes
-    top: tuple[tuple[bytes, float], ...]
-    """Tokens with the logarithm of their probability."""
+    def failure(self, what: str, *, part: str = "") -> JobError:
+        """An endpoint that does not do as it should; `part` is of its field, such as `.url`."""
+        return JobError(self.unavailable, f"{self.field}{part}: {what}")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the model said."""
-
-    text: str
-    cut: bool = False
-    """Whether it was cut off at maxTokens."""
-    tokens: tuple[Token, ...] = ()
-    """Empty where no probabilities were asked for, or none were given."""
+TEACHER = Party("objective.distillation.teacher.endpoint", "the teacher", Reason.TEACHER_UNAVAILABLE)
 
 
 class RefusedQuestionError(Exception):
@@ -106,8 +91,10 @@ class ServedModel:
         key: str | None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         tell: Callable[[str], None] = lambda _: None,
+        *,
+        party: Party = TEACHER,
     ) -> None:
-        self._endpoint, self._key, self._sleep, self._tell = endpoint, key, sleep, tell
+        self._endpoint, self._key, self._sleep, self._tell, self._party = endpoint, key, sleep, tell, party
         self._url = endpoint.url.rstrip("/")
         self._longest = ANSWER_BYTES + BYTES_FOR_TOKEN * endpoint.max_tokens * (1 + endpoint.top_logprobs)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
@@ -116,11 +103,11 @@ class ServedModel:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "ServedModel":
-        check_key(self._endpoint, self._key)
-        _check_host(urlsplit(self._url).hostname or "")
+        check_key(self._endpoint, self._key, self._party.field)
+        _check_host(urlsplit(self._url).hostname or "", self._party.field)
         # What is packed may be a thousand times as large as what is sent.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        connections = aiohttp.TCPConnector(limit=self._endpoint.concurrency, resolver=_Resolver())
+        connections = aiohttp.TCPConnector(limit=self._endpoint.concurrency, resolver=_Resolver(self._party.field))
         self._session = aiohttp.ClientSession(headers=headers, connector=connections, proxy=_proxy(self._url), auto_decompress=False)
         return self
 
@@ -131,16 +118,16 @@ class ServedModel:
     async def probe(self, *, chat: bool) -> None:
         """Ask for one token, so that a wrong address, name or key is found before anything is paid for.
 
-        Raises JobError (TeacherUnavailable, AuthenticationFailed, InvalidSpec).
+        Raises JobError (the party's reason, AuthenticationFailed, InvalidSpec).
         """
         question = Question(messages=({"role": "user", "content": "Hello"},)) if chat else Question(prompt="Hello")
         try:
             await self._ask(question, most_tokens=1, seconds=PROBE_SECONDS, attempts=3)
         except RefusedQuestionError as error:
-            raise JobError(Reason.INVALID_SPEC, f"{FIELD}: {self._url} refuses a request of this form: {error}") from error
+            raise JobError(Reason.INVALID_SPEC, f"{self._party.field}: {self._url} refuses a request of this form: {error}") from error
 
     async def answer(self, question: Question) -> Answer:
-        """The answer to a question. Raises RefusedQuestionError, and JobError (TeacherUnavailable, AuthenticationFailed)."""
+        """The answer to a question. Raises RefusedQuestionError, and JobError (the party's reason, AuthenticationFailed)."""
         async with self._slots:
             seconds = ANSWER_SECONDS + SECONDS_FOR_TOKEN * self._endpoint.max_tokens
             return await self._ask(question, self._endpoint.max_tokens, seconds, ATTEMPTS)
@@ -160,12 +147,12 @@ class ServedModel:
             )
         except _TransientError as error:
             where = f", at the prompt of {question.place}" if question.place else ""
-            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {self._url} {error}, {attempts} times{where}") from error
+            raise self._party.failure(f"{self._url} {error}, {attempts} times{where}") from error
         try:
             return answer_in(payload, probabilities=self._endpoint.top_logprobs > 0)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"{self._url}{path} did not answer as OpenAI's interface does: {self._shown(json.dumps(payload))}"
-            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is url the base address, such as https://host/v1?") from error
+            raise self._party.failure(f"{what}; is url the base address, such as https://host/v1?") from error
 
     async def _send(self, url: str, body: Mapping[str, Any], timeout: aiohttp.ClientTimeout) -> Any:  # noqa: ANN401, ASYNC109 - any JSON
         """One request, and again where the server asks to wait. Raises _TransientError, RefusedQuestionError, JobError."""
@@ -177,9 +164,9 @@ class ServedModel:
                     text = await self._read(response)
                     status, headers = response.status, response.headers
             except aiohttp.InvalidURL as error:
-                raise JobError(Reason.INVALID_SPEC, f"{FIELD}.url: {scrub(str(error))}") from error
+                raise JobError(Reason.INVALID_SPEC, f"{self._party.field}.url: {scrub(str(error))}") from error
             except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:
-                raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}.url: {scrub(str(error))}") from error
+                raise self._party.failure(scrub(str(error)), part=".url") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 words = self._shown(str(error)) or "no word in time"
                 raise _TransientError(f"does not answer ({type(error).__name__}: {words})") from error
@@ -189,7 +176,7 @@ class ServedModel:
             self._hold(headers.get("Retry-After"), text)
 
     async def _read(self, response: aiohttp.ClientResponse) -> str:
-        """The body, of an error its beginning. Raises JobError (TeacherUnavailable) where an answer is longer than any could be."""
+        """The body, of an error its beginning. Raises JobError (the party's reason) where an answer is longer than any could be."""
         is_answer = response.status < HTTPStatus.MULTIPLE_CHOICES
         limit, body = self._longest if is_answer else ERROR_BYTES, bytearray()
         async for part in response.content.iter_any():
@@ -197,7 +184,7 @@ class ServedModel:
             if len(body) > limit:
                 if is_answer:
                     what = f"{self._url} answers with more than {limit:,} bytes, which maxTokens ({self._endpoint.max_tokens}) cannot need"
-                    raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is it a model that is served there?")
+                    raise self._party.failure(f"{what}; is it a model that is served there?")
                 break
         return bytes(body[:limit]).decode(errors="replace")  # JSON is UTF-8, whatever the server calls it
 
@@ -210,24 +197,22 @@ class ServedModel:
                 if secret
                 else "set secretRef to a Secret with the key `token`"
             )
-            raise JobError(Reason.AUTHENTICATION_FAILED, f"{FIELD}: {self._url} answers {status}: {advice}{self._said(text)}")
+            raise JobError(Reason.AUTHENTICATION_FAILED, f"{self._party.field}: {self._url} answers {status}: {advice}{self._said(text)}")
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.REQUEST_TIMEOUT:
             raise _TransientError(f"answers {status}{self._said(text)}")
         if 300 <= status < 400:
             target = self._shown(headers.get("Location", "elsewhere"))
-            raise JobError(
-                Reason.TEACHER_UNAVAILABLE, f"{FIELD}.url: {self._url} leads on to {target}, which is not followed: name that address"
-            )
+            raise self._party.failure(f"{self._url} leads on to {target}, which is not followed: name that address", part=".url")
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             advice = f"check url, which ends before /chat/completions, and model ({self._endpoint.model})"
-            raise MissingRouteError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {url} answers {status}{self._said(text)}: {advice}")
+            raise MissingRouteError(self._party.unavailable, f"{self._party.field}: {url} answers {status}{self._said(text)}: {advice}")
         if status >= HTTPStatus.BAD_REQUEST:
             raise RefusedQuestionError(f"{status}{self._said(text)}")
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             what = f"{url} answers with something else than JSON: {self._shown(text)}"
-            raise JobError(Reason.TEACHER_UNAVAILABLE, f"{FIELD}: {what}; is url the base address, such as https://host/v1?") from error
+            raise self._party.failure(f"{what}; is url the base address, such as https://host/v1?") from error
 
     def _shown(self, text: str) -> str:
         """A server's words for a message; some repeat the key that they do not accept."""
@@ -251,68 +236,13 @@ class ServedModel:
         now = time.monotonic()
         self._refused_since = self._refused_since or now
         if now - self._refused_since > PATIENCE:
-            raise JobError(
-                Reason.TEACHER_UNAVAILABLE,
-                f"{FIELD}: {self._url} answers 429 for {PATIENCE:.0f} s{self._said(text)}: lower concurrency, or wait",
-            )
+            what = f"{self._url} answers 429 for {PATIENCE:.0f} s{self._said(text)}"
+            raise self._party.failure(f"{what}: lower concurrency, or wait")
         pause = seconds_in(retry_after)
         self._free_at = max(self._free_at, now + pause)
         if pause >= TELL_SECONDS and now - self._told_at >= TELL_SECONDS:
             self._told_at = now
-            self._tell(f"the teacher has too many requests (429) and asks to wait {pause:.0f} s{self._said(text)}")
-
-
-def request_of(question: Question, endpoint: Endpoint, most_tokens: int) -> tuple[str, dict[str, Any]]:
-    """Path below the base address, and body."""
-    body: dict[str, Any] = {"model": endpoint.model, "max_tokens": most_tokens, "temperature": endpoint.temperature, "stream": False}
-    if question.prompt is not None:
-        return "/completions", body | {"prompt": question.prompt} | ({"logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {})
-    body |= {"messages": list(question.messages)} | ({"tools": list(question.tools)} if question.tools else {})
-    return "/chat/completions", body | ({"logprobs": True, "top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {})
-
-
-def answer_in(payload: Any, *, probabilities: bool) -> Answer:  # noqa: ANN401 - any JSON
-    """The answer in a server's JSON. Raises LookupError, TypeError, ValueError or AttributeError where there is none."""
-    choice = payload["choices"][0]
-    text = choice["message"]["content"] if "message" in choice else choice["text"]
-    text = "" if text is None else text
-    if not isinstance(text, str):
-        raise TypeError("the text is no string")
-    tokens = _tokens(choice.get("logprobs") or {}) if probabilities else ()
-    return Answer(_whole(text), cut=choice.get("finish_reason") == "length", tokens=tokens)
-
-
-def _whole(text: str) -> str:
-    """The text with a sign in place of half a character, as an escape that was cut in two leaves it: no tokenizer takes that."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _tokens(found: Mapping[str, Any]) -> tuple[Token, ...]:
-    """The tokens with their probabilities, in the form of chat completions (`content`) or of completions (`tokens`)."""
-    if found.get("content"):
-        return tuple(
-            Token(_bytes(each), _numbers((_bytes(other), other["logprob"]) for other in each.get("top_logprobs") or ()))
-            for each in found["content"]
-        )
-    tokens, tops = found.get("tokens") or (), found.get("top_logprobs") or ()
-    return tuple(
-        Token(_whole(token).encode(), _numbers((_whole(other).encode(), value) for other, value in (top or {}).items()))
-        for token, top in zip(tokens, tops, strict=False)
-    )
-
-
-def _numbers(top: Iterable[tuple[bytes, Any]]) -> tuple[tuple[bytes, float], ...]:
-    """Those whose logarithm is a number: some servers write null, NaN or -Infinity for a token that cannot be.
-
-    More digits than five would be kept for nothing: the targets are float16.
-    """
-    return tuple((text, round(float(value), 5)) for text, value in top if value is not None and math.isfinite(float(value)))
-
-
-def _bytes(token: Mapping[str, Any]) -> bytes:
-    """A token's bytes; its text may be no whole character."""
-    given = token.get("bytes")
-    return bytes(list(given)) if given is not None else _whole(str(token["token"])).encode()
+            self._tell(f"{self._party.who} has too many requests (429) and asks to wait {pause:.0f} s{self._said(text)}")
 
 
 def seconds_in(retry_after: str | None) -> float:
@@ -357,32 +287,36 @@ def _proxy(url: str) -> str | None:
     return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
-def check_key(endpoint: Endpoint, key: str | None) -> None:
+def check_key(endpoint: Endpoint, key: str | None, where: str) -> None:
     """Raise JobError (AuthenticationFailed) where a key cannot be sent: it would be another header, or no text of HTTP's."""
     if key is not None and not (key.isascii() and key.isprintable()):
         secret = endpoint.secret_ref.name if endpoint.secret_ref else ""
         what = f"the key `token` of the Secret {secret} holds a line break or another character that no token has"
-        raise JobError(Reason.AUTHENTICATION_FAILED, f"{FIELD}.secretRef: {what}")
+        raise JobError(Reason.AUTHENTICATION_FAILED, f"{where}.secretRef: {what}")
 
 
-def _check_host(address: str) -> None:
+def _check_host(address: str, where: str) -> None:
     """Raise JobError (InvalidSpec) for an address of this node's own network alone, where clouds tell their machines' credentials."""
     try:
         number = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:  # a name
         return
     if (getattr(number, "ipv4_mapped", None) or number).is_link_local:
-        raise JobError(Reason.INVALID_SPEC, f"{FIELD}.url leads to {address}, a link-local address, where no model is served")
+        raise JobError(Reason.INVALID_SPEC, f"{where}.url leads to {address}, a link-local address, where no model is served")
 
 
 class _Resolver(aiohttp.ThreadedResolver):
     """Names as the system resolves them, also numbers in other forms than usual."""
 
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where = where
+
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
         """The addresses. Raises OSError, and JobError (InvalidSpec) where one is forbidden."""
         found = await super().resolve(host, port, family)
         for each in found:
-            _check_host(each["host"])
+            _check_host(each["host"], self._where)
         return found
 
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Endpoint
 from finetune_trainer import endpoint
-from finetune_trainer.endpoint import Answer, Question, RefusedQuestionError, ServedModel, Token, answers, seconds_in
+from finetune_trainer.completions import Answer, Question, Token
+from finetune_trainer.endpoint import RefusedQuestionError, ServedModel, answers, seconds_in
 from finetune_trainer.errors import JobError
 from finetune_trainer.objectives.distillation.teacher_cache import TeacherCache
 from finetune_trainer.teacher import BESIDE_DATA
@@ -271,8 +272,8 @@ def test_the_last_turn_of_conversations_is_the_teachers(tmp_path: Path, tokenize
 
 def test_what_was_answered_is_not_asked_again(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     """A first attempt breaks off in its second batch; the next one asks for what is missing; a job with more data for what is new."""
-    monkeypatch.setattr("finetune_trainer.endpoint_answers.BATCH", 2)
-    monkeypatch.setattr("finetune_trainer.endpoint_answers.PER_REQUEST", 0)
+    monkeypatch.setattr("finetune_trainer.asking.BATCH", 2)
+    monkeypatch.setattr("finetune_trainer.asking.PER_REQUEST", 0)
     site = Site(tmp_path, tokenizer, *PROMPTS)
     with FakeEndpoint(lambda path, body: (503, {}, "gone") if body["prompt"] == "three " else echo(path, body)) as server:
         with pytest.raises(JobError, match="answers 503"):

@@ -16,7 +16,8 @@ from tiny_models import byte_tokenizer
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Endpoint
 from finetune_trainer import endpoint
-from finetune_trainer.endpoint import Answer, Question, ServedModel, Token, answers, seconds_in
+from finetune_trainer.completions import Answer, Question, Token
+from finetune_trainer.endpoint import ServedModel, answers, seconds_in
 from finetune_trainer.errors import JobError
 from finetune_trainer.objectives.distillation.soft_targets import _where
 

@@ -18,9 +18,11 @@ from tiny_models import byte_tokenizer
 
 from finetune_api.v1alpha1 import Endpoint
 from finetune_trainer import data_cache, endpoint
+from finetune_trainer.asking import Asker, Count, Served, batch_size
+from finetune_trainer.completions import Question
 from finetune_trainer.data.examples import open_prepared
-from finetune_trainer.endpoint import Question
-from finetune_trainer.endpoint_answers import _Asker, _Count, batch_size, endpoint_teacher
+from finetune_trainer.endpoint import TEACHER
+from finetune_trainer.endpoint_answers import endpoint_teacher
 from finetune_trainer.errors import JobError
 from finetune_trainer.interruption import InterruptedRunError
 from finetune_trainer.sources import Mounts
@@ -100,9 +102,9 @@ def test_what_is_known_is_not_in_memory(tmp_path: Path) -> None:
     site = Site(tmp_path, byte_tokenizer(), *({"prompt": f"{number} ", "completion": "own"} for number in range(200)))
     with FakeEndpoint(lambda path, body: (200, {}, completion(body["prompt"] * (65536 // len(body["prompt"]))))) as server:
         questions = [Question(prompt=f"{number} ") for number in range(200)]
-        with _Asker(Endpoint(url=server.url, model="large"), None, site.storage, _Count(), site.said.append) as asker:
+        with Asker(Served(Endpoint(url=server.url, model="large"), None, TEACHER), site.storage, Count(), site.said.append) as asker:
             asker.answers(questions)
-    with _Asker(Endpoint(url="http://nowhere/v1", model="large"), None, site.storage, _Count(), site.said.append) as asker:
+    with Asker(Served(Endpoint(url="http://nowhere/v1", model="large"), None, TEACHER), site.storage, Count(), site.said.append) as asker:
         asker.answers(questions[:1])
         tracemalloc.start()
         for question in questions:

@@ -86,7 +86,7 @@ def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *,
         patch.setattr(run, "driver", lambda _: nullcontext())
         patch.setattr(run, "wait_for_workers", lambda *_, **__: 1)
         patch.setattr(worker_group, "fit", fit)
-        patch.setattr(worker_group, "_this_worker", Worker)
+        patch.setattr(worker_group, "this_worker", Worker)
         patch.setattr(worker_group, "_first_of_each_node", lambda worker, call: call())
         patch.setattr("finetune_trainer.progress.ProgressSender", Sender)
         patch.setattr(run, "_Background", _Now)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from finetune_api.reasons import Reason
-from finetune_api.v1alpha1 import FineTuneJob
+from finetune_api.v1alpha1 import ArtifactKind, FineTuneJob
 from finetune_trainer.data.batches import AUTO_TOKENS, plan_batches
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.shares import Limit
@@ -52,6 +52,13 @@ class Task:
     """Everything that the result follows from: a checkpoint made under another is refused."""
     storage: Storage
     """The job's own folder in output.storage."""
+    exports: bool = True
+    """Whether the result holds the weights as they are published: of a trial only the figures are of use."""
+
+    @property
+    def kinds(self) -> tuple[ArtifactKind, ...]:
+        """What the result holds of the weights."""
+        return self.job.spec.artifacts if self.exports else ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     tell.stage("Evaluate", f"measuring the tuned model after step {keeper.step}")
     rest = {name: examples for name, examples in held_out.items() if name not in known}
     losses = _finite({**known, **measured(rest)}, Reason.TRAINING_DIVERGED, "the tuned model's")
-    _finish(task, Result(keeper.step, keeper.tokens, dict(baseline), dict(losses), task.config, kinds=spec.artifacts), model, worker)
+    _finish(task, Result(keeper.step, keeper.tokens, dict(baseline), dict(losses), task.config, kinds=task.kinds), model, worker)
     keeper.remove_damaged()
     return True
 

@@ -1,8 +1,10 @@
 """Ray Train: the loop on every worker, again from the newest checkpoint when workers were lost."""
 
+import fcntl
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,8 @@ import ray.train.torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from finetune_api.reasons import Reason
-from finetune_api.v1alpha1 import Compute
-from finetune_trainer.environment import environment_from
+from finetune_api.v1alpha1 import Compute, FineTuneJob
+from finetune_trainer.environment import Environment, environment_from
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import as_job_error, is_final
 from finetune_trainer.ray_cluster import SCRATCH_VARIABLE, cpus_of, gpus_of, processes_of
@@ -24,7 +26,9 @@ from finetune_trainer.storage import storage_at
 if TYPE_CHECKING:
     import torch
 
+    from finetune_trainer.data.examples import Prepared
     from finetune_trainer.progress import WorkerProgress
+    from finetune_trainer.telling import Listener
     from finetune_trainer.worker import Worker
 
 T = TypeVar("T")
@@ -37,8 +41,10 @@ COLLECTIVE_SECONDS = 7200
 """Longest time that workers wait for one another: one may be fetching or saving a large model. A dead peer is noticed at once."""
 
 
-def fit(compute: Compute, config: dict[str, Any], name: str, scratch: Path) -> None:
-    """Run the loop on the worker nodes, one process for each GPU, or one for each node without.
+def fit(
+    compute: Compute, config: dict[str, Any], name: str, scratch: Path, on_worker: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Run the loop, or `on_worker`, on the worker nodes, one process for each GPU, or one for each node without.
 
     An elastic job starts with as many nodes as there are, and goes on with those that are left when some are lost. That it grows again is
     the head's doing: Ray would end the workers without a checkpoint.
@@ -49,7 +55,7 @@ def fit(compute: Compute, config: dict[str, Any], name: str, scratch: Path) -> N
     fewest, most = workers.min * processes, workers.max * processes
     resources: dict[str, float] = {"CPU": max(1, cpus_of(compute) // processes)}
     trainer = ray.train.torch.TorchTrainer(
-        _train_on_worker,
+        on_worker or _train_on_worker,
         train_loop_config=config,
         torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
@@ -88,7 +94,7 @@ class EndOnFinalError(UserCallback):  # type: ignore[misc]  # Ray has no types
 
 
 @dataclass(frozen=True)
-class _Silent:
+class Silent:
     """A listener for the workers that do not report."""
 
     stop_requested: bool = False
@@ -98,43 +104,77 @@ class _Silent:
         """Nobody is told."""
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is to train, and where it finds things."""
+
+    environment: Environment
+    job: FineTuneJob
+    config: dict[str, Any]
+    """As `fit` has it: the model's revision, the folder of the prepared data, everything that the result follows from."""
+    folder: str = ""
+    """Where checkpoints and result go, below the job's own folder of output.storage."""
+    exports: bool = True
+    """Whether the result holds the weights as they are published."""
+    adapted: Callable[[FineTuneJob, "Prepared"], FineTuneJob] = lambda job, _: job
+    """What is changed of the job once its data is known."""
+
+
 def _train_on_worker(config: dict[str, Any]) -> None:
     """What each worker process runs: find everything by the pod's environment, then the loop."""
+    from finetune_trainer.progress import ProgressSender
+
+    environment = environment_from(os.environ)
+    worker = this_worker()
+    sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
+    try:
+        train_on(worker, Assignment(environment, environment.job(), config), sender or Silent())
+    finally:
+        if sender is not None:
+            sender.close()
+
+
+def train_on(worker: "Worker", assignment: Assignment, listener: "Listener") -> None:
+    """The loop for what is assigned. Every worker of the group calls it. Raises what the loop raises."""
     import torch
 
     from finetune_trainer.data.examples import Prepared, open_prepared
     from finetune_trainer.loop import Models, Task, train
     from finetune_trainer.model_files import ModelFiles, fetch_model
     from finetune_trainer.placement import placed
-    from finetune_trainer.progress import ProgressSender
     from finetune_trainer.sources import Mounts, resolve_storage
     from finetune_trainer.teacher import Place, taught
 
-    environment = environment_from(os.environ)
-    job = environment.job()
+    job, environment, config = assignment.job, assignment.environment, assignment.config
     mounts = Mounts(environment.volumes, environment.local)
     output = storage_at(resolve_storage(job.spec.output, mounts))
-    storage = output.at(f".finetune/{job.metadata.uid}")
+    own = output.at(f".finetune/{job.metadata.uid}")
     cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
-    worker = _this_worker()
     torch.set_num_threads(max(1, cpus_of(job.spec.compute) // processes_of(job.spec.compute)))
 
     def inputs() -> tuple[ModelFiles, Prepared]:
-        files = fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])
-        return files, open_prepared(output.location(config["data"]), cache)
+        with _alone_on_node(cache):
+            files = fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])
+            return files, open_prepared(output.location(config["data"]), cache)
 
     files, data = _first_of_each_node(worker, inputs)
+    job = assignment.adapted(job, data)
     place = Place(output, config["data"], data.digest, mounts, cache)
     revision = config["config"].get("teacher", {}).get("revision")
     model, warnings = placed(files, job, worker)
     pair = taught(job, model, revision, place, worker, partial(_first_of_each_node, worker))
     models = Models(pair.student, pair.teacher, pair.kept, warnings)
-    sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
-    try:
-        train(Task(job, files.base, config["config"], storage), models, data, worker, sender or _Silent(), group=uuid.uuid4().hex)
-    finally:
-        if sender is not None:
-            sender.close()
+    task = Task(job, files.base, config["config"], own.at(assignment.folder) if assignment.folder else own, assignment.exports)
+    train(task, models, data, worker, listener, group=uuid.uuid4().hex)
+
+
+@contextmanager
+def _alone_on_node(cache: Path) -> Iterator[None]:
+    """One process of a machine at a time: several groups, each of another trial, may fill its cache."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _first_of_each_node(worker: "Worker", call: Callable[[], T]) -> T:
@@ -145,7 +185,7 @@ def _first_of_each_node(worker: "Worker", call: Callable[[], T]) -> T:
     return early if early is not None else call()
 
 
-def _this_worker() -> "Worker":
+def this_worker() -> "Worker":
     """The process as a part of Ray's worker group."""
     import torch.distributed
 

@@ -97,9 +97,7 @@ def test_without_kept_keys_and_values_it_says_the_same(name: str, model_files: M
     assert said(speaker, PROMPTS) == kept
 
 
-@pytest.mark.parametrize(
-    "method", [{"lora": {"rank": 4}}, {"prefixTuning": {"numVirtualTokens": 3}}, {"promptTuning": {"numVirtualTokens": 3}}]
-)
+@pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_each_references_loss_adds_up_to_what_validation_measures(
     name: str, layout: str, model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast

@@ -11,10 +11,14 @@ class Reason(StrEnum):
     ACCEPTED = "Accepted"
     PENDING = "Pending"
     PREPARING = "Preparing"
+    MEASURING_BASELINE = "MeasuringBaseline"
+    SEARCHING = "Searching"
     TRAINING = "Training"
     EVALUATING = "Evaluating"
     PUBLISHING = "Publishing"
     SUCCEEDED = "Succeeded"
+    BASELINE_SUFFICIENT = "BaselineSufficient"
+    GATES_PASSED = "GatesPassed"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
     RETRYING = "Retrying"
@@ -32,8 +36,15 @@ class Reason(StrEnum):
     VOLUME_CLAIM_NOT_FOUND = "VolumeClaimNotFound"
     CHECKPOINT_INCOMPATIBLE = "CheckpointIncompatible"
     TRAINING_DIVERGED = "TrainingDiverged"
+    KNOWLEDGE_BASE_INVALID = "KnowledgeBaseInvalid"
+    COMPARISON_NOT_FOUND = "ComparisonNotFound"
+    SEARCH_FAILED = "SearchFailed"
+    GATES_NOT_PASSED = "GatesNotPassed"
+    GATES_INCONCLUSIVE = "GatesInconclusive"
     # What the platform must change.
     TEACHER_UNAVAILABLE = "TeacherUnavailable"
+    GENERATOR_UNAVAILABLE = "GeneratorUnavailable"
+    JUDGE_UNAVAILABLE = "JudgeUnavailable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     UNSCHEDULABLE = "Unschedulable"
     FORBIDDEN = "Forbidden"
@@ -60,10 +71,14 @@ MEANINGS: dict[Reason, str] = {
     Reason.ACCEPTED: "The spec can be run, and the first attempt begins.",
     Reason.PENDING: "What the message names is to come: the head pod, the workers, a place in a queue, or a stage.",
     Reason.PREPARING: "The head checks the storage, the model and the data, and tokenises the data.",
+    Reason.MEASURING_BASELINE: "The workers answer with the untuned model, as each of baseline.prompts asks it.",
+    Reason.SEARCHING: "The workers try other values, as search says.",
     Reason.TRAINING: "The workers train, or wait for one another.",
     Reason.EVALUATING: "The workers measure the trained model on what it was not trained on.",
     Reason.PUBLISHING: "The head puts the result into output.storage.",
     Reason.SUCCEEDED: "The result, or that of the stage, is there.",
+    Reason.BASELINE_SUFFICIENT: "A prompt alone reached baseline.sufficientIf: nothing was trained or published; see status.baseline.",
+    Reason.GATES_PASSED: "The tuned model passed every gate of evaluation.gates.",
     Reason.SUSPENDED: "spec.suspend is set: the pods save a checkpoint and go. Set it to false to go on.",
     Reason.RESUMED: "spec.suspend is unset: a new attempt goes on from the last checkpoint.",
     Reason.RETRYING: "An attempt has ended for the reason that the message names, and another one follows it.",
@@ -85,8 +100,10 @@ ADVICE: dict[Reason, Advice] = {
     Reason.DATASET_INVALID: Advice(
         False, "Correct the rows that the message names, or set data.format and data.columns to what the file holds."
     ),
-    Reason.DATASET_NOT_FOUND: Advice(False, "Check data.*.source: the path, the bucket or the data set's name."),
-    Reason.MODEL_NOT_FOUND: Advice(False, "Check source and revision of the model, or of the teacher where the message names it."),
+    Reason.DATASET_NOT_FOUND: Advice(False, "Check the source that the message names: the path, the bucket or the data set's name."),
+    Reason.MODEL_NOT_FOUND: Advice(
+        False, "Check source and revision of the model that the message names: the base model, the teacher, or one of the closed loop."
+    ),
     Reason.MODEL_INVALID: Advice(
         False,
         "The model, or the teacher where the message names it, must be a causal language model that transformers knows, "
@@ -105,9 +122,37 @@ ADVICE: dict[Reason, Advice] = {
     Reason.TRAINING_DIVERGED: Advice(
         False, "Lower training.learningRate, raise training.warmupRatio, or look for broken rows in the data."
     ),
+    Reason.KNOWLEDGE_BASE_INVALID: Advice(
+        False,
+        "A knowledgeBase must hold txt, md, html or jsonl files in UTF-8 with some text in them: see the file that the message names.",
+    ),
+    Reason.COMPARISON_NOT_FOUND: Advice(
+        False,
+        "evaluation.compareWith names measured jobs with the same output.storage: correct the name, or wait for that job.",
+    ),
+    Reason.SEARCH_FAILED: Advice(
+        False, "No trial of the search came to its end: see the message for what the last one failed of, and narrow search.parameters."
+    ),
+    Reason.GATES_NOT_PASSED: Advice(
+        False,
+        "The tuned model is not good enough, so nothing is published: see status.evaluation.gates. With onGateFailure hold its artifacts "
+        "are kept aside in output.storage. Improve the data or the training, or apply a job with other gates.",
+    ),
+    Reason.GATES_INCONCLUSIVE: Advice(
+        False,
+        "The examples are too few to tell whether a gate is passed, so nothing is published: give its suite more examples, raise its "
+        "limit, or lower evaluation.confidence.",
+    ),
     Reason.TEACHER_UNAVAILABLE: Advice(
         True,
         "The teacher's storage or endpoint does not answer, or not as it should: check that it runs, and the endpoint's url and model.",
+    ),
+    Reason.GENERATOR_UNAVAILABLE: Advice(
+        True,
+        "The generator's storage or endpoint does not answer, or not as it should: check that it runs, and the endpoint's url and model.",
+    ),
+    Reason.JUDGE_UNAVAILABLE: Advice(
+        True, "The judge's endpoint does not answer, or not as it should: check that it runs, and its url and model."
     ),
     Reason.IMAGE_PULL_FAILED: Advice(True, "Check the trainer image of the operator's settings and the cluster's access to its registry."),
     Reason.UNSCHEDULABLE: Advice(True, "No node has what compute.resourcesPerWorker, nodeSelector and tolerations ask for."),

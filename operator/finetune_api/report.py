@@ -8,7 +8,9 @@ from pydantic import Field
 
 from finetune_api.fields import StatusModel
 from finetune_api.status import (
+    BASELINES_MAX,
     Artifact,
+    BaselineResult,
     Checkpoints,
     Count,
     DataSummary,
@@ -18,6 +20,7 @@ from finetune_api.status import (
     ModelSummary,
     Progress,
     Resolved,
+    SearchSummary,
     Stage,
     Text,
     Usage,
@@ -63,12 +66,16 @@ class Report(StatusModel):
     """Step that this attempt went on from; None where it began anew."""
     lost_steps: Count = 0
     """Steps of earlier attempts, or of workers lost in this one, that had to be done again in this attempt."""
+    baseline: Annotated[tuple[BaselineResult, ...], Field(max_length=BASELINES_MAX)] = ()
+    search: SearchSummary | None = None
     evaluation: Evaluation | None = None
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=16)] = ()
     usage: Usage | None = None
     """What this attempt alone has used."""
     outcome: Outcome | None = None
     """How the attempt ended; None while it runs."""
+    sufficient: bool = False
+    """The outcome is Succeeded because a prompt alone reached baseline.sufficientIf: nothing was trained or published."""
     failure: Failure | None = None
     """Why, where the outcome is Failed."""
 
@@ -83,12 +90,32 @@ def parse_report(text: str | bytes) -> Report | None:
 
 def termination_message(report: Report) -> str:
     """The report within the kubelet's limit: what report.json in the storage also says is left out first, then words of the failure."""
-    for dropped in ((), ("metrics",), ("metrics", "stages"), _MANY_OPTIONAL, _ALL_OPTIONAL):
-        text = _json_without(report, dropped)
+    brief = _brief(report)
+    for said, dropped in (
+        (report, ()),
+        (report, ("metrics",)),
+        (report, ("metrics", "stages")),
+        (brief, _MANY_OPTIONAL),
+        (brief, _ALL_BUT_VERDICTS),
+        (brief, _ALL_OPTIONAL),
+    ):
+        text = _json_without(said, dropped)
         if len(text.encode()) <= TERMINATION_MESSAGE_BYTES:
             return text
     shorter = report.failure and report.failure.model_copy(update={"message": report.failure.message[:_FEW_CHARACTERS], "hint": None})
     return _json_without(report.model_copy(update={"failure": shorter}), _ALL_OPTIONAL)
+
+
+def _brief(report: Report) -> Report:
+    """The report without the details of what was measured: the verdicts are what must not be lost."""
+    evaluation, data = report.evaluation, report.data
+    if evaluation is not None:
+        results = tuple(result.model_copy(update={"compared": ()}) for result in evaluation.results[:_FEW_RESULTS])
+        health = tuple(found.model_copy(update={"message": ""}) for found in evaluation.health)
+        evaluation = evaluation.model_copy(update={"results": results, "health": health})
+    return report.model_copy(
+        update={"evaluation": evaluation, "data": data and data.model_copy(update={"made_samples": ()}), "baseline": ()}
+    )
 
 
 def _json_without(report: Report, dropped: Collection[str]) -> str:
@@ -98,5 +125,7 @@ def _json_without(report: Report, dropped: Collection[str]) -> str:
 
 _FEW_CHARACTERS = 500
 """Of a failure's message, where it is too long in bytes: a character takes up to four, and up to six in JSON."""
+_FEW_RESULTS = 8
 _MANY_OPTIONAL = ("metrics", "stages", "progress", "usage", "resolved", "warnings")
-_ALL_OPTIONAL = (*_MANY_OPTIONAL, "model", "data", "checkpoints", "evaluation", "artifacts", "message")
+_ALL_BUT_VERDICTS = (*_MANY_OPTIONAL, "model", "data", "search", "checkpoints", "message")
+_ALL_OPTIONAL = (*_ALL_BUT_VERDICTS, "evaluation", "artifacts")

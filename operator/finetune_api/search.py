@@ -11,12 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    StrictStr,
     ValidationError,
-    WithJsonSchema,
     create_model,
     model_validator,
 )
@@ -25,13 +20,12 @@ from finetune_api.evaluation import GENERATED_METRICS, LOWER_IS_BETTER
 from finetune_api.fields import MetricName, SpecModel, check, check_exactly_one, model_in, rule, rules
 from finetune_api.methods import Method
 from finetune_api.objectives import Objective
+from finetune_api.status_fields import AnyScalar, Scalar
 from finetune_api.training import Training
 
 _ROOTS: dict[str, type[BaseModel]] = {"training": Training, "method": Method, "objective": Objective}
 _NOT_SEARCHED = ("training.seed", "training.maxSequenceLength", "lossOn", "teacher")
 """Fields, or their last names, that the prepared examples follow from; all trials share these."""
-
-Scalar = int | float | bool | str
 
 
 @dataclass(frozen=True)
@@ -126,13 +120,7 @@ class SearchRange(SpecModel):
     """[low, high]: numbers between these whose logarithms are each as likely."""
     choice: (
         Annotated[
-            tuple[
-                Annotated[
-                    StrictBool | StrictInt | StrictFloat | Annotated[StrictStr, Field(max_length=64)],
-                    WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True}),
-                ],
-                ...,
-            ],
+            tuple[AnyScalar, ...],
             Field(min_length=1, max_length=32),
         ]
         | None

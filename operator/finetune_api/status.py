@@ -1,48 +1,89 @@
 """The status of a FineTuneJob: everything `kubectl get` shows stands here. Times are RFC 3339 in UTC, durations seconds, sizes bytes."""
 
-import re
-from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from finetune_api.fields import StatusModel
+from finetune_api.outcomes import (
+    BASELINES_MAX,
+    BaselineResult,
+    ComparedResult,
+    Difference,
+    Evaluation,
+    EvaluationResult,
+    GateResult,
+    Health,
+    SearchBest,
+    SearchSummary,
+)
+from finetune_api.status_fields import COUNT_MAX, TEXT_MAX, Count, MeasureName, Name, Text, Time, Uri
 
-TEXT_MAX = 1024
-"""Longest text for people, in characters."""
-Text = Annotated[str, Field(max_length=TEXT_MAX)]
-Name = Annotated[str, Field(max_length=253)]
-Uri = Annotated[str, Field(max_length=2048)]
+__all__ = [
+    "BASELINES_MAX",
+    "COUNT_MAX",
+    "STAGES",
+    "TEXT_MAX",
+    "WARNINGS_MAX",
+    "WARNING_LENGTH_MAX",
+    "Artifact",
+    "ArtifactKind",
+    "Attempt",
+    "BaselineResult",
+    "BestCheckpoint",
+    "CheckpointRef",
+    "Checkpoints",
+    "ComparedResult",
+    "Condition",
+    "ConditionType",
+    "Count",
+    "DataSummary",
+    "Difference",
+    "Evaluation",
+    "EvaluationResult",
+    "Failure",
+    "GateResult",
+    "Health",
+    "Metric",
+    "ModelSummary",
+    "Name",
+    "Phase",
+    "Progress",
+    "Resolved",
+    "SearchBest",
+    "SearchSummary",
+    "Stage",
+    "StageName",
+    "StageState",
+    "Status",
+    "Text",
+    "Time",
+    "TokenStatistics",
+    "Uri",
+    "Usage",
+    "Warnings",
+]
 
-
-COUNT_MAX = 2**53 - 1
-
-
-def _time(value: str) -> str:
-    """The API server checks the form, and would refuse the whole status for one wrong time in a trainer's report."""
-    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:[0-5]\d)", value):
-        raise ValueError("a time must be as in 2026-01-31T12:00:00Z")
-    datetime.fromisoformat(value)
-    return value
-
-
-def _count(value: int) -> int:
-    """The API server knows 64 bits, but JSON in most languages only 53."""
-    if value > COUNT_MAX:
-        raise ValueError("a count must be smaller than 2**53")
-    return value
-
-
-Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"}), AfterValidator(_time)]
-Count = Annotated[int, Field(ge=0), AfterValidator(_count)]
-
-Phase = Literal["Pending", "Queued", "Preparing", "Training", "Evaluating", "Publishing", "Suspended", "Complete", "Failed"]
-StageName = Literal["Prepare", "Train", "Evaluate", "Publish"]
+Phase = Literal[
+    "Pending",
+    "Queued",
+    "Preparing",
+    "Baseline",
+    "Searching",
+    "Training",
+    "Evaluating",
+    "Publishing",
+    "Suspended",
+    "Complete",
+    "Failed",
+]
+StageName = Literal["Prepare", "Baseline", "Search", "Train", "Evaluate", "Publish"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed"]
 WARNINGS_MAX = 8
 WARNING_LENGTH_MAX = 512
 Warnings = Annotated[tuple[Annotated[str, Field(max_length=WARNING_LENGTH_MAX)], ...], Field(max_length=WARNINGS_MAX)]
 STAGES: tuple[StageName, ...] = ("Prepare", "Train", "Evaluate", "Publish")
+"""The stages of every job; `stages_of` has those of a job that asks for more."""
 
 ConditionType = Literal[
     "Accepted",
@@ -50,6 +91,7 @@ ConditionType = Literal[
     "WorkersReady",
     "Trained",
     "Evaluated",
+    "GatesPassed",
     "Published",
     "Complete",
     "Failed",
@@ -146,6 +188,19 @@ class ModelSummary(StatusModel):
     """Parameters that are trained."""
 
 
+class TokenStatistics(StatusModel):
+    """How long the training examples are, in tokens."""
+
+    min: Count = 0
+    """The shortest."""
+    median: Count = 0
+    """Half are no longer."""
+    p95: Count = 0
+    """Of twenty examples nineteen are no longer."""
+    max: Count = 0
+    """The longest."""
+
+
 class DataSummary(StatusModel):
     """The examples, counted."""
 
@@ -158,7 +213,17 @@ class DataSummary(StatusModel):
     tokens: Count = 0
     """Tokens of the training examples."""
     rejected: Count = 0
-    """Examples that were left out."""
+    """Rows that could not be used and were left out."""
+    duplicates: Count = 0
+    """Examples that were left out because others say the same."""
+    leaked: Count = 0
+    """Training examples whose words also stand in what the model is measured on."""
+    made: Count = 0
+    """Training examples that data.preparation made."""
+    made_samples: Annotated[tuple[Text, ...], Field(max_length=3)] = ()
+    """Some that were made."""
+    tokens_per_example: TokenStatistics | None = None
+    """How long the training examples are."""
 
 
 class Progress(StatusModel):
@@ -183,7 +248,7 @@ class Progress(StatusModel):
 class Metric(StatusModel):
     """The latest value of one measure; the history is Prometheus's."""
 
-    name: Annotated[str, Field(max_length=128)]
+    name: MeasureName
     """Name as suite/measure: train/loss, validation/loss."""
     value: float
     """The value; never NaN or infinite."""
@@ -203,7 +268,7 @@ class CheckpointRef(StatusModel):
 class BestCheckpoint(CheckpointRef):
     """The saved state that did best on the validation data."""
 
-    metric: Annotated[str, Field(max_length=128)]
+    metric: MeasureName
     """Measure that it is best by: validation/loss."""
     value: float
     """Its value there; never NaN or infinite."""
@@ -216,24 +281,6 @@ class Checkpoints(StatusModel):
     """The newest complete one, which an interrupted training goes on from."""
     best: BestCheckpoint | None = None
     """The one with the lowest validation loss, which is kept; with training.earlyStopping it is what is measured and published."""
-
-
-class EvaluationResult(StatusModel):
-    """One measure of the tuned model beside the untuned one's."""
-
-    metric: Annotated[str, Field(max_length=128)]
-    """Name as suite/measure: test/loss."""
-    value: float | None = None
-    """The tuned model's."""
-    baseline: float | None = None
-    """The untuned model's."""
-
-
-class Evaluation(StatusModel):
-    """The comparison of the untuned and the tuned model."""
-
-    results: Annotated[tuple[EvaluationResult, ...], Field(max_length=64)] = ()
-    """One entry for each measure."""
 
 
 ArtifactKind = Literal["adapter", "merged", "model"]
@@ -324,6 +371,10 @@ class Status(StatusModel):
     """The latest value of each measure."""
     checkpoints: Checkpoints | None = None
     """The saved states that matter."""
+    baseline: Annotated[tuple[BaselineResult, ...], Field(max_length=BASELINES_MAX)] = ()
+    """What the untuned models reach by their prompts."""
+    search: SearchSummary | None = None
+    """How far the search is, and the best values."""
     evaluation: Evaluation | None = None
     """The comparison of the untuned and the tuned model."""
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=16)] = ()

@@ -45,7 +45,7 @@ from finetune_api.objectives import (
 from finetune_api.preparation import ContentPoints, Generator, KnowledgeBase, Preparation, Questions, Retriever
 from finetune_api.search import SearchPlan
 from finetune_api.sources import ConfigMapSource, DataSource, Endpoint, ModelReference, ModelSource, Output, SecretReference
-from finetune_api.status import ArtifactKind, Status
+from finetune_api.status import STAGES, ArtifactKind, StageName, Status
 from finetune_api.training import Checkpoint, EarlyStopping, Training
 
 __all__ = [
@@ -98,6 +98,7 @@ __all__ = [
     "Training",
     "Workers",
     "parse_job",
+    "stages_of",
 ]
 
 
@@ -280,6 +281,12 @@ class Spec(SpecModel):
         """Kinds of results to publish: those that output.artifacts names, else what the method makes."""
         made: ArtifactKind = "model" if self.method.chosen in WHOLE_MODEL_METHODS else "adapter"
         return self.output.artifacts or (made,)
+
+
+def stages_of(spec: Spec) -> tuple[StageName, ...]:
+    """The stages of such a job, in their order: Baseline and Search only where the spec asks for them."""
+    asked: dict[StageName, bool] = {"Baseline": spec.baseline is not None, "Search": spec.search is not None}
+    return (STAGES[0], *(name for name, wanted in asked.items() if wanted), *STAGES[1:])
 
 
 _JOB_NAME = f"a DNS label (lower-case letters, digits and inner hyphens), at most {JOB_NAME_MAX} characters"

@@ -31,7 +31,7 @@ REQUEST_SECONDS = 15.0
 """Longest wait for one answer of the API server."""
 REPORT_SECONDS = 3.0
 """Longest wait for a head, beyond the time that it is asked to hold the answer back."""
-REPORT_BYTES = 64 * 1024
+REPORT_BYTES = 512 * 1024
 """Largest report that is read: the head is a tenant's pod, so nothing it sends is taken on trust."""
 EVENT_PODS = 3
 """Pending pods whose Events are read; the others wait for the same things."""

@@ -16,6 +16,8 @@ from finetune_operator.times import rfc3339
 
 PHASES: dict[StageName, tuple[Phase, Reason]] = {
     "Prepare": ("Preparing", Reason.PREPARING),
+    "Baseline": ("Baseline", Reason.MEASURING_BASELINE),
+    "Search": ("Searching", Reason.SEARCHING),
     "Train": ("Training", Reason.TRAINING),
     "Evaluate": ("Evaluating", Reason.EVALUATING),
     "Publish": ("Publishing", Reason.PUBLISHING),

@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, Outcome, Report, termination_message
 from finetune_api.scrub import scrub
 from finetune_api.status import Failure, StageName
+from finetune_api.v1alpha1 import stages_of
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.failures import failure_from
@@ -33,7 +34,7 @@ def run_head(environment: Environment) -> int:
     for earlier in range(1, environment.attempt):  # what a killed head of this machine could not remove
         remove(scratch_folder(job.metadata.uid, earlier), seconds=0)
     scratch = scratch_folder(job.metadata.uid, environment.attempt)
-    reporter = Reporter(job.metadata.uid, environment.attempt)
+    reporter = Reporter(job.metadata.uid, environment.attempt, stages=stages_of(job.spec))
     interruption = Interruption()
     following = Following(reporter, console, interruption)
     os.environ.update(ray_variables(environment))

@@ -34,12 +34,12 @@ def utc_now() -> str:
 class Reporter:
     """Holds the newest report. Safe to use from any thread."""
 
-    def __init__(self, job_uid: str, attempt: int, *, clock: Callable[[], str] = utc_now) -> None:
-        self._clock = clock
+    def __init__(self, job_uid: str, attempt: int, *, stages: tuple[StageName, ...] = STAGES, clock: Callable[[], str] = utc_now) -> None:
+        self._clock, self._stages = clock, stages
         self._lock = threading.Lock()
         self._listeners: list[Callable[[], object]] = []
         self._report = Report(
-            job_uid=job_uid, attempt=attempt, revision=1, stages=tuple(Stage(name=name, state="Pending") for name in STAGES)
+            job_uid=job_uid, attempt=attempt, revision=1, stages=tuple(Stage(name=name, state="Pending") for name in stages)
         )
 
     @property
@@ -65,7 +65,7 @@ class Reporter:
 
     def start_stage(self, name: StageName, message: str, *, workers_wanted: int) -> None:
         """End the stage before as succeeded and begin this one."""
-        now, before = self._clock(), STAGES[: STAGES.index(name)]
+        now, before = self._clock(), self._stages[: self._stages.index(name)]
         stages = tuple(
             Stage(name=name, state="Running", start_time=stage.start_time or now)
             if stage.name == name

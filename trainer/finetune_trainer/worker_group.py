@@ -3,7 +3,7 @@
 import fcntl
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from finetune_trainer.environment import Environment, environment_from
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import as_job_error, is_final
 from finetune_trainer.ray_cluster import SCRATCH_VARIABLE, cpus_of, gpus_of, processes_of
+from finetune_trainer.search_space import trial_job, with_values
 from finetune_trainer.storage import storage_at
 
 if TYPE_CHECKING:
@@ -128,10 +129,21 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     worker = this_worker()
     sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
     try:
-        train_on(worker, Assignment(environment, environment.job(), config), sender or Silent())
+        train_on(worker, Assignment(environment, job_of(environment, config), config), sender or Silent())
     finally:
         if sender is not None:
             sender.close()
+
+
+def job_of(environment: Environment, config: Mapping[str, Any]) -> FineTuneJob:
+    """The job that a group of workers works for: with the values that `config` gives a trial, or that the search has found.
+
+    `config` has {"trial": {"number", "values", "compute"}} or {"values"}, or neither.
+    """
+    job, trial = environment.job(), config.get("trial")
+    if trial is not None:
+        return trial_job(job, trial["values"], trial["compute"])
+    return with_values(job, config["values"]) if config.get("values") else job
 
 
 def train_on(worker: "Worker", assignment: Assignment, listener: "Listener") -> None:

@@ -1,0 +1,208 @@
+"""One trial: its driver, which Ray Tune runs on the head's node, and what its workers run.
+
+The driver asks for the trial's share of the workers, has them run the loop for the trial's job in the trial's folder, and measures.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import Empty
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.environment import Environment, environment_from, scratch_folder
+from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation import compare
+from finetune_trainer.failures import as_job_error, failure_from
+from finetune_trainer.ray_cluster import cpus_of, gpus_of
+from finetune_trainer.result import Result, read_result
+from finetune_trainer.search_space import Values, config_of, trial_job, with_values
+from finetune_trainer.sources import Mounts, resolve_storage
+from finetune_trainer.storage import Storage, storage_at
+from finetune_trainer.trials import FOLDER, trial_folder_in
+
+if TYPE_CHECKING:
+    from finetune_trainer.data.examples import Prepared
+    from finetune_trainer.progress import WorkerProgress
+
+Measure = Callable[[FineTuneJob, Storage], float]
+"""What measures a suite's metric of a trial: called with the trial's job, whose compute is the trial's share, and the trial's folder."""
+MEASUREMENTS = 8
+"""Times that the validation loss of a trial is measured on the way, where that can end it early."""
+MAX_GROUPS = 20
+"""Times that a trial's workers may leave before its end, because one of them is taken away."""
+OWN_FAULTS = frozenset(
+    {
+        Reason.TRAINING_DIVERGED,
+        Reason.GPU_OUT_OF_MEMORY,
+        Reason.OUT_OF_MEMORY,
+        Reason.MODEL_INVALID,
+        Reason.INVALID_SPEC,
+        Reason.EVALUATION_FAILED,
+        Reason.INTERNAL_ERROR,
+    }
+)
+"""What may come of a trial's values. Anything else (the workers, the storage, a teacher) would befall any trial, and ends the attempt."""
+LOSS = "validation/loss"
+
+
+@dataclass(frozen=True)
+class Searching:
+    """What the trials of a search share. It reaches Ray's own records: no secret may be in it."""
+
+    config: Mapping[str, Any]
+    """As the worker group has it for the job without the search."""
+    compute: Mapping[str, Any]
+    """spec.compute of each trial: its share of the workers."""
+    attempt: str
+    """Name of the attempt: no two runs of Ray Train may have the same."""
+    watched: bool = False
+    """Whether a trial's losses on the way can end it."""
+    measure: Measure | None = None
+    """Measures the goal where the loop does not."""
+
+
+def run_trial(number: int, values: Values, searching: Searching) -> dict[str, Any]:
+    """Train and measure. Returns {value}, or {reason, message} where the trial failed of its values.
+
+    What is there of it already, in its folder, is not done again. Raises what would befall any trial.
+    """
+    environment = environment_from(os.environ)
+    job = environment.job()
+    own = storage_at(resolve_storage(job.spec.output, Mounts(environment.volumes, environment.local))).at(f".finetune/{job.metadata.uid}")
+    folder = trial_folder_in(own.at(FOLDER), number)
+    try:
+        trial = trial_job(job, values, searching.compute)
+        result = trained(trial, {"number": number, "values": dict(values)}, environment, folder, searching)
+        return {"value": goal_value(job, trial, result, folder, searching.measure)}
+    except Exception as error:
+        if as_job_error(error).reason not in OWN_FAULTS:
+            raise
+        failure = failure_from(error, None)
+        return {"reason": str(failure.reason), "message": failure.message}
+
+
+def trained(trial: FineTuneJob, which: Mapping[str, Any], environment: Environment, folder: Storage, searching: Searching) -> Result:
+    """The result of the trial's training: what is there, or what the workers make of it."""
+    from ray.util.queue import Queue
+
+    from finetune_trainer.worker_group import fit
+
+    config = {**searching.config, "config": config_of(searching.config["config"], trial)}
+    config["trial"] = {**which, "compute": dict(searching.compute)}
+    if (known := read_result(folder, config["config"])) is not None:
+        return known
+    if searching.watched:
+        config["reports"] = Queue(actor_options={"num_cpus": 0})
+    scratch = scratch_folder(trial.metadata.uid, environment.attempt)
+    for group in range(MAX_GROUPS):
+        name = f"{searching.attempt}-trial-{which['number']}-{group}"
+        call = partial(fit, trial.spec.compute, config, name, scratch, train_on_worker)
+        reporting(call, config["reports"]) if searching.watched else call()
+        if (result := read_result(folder, config["config"])) is not None:
+            return result
+    raise JobError(Reason.WORKERS_LOST, f"trial {which['number']}: its workers were taken away {MAX_GROUPS} times before its end")
+
+
+def goal_value(job: FineTuneJob, trial: FineTuneJob, result: Result, folder: Storage, measure: Measure | None) -> float:
+    """The goal's metric: as the loop has measured it, else as `measure` does. Raises JobError (TrainingDiverged, EvaluationFailed)."""
+    metric = job.spec.search.goal.metric if job.spec.search else LOSS
+    measured = compare(result.before, result.after, per_token=trial.spec.objective.dpo is None)
+    known = {found.metric: found.value for found in measured.results}
+    if metric not in known and measure is None:
+        raise JobError(Reason.EVALUATION_FAILED, f"search.goal.metric: {metric} was not measured")
+    value = known[metric] if metric in known else measure(trial, folder) if measure else None
+    if value is None or not math.isfinite(value):
+        raise JobError(Reason.TRAINING_DIVERGED, f"{metric} is {value}")
+    return value
+
+
+def reporting(call: Callable[[], None], reports: Any) -> None:  # noqa: ANN401 - Ray has no types
+    """Make the call in another thread, and pass on to Ray Tune what the workers report meanwhile. Raises what the call raises.
+
+    Where Ray Tune ends the trial early, this process ends, and with it the trial's workers.
+    """
+    from ray import tune
+
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive() or not reports.empty():
+        try:
+            report = reports.get(timeout=0.5)
+        except Empty:
+            continue
+        tune.report(report)
+    if raised:
+        raise raised[0]
+
+
+def train_on_worker(config: dict[str, Any]) -> None:
+    """What each worker process of a trial runs."""
+    from finetune_trainer.worker_group import Assignment, Silent, job_of, this_worker, train_on
+
+    environment = environment_from(os.environ)
+    reports, worker = config.get("reports"), this_worker()
+    assignment = Assignment(environment, job_of(environment, config), config, f"{FOLDER}/{config['trial']['number']}", exports=False)
+    if reports is not None:
+        assignment = replace(assignment, adapted=measured_often)
+    train_on(worker, assignment, Reports(reports) if reports is not None and worker.leads else Silent())
+
+
+def measured_often(job: FineTuneJob, data: "Prepared") -> FineTuneJob:
+    """The job with its validation loss measured MEASUREMENTS times. With early stopping, which counts measurements, it stays as it is."""
+    from finetune_trainer.data.batches import plan_batches
+
+    if job.spec.training.early_stopping is not None:
+        return job
+    steps = plan_batches(data.train, job.spec.training).total_steps
+    return with_values(job, {}, {"checkpoint.everySteps": max(1, min(job.spec.checkpoint.every_steps, steps // MEASUREMENTS))})
+
+
+class Reports:
+    """A listener that passes on each validation loss but the last, which ends the trial anyway."""
+
+    stop_requested = False
+    regroup_requested = False
+
+    def __init__(self, reports: Any) -> None:  # noqa: ANN401 - Ray has no types
+        self._reports, self._told = reports, 0
+
+    def post(self, progress: "WorkerProgress") -> None:
+        """Take the newest state; it is not waited for that it is taken."""
+        for metric in progress.metrics:
+            step = metric.step or 0
+            if metric.name == LOSS and self._told < step < progress.total_steps:
+                self._told = step
+                self._reports.actor.put_nowait.remote({"share": step / progress.total_steps, LOSS: metric.value})
+
+
+def share_of(job: FineTuneJob, nodes: int) -> tuple[dict[str, Any], int]:
+    """The workers that each trial gets, as spec.compute, and how many trials run at a time; `nodes` worker pods are there.
+
+    One trial at a time has all workers. More have whole pods, as many each; where there are fewer pods than trials, equal parts of a pod's
+    GPUs, or of its CPUs where it has none. The parts together are never more than there is, and Ray gives a trial its part whole or not at
+    all, so trials do not wait for one another for ever.
+    """
+    compute, wanted = job.spec.compute, job.spec.search.parallel if job.spec.search else 1
+    dumped: dict[str, Any] = compute.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if wanted == 1:
+        return dumped, 1
+    if wanted <= nodes:
+        return {**dumped, "workers": {"min": nodes // wanted, "max": nodes // wanted}}, wanted
+    gpus, cpus = gpus_of(compute), cpus_of(compute)
+    parts = min(math.ceil(wanted / max(1, nodes)), gpus or cpus)
+    kinds = [name for name, amount in dumped["resourcesPerWorker"].items() if name.endswith("/gpu") and int(amount) > 0]
+    resources = {"cpu": max(1, cpus // parts), **({kinds[0]: gpus // parts} if kinds else {})}
+    return {**dumped, "workers": {"min": 1, "max": 1}, "resourcesPerWorker": resources}, min(wanted, nodes * parts)

@@ -27,13 +27,13 @@ def code(text: str, most: int = 200) -> str:
     return inline(plain) if not plain or "`" in plain or "|" in plain else f"`{plain}`"
 
 
-def block(text: str, most: int = 1500) -> str:
+def block(text: str, most: int = 1500, language: str = "text") -> str:
     """A text in a block of its own, at most so many characters of it, its lines broken where they are too long."""
     lines = scrub(_LINE_BREAKS.sub("\n", clipped(text, most))).expandtabs(4).split("\n")
     wrapped = [part for line in lines for part in _parts(line)]
     longest = max((len(run) for line in wrapped for run in re.findall(r"`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
-    return "\n".join([f"{fence}text", *wrapped, fence])
+    return "\n".join([fence + language, *wrapped, fence])
 
 
 def clipped(text: str, most: int) -> str:

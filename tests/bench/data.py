@@ -110,7 +110,8 @@ def _parts(job: Any, mounts: Any, tokenizer: Any, folder: Path) -> dict[str, flo
 
     from finetune_trainer.data.batches import pack
     from finetune_trainer.data.encoding import Encoded, Encoder
-    from finetune_trainer.data.prepare import examples_of, inputs_of, loss_on
+    from finetune_trainer.data.prepare import inputs_of, loss_on
+    from finetune_trainer.data.reading import examples_of
     from finetune_trainer.data.writing import SplitWriter
 
     seconds: dict[str, float] = {}

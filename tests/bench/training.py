@@ -99,10 +99,10 @@ def _run(method: str, name: str, folder: Path, turn: int) -> dict[str, float]:
 def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
     """This trainer's loop, in one process."""
     from fsspec.implementations.local import LocalFileSystem
+    from tests.prepared_data import prepare_data
 
     from finetune_api.v1alpha1 import parse_job
     from finetune_trainer import loop
-    from finetune_trainer.data.prepare import prepare_data
     from finetune_trainer.model import inspect_model
     from finetune_trainer.model_files import fetch_model
     from finetune_trainer.placement import placed

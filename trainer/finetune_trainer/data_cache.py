@@ -13,18 +13,32 @@ for KEEP_DAYS are removed when another job prepares.
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from finetune_api.scrub import scrub
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.data.examples import FORMAT, read_manifest
 from finetune_trainer.data.inputs import Input, check_unchanged
-from finetune_trainer.data.prepare import ExampleTeacher, inputs_of, loss_on, write_data
+from finetune_trainer.data.left_out import REJECTS
+from finetune_trainer.data.prepare import (
+    ExampleTeacher,
+    field_of,
+    fractions_of,
+    inputs_of,
+    loss_on,
+    shows_examples,
+    sources_of,
+    wants_cases,
+    write_data,
+)
 from finetune_trainer.data.tokenising import identity_of
 from finetune_trainer.errors import JobError
-from finetune_trainer.sources import Mounts
+from finetune_trainer.sources import Location, Mounts
 from finetune_trainer.storage import Storage, storage_errors
 
 if TYPE_CHECKING:
@@ -54,24 +68,41 @@ def find_or_prepare(
     tokenizer: "PreTrainedTokenizerBase",
     longest: int | None = None,
     teacher: ExampleTeacher | None = None,
+    made: Input | None = None,
 ) -> Entry:
     """The job's data, prepared: from the cache, or else read, checked, tokenised and put there. `storage` is output.storage.
 
-    Raises JobError: what write_data raises, and StorageFull, StorageUnavailable.
+    `made` is what the preparation has made, to be added to the training data. The rows that were left out are told of in the job's own
+    folder, also where there are too many of them. Raises JobError: what write_data raises, and StorageFull, StorageUnavailable.
     """
-    inputs = inputs_of(job, mounts)
+    inputs = inputs_of(job, mounts, made)
     before = {split: source.state() for split, source in inputs.items()}
     name = f"{FOLDER}/{_key(job, inputs, tokenizer, longest, teacher)}"
     if (manifest := read_manifest(storage.location(name))) is not None:
         if _is_whole(storage, name, manifest):
+            if REJECTS in manifest["bytes"]:
+                _keep_rejects(storage, job, storage.location(f"{name}/{REJECTS}"))
             return Entry(name, manifest, is_new=False)
         storage.remove(name)
     with storage.shared_folder(name, owner=job.metadata.uid) as folder:
-        manifest = write_data(folder, job, inputs, tokenizer, longest, teacher)
+        try:
+            manifest = write_data(folder, job, inputs, tokenizer, longest, teacher)
+        finally:
+            if (left_out := folder / REJECTS).exists():
+                _keep_rejects(storage, job, Location(LocalFileSystem(), str(left_out), f"file://{left_out}"))
         for split, source in inputs.items():  # else the key would promise what the folder does not hold
-            check_unchanged(before[split], source.state(), f"data.{split}")
+            check_unchanged(before[split], source.state(), field_of(split))
     # Another job may have been first, and a teacher does not say the same to both.
     return Entry(name, read_manifest(storage.location(name)) or manifest, is_new=True)
+
+
+def _keep_rejects(storage: Storage, job: FineTuneJob, file: Location) -> None:
+    """Copy the rows that were left out to where the job's owner finds them."""
+    target = storage.location(f".finetune/{job.metadata.uid}/{REJECTS}")
+    with storage_errors(target.uri):
+        target.filesystem.makedirs(target.path.rpartition("/")[0], exist_ok=True)
+        with file.filesystem.open(file.path, "rb") as source, target.filesystem.open(target.path, "wb") as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def is_there(storage: Storage, name: str, digest: str) -> bool:
@@ -123,6 +154,7 @@ def _key(
 ) -> str:
     """sha256 over all that the arrays follow from, as 64 hexadecimal digits. Reads the sources' content once."""
     spec = job.spec
+    fractions, preparation = fractions_of(job), spec.data.preparation
     settings = {
         "form": FORMAT,
         "sources": {split: source.identity() for split, source in inputs.items()},
@@ -134,7 +166,10 @@ def _key(
         "lossOn": loss_on(job),
         "maxSequenceLength": spec.training.max_sequence_length,
         "longest": longest,
-        "heldOut": None if spec.data.validation.fraction is None else [spec.data.validation.fraction, spec.training.seed],
+        "heldOut": [fractions, spec.training.seed, spec.data.group_by] if fractions else None,
+        "checks": preparation.model_dump(mode="json", include={"deduplicate", "leakage", "max_rejected_fraction"}),
+        "limits": {suite.name: suite.limit for suite in spec.evaluation.suites if suite.data_source() is not None},
+        "texts": [wants_cases(job), spec.training.seed if shows_examples(job) else None],
         **({} if teacher is None else {"teacher": teacher.identity()}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -142,6 +177,5 @@ def _key(
 
 def _places(job: FineTuneJob) -> dict[str, Any]:
     """Where each split is read from. A claim, a ConfigMap and the server that a Secret names are the namespace's own."""
-    sources = job.spec.data.sources()
-    named = {split: source.model_dump(mode="json", by_alias=True, exclude_none=True) for split, source in sources.items()}
+    named = {split: source.model_dump(mode="json", by_alias=True, exclude_none=True) for split, source in sources_of(job).items()}
     return {"namespace": job.metadata.namespace, **named}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from test_encoding import MARKED, REWRITING, UNMARKED
+from tests.prepared_data import prepare_data
 from tiny_models import CHATML, byte_tokenizer, job_manifest, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,6 @@ from finetune_api.v1alpha1 import parse_job
 from finetune_trainer.data.encoding import Encoded, Encoder
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.formats import Conversation, Fault, Preference, PromptCompletion, detect_format, example_from
-from finetune_trainer.data.prepare import prepare_data
 from finetune_trainer.data.rows import Place, Row
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Mounts

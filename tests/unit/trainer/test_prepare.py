@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.prepared_data import prepare_data
 from tiny_models import job_manifest, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
@@ -11,7 +12,7 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.data import encoding
 from finetune_trainer.data.examples import Examples, Prepared
-from finetune_trainer.data.prepare import inputs_of, prepare_data, write_data
+from finetune_trainer.data.prepare import inputs_of, write_data
 from finetune_trainer.data.rows import Place, Row
 from finetune_trainer.errors import JobError
 from finetune_trainer.model import inspect_model, longest_example
@@ -70,9 +71,12 @@ def test_the_counts_are_in_the_manifest(tmp_path: Path, tokenizer: PreTrainedTok
     (tmp_path / "prepared").mkdir()
     manifest = write_data(tmp_path / "prepared", spec, inputs_of(spec, Mounts(tmp_path, local=True)), tokenizer)
     assert json.loads((tmp_path / "prepared" / "manifest.json").read_text()) == manifest
-    assert manifest["summary"] == {"train": 3, "validation": 1, "test": 2, "tokens": 36, "rejected": 1}
+    lengths = {"min": 12, "median": 12, "p95": 12, "max": 12}
+    checked = {"duplicates": 0, "leaked": 0, "made": 0, "madeSamples": [], "tokensPerExample": lengths}
+    assert manifest["summary"] == {"train": 3, "validation": 1, "test": 2, "tokens": 36, "rejected": 1, **checked}
     names = {"-".join((split, part)) for split in ("train", "validation", "test") for part in ("tokens", "labelled", "offsets")}
-    assert {path.name for path in (tmp_path / "prepared").iterdir()} == {f"{name}.npy" for name in names} | {"manifest.json"}
+    files = {f"{name}.npy" for name in names} | {"manifest.json", "rejects.jsonl"}
+    assert {path.name for path in (tmp_path / "prepared").iterdir()} == files
 
 
 def test_a_config_map(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

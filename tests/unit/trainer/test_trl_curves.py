@@ -14,13 +14,13 @@ from datasets import Dataset
 from fsspec.implementations.local import LocalFileSystem
 from peft import LoraConfig
 from test_encoding import MARKED
+from tests.prepared_data import prepare_data
 from tiny_models import byte_tokenizer, job_manifest, tiny_llama_config, write_jsonl
 from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.data.batches import plan_batches
-from finetune_trainer.data.prepare import prepare_data
 from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import load_model

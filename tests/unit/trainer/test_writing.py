@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.format import open_memmap
 
-from finetune_trainer.data import examples
-from finetune_trainer.data.writing import SplitWriter, digest_of, divide, examples_in, parts_of, tokens_in
+from finetune_trainer.data import examples, writing
+from finetune_trainer.data.writing import SplitWriter, digest_of, divide, examples_in, parts_of, token_quantiles, tokens_in
 
 Documents = list[list[int]]
 
@@ -46,17 +46,38 @@ def test_the_header_has_room_for_any_number(tmp_path: Path) -> None:
     assert large.offset == empty
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.booleans()), max_size=30), st.integers(1, 20))
-def test_a_division_keeps_every_example_and_its_order(tmp_path_factory: pytest.TempPathFactory, drawn: list, block: int) -> None:
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.sampled_from([-1, 0, 1, 2])), max_size=30),
+    st.integers(1, 20),
+)
+def test_a_division_keeps_every_examples_order(tmp_path_factory: pytest.TempPathFactory, drawn: list, block: int) -> None:
     folder = tmp_path_factory.mktemp("divided")
-    documents, chosen = [document for document, _ in drawn], [taken for _, taken in drawn]
-    write(folder, "all", documents)
+    write(folder, "all", [document for document, _ in drawn])
+    into = {0: "train", 1: "validation", 2: "test"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examples, "BLOCK", block)
-        divide(folder, "all", np.array(chosen, dtype=np.bool_), rest="train", taken="validation")
-    assert read(folder, "train") == [document for document, taken in drawn if not taken]
-    assert read(folder, "validation") == [document for document, taken in drawn if taken]
-    assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["train"] * 3 + ["validation"] * 3
+        divide(folder, "all", np.array([side for _, side in drawn], np.int8), into)
+    for side, split in into.items():
+        assert read(folder, split) == [document for document, of in drawn if of == side]
+    assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["test"] * 3 + ["train"] * 3 + ["validation"] * 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "quantiles"),
+    [
+        ([7], (7, 7, 7, 7)),
+        ([1, 2, 3, 4], (1, 2, 4, 4)),
+        ([5, 1, 9], (1, 5, 9, 9)),
+        ([*range(100, 0, -1)], (1, 50, 95, 100)),
+        ([3] * 19 + [50], (3, 3, 3, 50)),
+    ],
+)
+def test_lengths_by_their_rank(tmp_path: Path, lengths: list[int], quantiles: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest rank: of 20 lengths 19 are 95 percent, of 4 all are."""
+    monkeypatch.setattr(writing, "_READ", 3)
+    write(tmp_path, "train", [[1] * length for length in lengths])
+    assert tuple(token_quantiles(tmp_path, "train").values()) == quantiles
+    assert list(token_quantiles(tmp_path, "train")) == ["min", "median", "p95", "max"]
 
 
 def test_no_part_is_longer_than_a_block_or_one_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

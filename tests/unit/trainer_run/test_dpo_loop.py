@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from test_export import publication
 from test_loop import CPU, Listener, Together, storage_in
+from tests.prepared_data import prepare_data
 from tests.tiny_llama import make_tiny_llama
 
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.data.examples import Prepared
-from finetune_trainer.data.prepare import prepare_data
 from finetune_trainer.evaluation import compare
 from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.model import load_model, load_tokenizer

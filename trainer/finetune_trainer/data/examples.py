@@ -1,15 +1,16 @@
 """Tokenised examples: three flat arrays for each split, in memory as on disk, where they are mapped and not read.
 
 A folder of prepared data holds, for each split, `<split>-tokens.npy`, `<split>-labelled.npy`, `<split>-offsets.npy`, and `manifest.json`,
-which comes last: a folder without it is not there. The digest covers every array, so that the same digest is the same data. `writing`
+which comes last: a folder without it is not there. Beside them may be `<split>-cases.jsonl` (see cases.py) and `rejects.jsonl` (see
+left_out.py). The digest covers every array, so that the same digest is the same data. `writing`
 makes such a folder.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location
 
 MANIFEST = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 """Version of the folder's form."""
 BLOCK = 1 << 20
 """Tokens that are worked on at a time where all are gone through."""
 SPLITS = ("train", "validation", "test")
+SUITE = "suite-"
+"""What the split of a suite that has data of its own begins with; the suite's name follows."""
 ARRAYS = {"tokens": "<i4", "labelled": "|b1", "offsets": "<i8"}
 """The arrays of a split, with their types in a file."""
 
@@ -96,9 +99,11 @@ class Prepared:
     validation: Examples
     test: Examples | None
     rejected: int
-    """Examples that were left out: nothing of them to learn from was left within maxSequenceLength."""
+    """Rows that were left out: they could not be used, or nothing of them to learn from was left within maxSequenceLength."""
     digest: str
     """`sha256:` and the digest of all arrays."""
+    suites: Mapping[str, Examples] = field(default_factory=dict)
+    """The examples of suites that have data of their own, by the suite's name."""
 
     def splits(self) -> dict[str, Examples]:
         """The splits that there are, by name, in the order of the digest."""
@@ -106,11 +111,11 @@ class Prepared:
         return {name: examples for name, examples in named.items() if examples is not None}
 
 
-def blocks_of(offsets: npt.NDArray[np.int64]) -> Iterator[slice]:
-    """Examples, one after the other, that come to BLOCK tokens at most, or to one example: work on them needs a bounded memory."""
-    start = 0
+def blocks_of(offsets: npt.NDArray[np.int64], most: int | None = None) -> Iterator[slice]:
+    """Examples, one after the other, that come to BLOCK tokens at most, or so many, or to one example: work on them is bounded."""
+    start, most = 0, BLOCK if most is None else most
     while start < len(offsets) - 1:
-        stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + BLOCK, side="right")) - 1)
+        stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + most, side="right")) - 1)
         yield slice(start, stop)
         start = stop
 
@@ -142,13 +147,14 @@ def open_prepared(folder: Location, cache: Path) -> Prepared:
 
     def split(name: str) -> Examples:
         tokens, labelled, offsets = (np.load(local / array_file(name, part), mmap_mode="r", allow_pickle=False) for part in ARRAYS)
-        return Examples(tokens, labelled, offsets, manifest["group"])
+        return Examples(tokens, labelled, offsets, 1 if name.startswith(SUITE) else manifest["group"])
 
     try:
         splits = {name: split(name) for name in manifest["splits"]}
     except (OSError, ValueError, EOFError) as error:
         raise JobError(Reason.STORAGE_UNAVAILABLE, f"{folder.uri}: the prepared data cannot be read: {error}") from error
-    return Prepared(splits["train"], splits["validation"], splits.get("test"), manifest["rejected"], manifest["digest"])
+    suites = {name.removeprefix(SUITE): examples for name, examples in splits.items() if name.startswith(SUITE)}
+    return Prepared(splits["train"], splits["validation"], splits.get("test"), manifest["rejected"], manifest["digest"], suites)
 
 
 def _copied(folder: Location, manifest: dict[str, Any], cache: Path) -> Path:

@@ -5,8 +5,8 @@ The arrays are files of numpy's own form, whose header says how many values foll
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -14,7 +14,7 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.examples import ARRAYS, FORMAT, MANIFEST, array_file, blocks_of
+from finetune_trainer.data.examples import ARRAYS, FORMAT, MANIFEST, SUITE, array_file, blocks_of
 
 _READ = 1 << 20
 Part = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], npt.NDArray[np.int64]]
@@ -74,22 +74,23 @@ class _ArrayFile:
 def parts_of(folder: Path, split: str) -> Iterator[Part]:
     """The examples of a split again, in their order, a block at a time."""
     offsets = np.load(folder / array_file(split, "offsets"), mmap_mode="r", allow_pickle=False)
-    with _opened(folder, split, "tokens") as (tokens, _), _opened(folder, split, "labelled") as (labelled, _):
+    with opened(folder, split, "tokens") as (tokens, _), opened(folder, split, "labelled") as (labelled, _):
         for block in blocks_of(offsets):
             lengths = np.diff(offsets[block.start : block.stop + 1])
             count = int(lengths.sum())
             yield np.fromfile(tokens, ARRAYS["tokens"], count), np.fromfile(labelled, ARRAYS["labelled"], count), lengths
 
 
-def divide(folder: Path, split: str, chosen: npt.NDArray[np.bool_], rest: str, taken: str) -> None:
-    """Divide a split in two, both in its order: the examples that are `chosen` [N] go to `taken`, the others to `rest`."""
-    with SplitWriter(folder, rest) as rest_writer, SplitWriter(folder, taken) as taken_writer:
+def divide(folder: Path, split: str, sides: npt.NDArray[np.int8], into: Mapping[int, str]) -> None:
+    """Divide a split, each part in its order: an example goes to the split of its side [N], or nowhere where there is none."""
+    with ExitStack() as stack:
+        writers = {side: stack.enter_context(SplitWriter(folder, name)) for side, name in into.items()}
         first = 0
         for tokens, labelled, lengths in parts_of(folder, split):
-            is_taken = chosen[first : first + len(lengths)]
-            of_taken = np.repeat(is_taken, lengths)
-            rest_writer.add(tokens[~of_taken], labelled[~of_taken], lengths[~is_taken])
-            taken_writer.add(tokens[of_taken], labelled[of_taken], lengths[is_taken])
+            of_examples = sides[first : first + len(lengths)]
+            of_tokens = np.repeat(of_examples, lengths)
+            for side, writer in writers.items():
+                writer.add(tokens[of_tokens == side], labelled[of_tokens == side], lengths[of_examples == side])
             first += len(lengths)
     for part in ARRAYS:
         (folder / array_file(split, part)).unlink()
@@ -114,8 +115,8 @@ def digest_of(folder: Path, splits: Sequence[str], group: int) -> str:
     digest = hashlib.sha256()
     for split in splits:
         for part, dtype in ARRAYS.items():
-            with _opened(folder, split, part) as (file, length):
-                grouped = f"/{group}" if group > 1 else ""
+            with opened(folder, split, part) as (file, length):
+                grouped = f"/{group}" if group > 1 and not split.startswith(SUITE) else ""
                 digest.update(f"{split}/{part}/{np.dtype(dtype).str}/{length}{grouped}\n".encode())
                 while block := file.read(_READ):
                     digest.update(block)
@@ -124,18 +125,31 @@ def digest_of(folder: Path, splits: Sequence[str], group: int) -> str:
 
 def examples_in(folder: Path, split: str) -> int:
     """Number of examples in a split that is written."""
-    with _opened(folder, split, "offsets") as (_, length):
+    with opened(folder, split, "offsets") as (_, length):
         return length - 1
 
 
 def tokens_in(folder: Path, split: str) -> int:
     """Number of tokens in a split that is written."""
-    with _opened(folder, split, "tokens") as (_, length):
+    with opened(folder, split, "tokens") as (_, length):
         return length
 
 
+def token_quantiles(folder: Path, split: str) -> dict[str, int]:
+    """How many tokens a split's examples have: the least, the most, and what half of them and 95 percent have at most."""
+    offsets = np.load(folder / array_file(split, "offsets"), mmap_mode="r", allow_pickle=False)
+    counts = np.zeros(1, np.int64)
+    for start in range(0, len(offsets) - 1, _READ):
+        found = np.bincount(np.diff(offsets[start : start + _READ + 1]), minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    upto = np.cumsum(counts)
+    ranks = {"min": 1, "median": (upto[-1] + 1) // 2, "p95": -(-upto[-1] * 95 // 100), "max": upto[-1]}
+    return {name: int(np.searchsorted(upto, max(1, rank))) for name, rank in ranks.items()} if upto[-1] else dict.fromkeys(ranks, 0)
+
+
 @contextmanager
-def _opened(folder: Path, split: str, part: str) -> Iterator[tuple[IO[bytes], int]]:
+def opened(folder: Path, split: str, part: str) -> Iterator[tuple[IO[bytes], int]]:
     """An array's file from its first value on, and the number of its values. Read and not mapped: what is read once is not worth a page."""
     with (folder / array_file(split, part)).open("rb") as file:
         np.lib.format.read_magic(file)

@@ -106,15 +106,22 @@ def termination_message(report: Report) -> str:
     return _json_without(report.model_copy(update={"failure": shorter}), _ALL_OPTIONAL)
 
 
+def brief_evaluation(evaluation: Evaluation) -> Evaluation:
+    """What must not be lost of what was measured: the verdicts, and a few results."""
+    results = tuple(result.model_copy(update={"compared": ()}) for result in evaluation.results[:_FEW_RESULTS])
+    health = tuple(found.model_copy(update={"message": ""}) for found in evaluation.health)
+    return evaluation.model_copy(update={"results": results, "health": health})
+
+
+def brief_data(data: DataSummary) -> DataSummary:
+    """The counts without samples."""
+    return data.model_copy(update={"made_samples": ()})
+
+
 def _brief(report: Report) -> Report:
-    """The report without the details of what was measured: the verdicts are what must not be lost."""
     evaluation, data = report.evaluation, report.data
-    if evaluation is not None:
-        results = tuple(result.model_copy(update={"compared": ()}) for result in evaluation.results[:_FEW_RESULTS])
-        health = tuple(found.model_copy(update={"message": ""}) for found in evaluation.health)
-        evaluation = evaluation.model_copy(update={"results": results, "health": health})
     return report.model_copy(
-        update={"evaluation": evaluation, "data": data and data.model_copy(update={"made_samples": ()}), "baseline": ()}
+        update={"evaluation": evaluation and brief_evaluation(evaluation), "data": data and brief_data(data), "baseline": ()}
     )
 
 

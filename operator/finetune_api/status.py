@@ -16,6 +16,7 @@ from finetune_api.outcomes import (
     Health,
     SearchBest,
     SearchSummary,
+    Verdict,
 )
 from finetune_api.status_fields import COUNT_MAX, TEXT_MAX, Count, MeasureName, Name, Text, Time, Uri
 
@@ -61,6 +62,7 @@ __all__ = [
     "TokenStatistics",
     "Uri",
     "Usage",
+    "Verdict",
     "Warnings",
 ]
 

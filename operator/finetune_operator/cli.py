@@ -20,6 +20,7 @@ from finetune_operator.cluster import connect
 from finetune_operator.local.command import local as run_here
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
 from finetune_operator.port import ApiError, JobKey
+from finetune_operator.words import status_lines
 
 app = typer.Typer(
     name="finetune",
@@ -135,30 +136,6 @@ def show_status(name: Annotated[str, typer.Argument(help="Name of the job.")], n
         raise typer.Exit(1)
     for line in status_lines(Status.model_validate(job.get("status") or {})):
         typer.echo(line)
-
-
-def status_lines(status: Status) -> list[str]:
-    """A status in words, a line of text each."""
-    lines = [f"{status.phase or 'not seen by an operator yet'}: {status.message or ''}".rstrip(": ")]
-    lines += [f"attempt {status.attempt.number} ({status.attempt.failures} failed, {status.attempt.preemptions} preempted)"]
-    lines += [f"{stage.name:10} {stage.state:10} {stage.start_time or ''} {stage.end_time or ''}".rstrip() for stage in status.stages]
-    if status.model:
-        lines.append(f"model: {status.model.parameters} parameters, {status.model.trained_parameters} of them trained")
-    lines += [f"{metric.name}: {metric.value:.6g}" for metric in status.metrics]
-    if best := status.checkpoints and status.checkpoints.best:
-        lines.append(f"best checkpoint: step {best.step}, {best.metric} {best.value:.6g}")
-    for result in status.evaluation.results if status.evaluation else ():
-        lines.append(f"{result.metric}: {_figure(result.baseline)} before, {_figure(result.value)} after")
-    lines += [f"{artifact.kind}: {artifact.uri} ({artifact.bytes} bytes)" for artifact in status.artifacts]
-    lines += [f"warning: {warning}" for warning in status.warnings]
-    if status.failure:
-        lines.append(f"failure: {status.failure.reason}: {status.failure.message}")
-        lines += [f"what to do: {status.failure.hint}"] if status.failure.hint else []
-    return lines
-
-
-def _figure(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.6g}"
 
 
 def _run(call: Coroutine[Any, Any, Result]) -> Result:

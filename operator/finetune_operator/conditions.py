@@ -10,9 +10,10 @@ from datetime import datetime
 from typing import Literal
 
 from finetune_api.reasons import Reason
-from finetune_api.status import TEXT_MAX, Condition, ConditionType, Phase, StageName, Status
+from finetune_api.status import TEXT_MAX, Condition, ConditionType, Phase, StageName, Status, Verdict
 from finetune_operator.observed import Waiting
 from finetune_operator.times import rfc3339
+from finetune_operator.words import gates_in_words
 
 PHASES: dict[StageName, tuple[Phase, Reason]] = {
     "Prepare": ("Preparing", Reason.PREPARING),
@@ -43,6 +44,8 @@ class Summary:
     """Why wanted workers do not run."""
     workers_needed: int = 0
     """With fewer workers the training does not start."""
+    gates: bool = False
+    """Whether the spec has gates."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def _facts(status: Status, summary: Summary) -> Iterable[_Fact]:
         yield _Fact("Accepted", "True", Reason.ACCEPTED, "the spec can be run")
     for kind, stage in _STAGE_FACTS:
         yield _stage_fact(kind, stage, status, summary)
+    if summary.gates:
+        yield _gates_fact(status)
     yield _workers_fact(status, summary)
     yield _Fact("Complete", _truth(phase == "Complete"), reason, message)
     yield _Fact("Failed", _truth(phase == "Failed"), reason, message)
@@ -103,7 +108,26 @@ def _stage_fact(kind: ConditionType, name: StageName, status: Status, summary: S
         return _Fact(kind, "True", Reason.SUCCEEDED)
     if stage and stage.state == "Running":
         return _Fact(kind, "False", PHASES[name][1])
+    if summary.reason is Reason.BASELINE_SUFFICIENT:
+        return _Fact(kind, "False", summary.reason, "a prompt alone is good enough")
     return _Fact(kind, "Unknown", Reason.PENDING)
+
+
+_GATES: dict[Verdict, tuple[Literal["True", "False", "Unknown"], Reason]] = {
+    "Passed": ("True", Reason.GATES_PASSED),
+    "Failed": ("False", Reason.GATES_NOT_PASSED),
+    "Inconclusive": ("Unknown", Reason.GATES_INCONCLUSIVE),
+}
+"""What a verdict on all gates comes to."""
+
+
+def _gates_fact(status: Status) -> _Fact:
+    """Whether the model that was measured passes; the gates that it does not pass are named."""
+    verdict = status.evaluation.gates_verdict if status.evaluation else None
+    if status.evaluation is None or verdict is None:
+        return _Fact("GatesPassed", "Unknown", Reason.PENDING, "the tuned model has not been judged yet")
+    truth, reason = _GATES[verdict]
+    return _Fact("GatesPassed", truth, reason, gates_in_words(status.evaluation))
 
 
 def _workers_fact(status: Status, summary: Summary) -> _Fact:

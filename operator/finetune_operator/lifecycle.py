@@ -20,6 +20,7 @@ from finetune_operator.pace import deadline, paced
 from finetune_operator.reported import current_stage, with_report
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
+from finetune_operator.words import gates_in_words
 
 RETRY_MAX_SECONDS = 360.0
 """Longest wait between two attempts, as for a Kubernetes Job."""
@@ -91,8 +92,23 @@ def succeeded(look: Look) -> Verdict | None:
     report = look.observed.report_of(look.job.uid, look.attempt.number)
     if report is None or report.outcome != "Succeeded":
         return None
+    if report.sufficient and look.spec.baseline is not None:
+        words = report.message or "a prompt alone reaches baseline.sufficientIf"
+        return Verdict(Summary("Complete", Reason.BASELINE_SUFFICIENT, words), _finish(look.status, look.now))
+    if (refused := _not_passed(look)) is not None:
+        return refused
     summary = Summary("Complete", Reason.SUCCEEDED, report.message or "the result is published")
     return Verdict(summary, _finish(look.status, look.now))
+
+
+def _not_passed(look: Look) -> Verdict | None:
+    """The head is a tenant's pod: where its own figures say that a gate is not passed, the job is no success, whatever it says besides."""
+    evaluation = look.status.evaluation
+    verdict = evaluation.gates_verdict if evaluation and look.spec.evaluation.gates else None
+    if evaluation is None or verdict in (None, "Passed"):
+        return None
+    reason = Reason.GATES_NOT_PASSED if verdict == "Failed" else Reason.GATES_INCONCLUSIVE
+    return _failed(look, reason, gates_in_words(evaluation))
 
 
 def suspending(look: Look) -> Verdict | None:
@@ -258,7 +274,8 @@ def _conclude(job: Job, status: Status, verdict: Verdict, now: datetime) -> Stat
             **verdict.changes,
         }
     )
-    return told.model_copy(update={"conditions": conditions_of(told, summary, now)})
+    gated = job.spec is not None and bool(job.spec.evaluation.gates)
+    return told.model_copy(update={"conditions": conditions_of(told, replace(summary, gates=gated), now)})
 
 
 def _finish(status: Status, now: datetime) -> dict[str, Any]:

@@ -21,12 +21,15 @@ from pydantic import ValidationError
 
 from finetune_api.methods import METHODS
 from finetune_api.objectives import OBJECTIVES
-from finetune_api.status import Phase, Status
+from finetune_api.status import Phase, Status, Verdict
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SERIES_PER_JOB = 60
+SERIES_PER_JOB = 120
+RESULTS_SHOWN = 24
+"""A job may have more measures than a monitoring system should have series of it."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PHASES: tuple[str, ...] = get_args(Phase)
+VERDICTS: tuple[str, ...] = get_args(Verdict)
 
 Sample = tuple[tuple[str, ...], float]
 """Values of a family's labels beyond namespace and name, and the sample's value."""
@@ -91,6 +94,27 @@ def _test_loss(_: Mapping[str, Any], status: Status) -> Iterator[Sample]:
                     yield (model,), value
 
 
+def _evaluation(_: Mapping[str, Any], status: Status) -> Iterator[Sample]:
+    """The tuned model's value, and the untuned one's, of the first metrics of the suites."""
+    results = status.evaluation.results[:RESULTS_SHOWN] if status.evaluation else ()
+    for result in results:
+        for model, value in (("base", result.baseline), ("tuned", result.value)):
+            if value is not None:
+                yield (result.metric, model), value
+
+
+def _gates(_: Mapping[str, Any], status: Status) -> Iterator[Sample]:
+    gates = status.evaluation.gates if status.evaluation else ()
+    for verdict in VERDICTS if gates else ():
+        yield (verdict,), float(sum(gate.verdict == verdict for gate in gates))
+
+
+def _trials(_: Mapping[str, Any], status: Status) -> Iterator[Sample]:
+    if status.search:
+        counts = {"completed": status.search.completed, "failed": status.search.failed, "pruned": status.search.pruned}
+        yield from (((state,), float(count)) for state, count in counts.items())
+
+
 def _progress(read: Callable[[Any], float | None]) -> Callable[[Mapping[str, Any], Status], Iterable[Sample]]:
     return _value(lambda status: read(status.progress) if status.progress else None)
 
@@ -137,6 +161,14 @@ FAMILIES: tuple[_Family, ...] = (
         _value(lambda s: s.checkpoints.latest.step if s.checkpoints and s.checkpoints.latest else None),
     ),
     _Family("finetune_evaluation_test_loss", "Test loss of the untuned and of the tuned model.", _test_loss, labels=("model",)),
+    _Family(
+        "finetune_job_evaluation",
+        f"Measures of the untuned and of the tuned model, the first {RESULTS_SHOWN} of a job.",
+        _evaluation,
+        labels=("metric", "model"),
+    ),
+    _Family("finetune_job_gates", "Gates by verdict.", _gates, labels=("verdict",)),
+    _Family("finetune_job_search_trials", "Trials of the search that have ended, by how.", _trials, labels=("state",)),
 )
 
 

@@ -7,8 +7,9 @@ workers only those that they need: prepared data comes from the output, so the d
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from finetune_api.references import Reference, references_of
 from finetune_api.report import REPORT_PORT
-from finetune_api.v1alpha1 import ConfigMapSource, DataSource, Spec
+from finetune_api.v1alpha1 import Spec
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
@@ -160,11 +161,11 @@ def _volumes(role: Role, name: str, token_secret: str, spec: Spec) -> list[tuple
 
 def _named_volumes(role: Role, spec: Spec) -> Iterable[tuple[Manifest, Manifest]]:
     """The claims, ConfigMaps (only the keys) and Secrets that the job names; a claim is writable only where the output is."""
-    storage = _claim(spec.output.storage)
+    storage = next(reference.claim for reference in references_of(spec) if reference.use == "storage")
     for number, claim in enumerate(_claims(role, spec)):
         source = {"persistentVolumeClaim": {"claimName": claim}}
         yield _mounted(f"claim-{number}", source, f"{VOLUMES}/claims/{claim}", read_only=claim != storage)
-    for number, (config_map, keys) in enumerate(sorted(_config_maps(spec).items() if role == "head" else ())):
+    for number, (config_map, keys) in enumerate(sorted(_config_maps(role, spec).items())):
         items = [{"key": key, "path": key} for key in sorted(keys)]
         yield _mounted(
             f"configmap-{number}", {"configMap": {"name": config_map, "items": items}}, f"{VOLUMES}/configmaps/{config_map}", read_only=True
@@ -173,36 +174,26 @@ def _named_volumes(role: Role, spec: Spec) -> Iterable[tuple[Manifest, Manifest]
         yield _mounted(f"secret-{number}", _secret(secret), f"{VOLUMES}/secrets/{secret}", read_only=True)
 
 
+def _references(role: Role, spec: Spec) -> tuple[Reference, ...]:
+    """What a pod must reach: the head everything, a worker the models and the output. The head asks the endpoints."""
+    everything = references_of(spec)
+    return everything if role == "head" else tuple(reference for reference in everything if reference.use in ("model", "storage"))
+
+
 def _claims(role: Role, spec: Spec) -> tuple[str, ...]:
-    """The PersistentVolumeClaims that a pod needs, sorted: the models', the output's, and for the head the data's."""
-    teacher = spec.teacher
-    uris = [spec.model.source, spec.output.storage, teacher.source if teacher else None]
-    uris += [source.source for source in _data(spec)] if role == "head" else []
-    return tuple(sorted({claim for uri in uris if (claim := _claim(uri))}))
+    """The PersistentVolumeClaims that a pod needs, sorted."""
+    return tuple(sorted({reference.claim for reference in _references(role, spec) if reference.claim}))
 
 
 def _secrets(role: Role, spec: Spec) -> tuple[str, ...]:
-    """The Secrets that a pod needs, sorted: the models', the output's, and for the head the data's and the endpoint's."""
-    teacher = spec.teacher
-    references = [spec.model.secret_ref, spec.output.secret_ref, teacher.secret_ref if teacher else None]
-    if role == "head":
-        references += [source.secret_ref for source in _data(spec)]
-        references += [teacher.endpoint.secret_ref] if teacher and teacher.endpoint else []
-    return tuple(sorted({reference.name for reference in references if reference}))
+    """The Secrets that a pod needs, sorted."""
+    return tuple(sorted({reference.secret for reference in _references(role, spec) if reference.secret}))
 
 
-def _config_maps(spec: Spec) -> dict[str, set[str]]:
-    named: list[ConfigMapSource] = [source.config_map for source in _data(spec) if source.config_map]
+def _config_maps(role: Role, spec: Spec) -> dict[str, set[str]]:
+    """The ConfigMaps that a pod needs, with the keys."""
+    named = [reference.config_map for reference in _references(role, spec) if reference.config_map]
     return {name: {source.key for source in named if source.name == name} for name in {source.name for source in named}}
-
-
-def _data(spec: Spec) -> tuple[DataSource, ...]:
-    return tuple(spec.data.sources().values())
-
-
-def _claim(uri: str | None) -> str | None:
-    """The claim in pvc://claim/path."""
-    return uri.removeprefix("pvc://").split("/", 1)[0] if uri and uri.startswith("pvc://") else None
 
 
 def _secret(name: str) -> Manifest:

@@ -1,8 +1,13 @@
 """What the trainer says, as part of the status. Pure."""
 
-from finetune_api.report import Report
-from finetune_api.status import COUNT_MAX, Progress, Resolved, Stage, StageName, Status, Usage
+from collections.abc import Callable
+from typing import TypeVar
+
+from finetune_api.report import Report, brief_data, brief_evaluation
+from finetune_api.status import COUNT_MAX, DataSummary, Evaluation, Progress, Resolved, Stage, StageName, Status, Usage
 from finetune_api.v1alpha1 import Spec
+
+Part = TypeVar("Part", DataSummary, Evaluation)
 
 
 def with_report(status: Status, report: Report, spec: Spec) -> Status:
@@ -16,16 +21,23 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
             "workers_wanted": _wanted(status, report, spec),
             "resolved": _resolved(status.resolved, report.resolved),
             "model": report.model or status.model,
-            "data": report.data or status.data,
+            "data": _fuller(status.data, report.data, brief_data),
             "progress": (report.progress or shown).model_copy(update={"last_update_time": shown.last_update_time}),
             "metrics": report.metrics or status.metrics,
             "checkpoints": report.checkpoints or status.checkpoints,
-            "evaluation": report.evaluation or status.evaluation,
+            "baseline": report.baseline or status.baseline,
+            "search": report.search or status.search,
+            "evaluation": _fuller(status.evaluation, report.evaluation, brief_evaluation),
             "artifacts": report.artifacts or status.artifacts,
             "usage": _usage(status, report.usage),
             "attempt": status.attempt.model_copy(update={"lost_steps": lost_steps}),
         }
     )
+
+
+def _fuller(known: Part | None, said: Part | None, brief: Callable[[Part], Part]) -> Part | None:
+    """What is said, or what was known where that is the same with its details."""
+    return known if said is None or (known is not None and brief(known) == said) else said
 
 
 def _wanted(status: Status, report: Report, spec: Spec) -> int:

@@ -37,6 +37,9 @@ def _told(before: Status, after: Status) -> Iterable[Told]:
     elif _workers_lost(before, after):
         yield "Warning", Reason.WORKERS_LOST, _words(after, "WorkersReady")
     yield from (("Warning", Reason.WARNED, warning) for warning in after.warnings if warning not in before.warnings)
+    gates = after.condition("GatesPassed")
+    if gates and gates.status == "True" and not _holds(before, "GatesPassed"):
+        yield "Normal", gates.reason, gates.message
     now = _reason(after)
     if now and now != _reason(before) and now not in _TOLD_OTHERWISE:
         yield "Warning" if now in ADVICE else "Normal", now, _words(after, "Ready")
@@ -48,6 +51,11 @@ _TOLD_OTHERWISE = (Reason.RETRYING, Reason.RESUMED, Reason.PENDING, Reason.WORKE
 def _reason(status: Status) -> str:
     ready = status.condition("Ready")
     return ready.reason if ready else ""
+
+
+def _holds(status: Status, kind: Literal["GatesPassed"]) -> bool:
+    condition = status.condition(kind)
+    return condition is not None and condition.status == "True"
 
 
 def _words(status: Status, kind: Literal["Ready", "WorkersReady"]) -> str:

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune_api import KIND
 from finetune_api.fields import ObjectName
-from finetune_api.v1alpha1 import DataSource, FineTuneJob, parse_job
+from finetune_api.references import references_of
+from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_operator.local.cluster import data_of
 from finetune_operator.local.state import State
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
@@ -91,7 +92,7 @@ def place(inputs: Inputs, given: Given, state: State) -> None:
         state.write_keys(state.config_map(name), keys)
     for name, keys in inputs.secrets.items():
         state.write_keys(state.secret(name), keys)
-    for claim, _ in _claims(inputs.job):
+    for claim in _claims(inputs.job):
         if claim not in given.claims and not state.claim(claim).exists():
             state.claim(claim).mkdir(parents=True)
     for target, source in given.claims.items():
@@ -125,6 +126,8 @@ def with_absolute_files(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]
     def absolute(value: object) -> object:
         if isinstance(value, dict):
             return with_absolute_files(value, folder)
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
         if isinstance(value, str) and value.startswith("file://"):
             return f"file://{(folder / value.removeprefix('file://')).resolve()}"
         return value
@@ -232,35 +235,23 @@ def _mirror(source: Path, target: Path) -> None:
 
 def _sources(job: FineTuneJob) -> Iterator[tuple[str, str]]:
     """Every URI that the job reads from, with its field."""
-    yield "spec.model.source", job.spec.model.source
-    if job.spec.teacher and job.spec.teacher.source is not None:
-        yield "spec.objective.distillation.teacher.source", job.spec.teacher.source
-    for where, source in _data_sources(job):
-        if source.source is not None:
-            yield f"{where}.source", source.source
+    for reference in references_of(job.spec):
+        if reference.use in ("model", "data") and reference.uri is not None:
+            yield f"{reference.field}.source", reference.uri
 
 
-def _data_sources(job: FineTuneJob) -> Iterator[tuple[str, DataSource]]:
-    for name, source in job.spec.data.sources().items():
-        yield f"spec.data.{name}", source
-
-
-def _claims(job: FineTuneJob) -> Iterator[tuple[str, str]]:
-    """Claims that the job names, with the field."""
-    for where, uri in (*_sources(job), ("spec.output.storage", job.spec.output.storage)):
-        if uri.startswith("pvc://"):
-            yield uri.removeprefix("pvc://").partition("/")[0], where
+def _claims(job: FineTuneJob) -> tuple[str, ...]:
+    """Claims that the job names."""
+    return tuple(dict.fromkeys(reference.claim for reference in references_of(job.spec) if reference.claim))
 
 
 def _secrets_wanted(job: FineTuneJob) -> dict[str, Mapping[str, Sequence[str]]]:
     """Secrets that the job names, with the keys that the environment may give instead, and their variables."""
-    spec = job.spec
-    places = [(spec.model.source, spec.model.secret_ref), (spec.output.storage, spec.output.secret_ref)]
-    places += [(source.source or "", source.secret_ref) for _, source in _data_sources(job)]
-    if spec.teacher is not None:
-        places.append((spec.teacher.source or "", spec.teacher.secret_ref))
-        places += [(spec.teacher.endpoint.url, spec.teacher.endpoint.secret_ref)] if spec.teacher.endpoint else []
-    return {ref.name: next(keys for scheme, keys in _FROM_ENV if uri.startswith(scheme)) for uri, ref in places if ref is not None}
+    return {
+        reference.secret: next(keys for scheme, keys in _FROM_ENV if (reference.uri or "").startswith(scheme))
+        for reference in references_of(job.spec)
+        if reference.secret
+    }
 
 
 def _from_env(keys: Mapping[str, Sequence[str]], env: Mapping[str, str]) -> dict[str, bytes]:
@@ -270,11 +261,11 @@ def _from_env(keys: Mapping[str, Sequence[str]], env: Mapping[str, str]) -> dict
 
 def _missing(inputs: Inputs, path: Path, manifest: Manifest) -> Iterator[str]:
     """ConfigMaps and Secrets that the job names and nobody gives."""
-    for where, source in _data_sources(inputs.job):
-        if source.config_map is None:
+    for reference in references_of(inputs.job.spec):
+        if reference.config_map is None:
             continue
-        at = f"{path}: {_line(manifest, where)}{where}.configMap"
-        name, key = source.config_map.name, source.config_map.key
+        at = f"{path}: {_line(manifest, reference.field)}{reference.field}.configMap"
+        name, key = reference.config_map.name, reference.config_map.key
         if name not in inputs.config_maps:
             yield f"{at}: there is no ConfigMap {name} here; add it to the file, or pass --config-map {name}=FILE_OR_FOLDER"
         elif key not in inputs.config_maps[name]:
@@ -287,5 +278,5 @@ def _missing(inputs: Inputs, path: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _line(manifest: Manifest, where: str) -> str:
-    line = manifest.line(tuple(where.split(".")))
+    line = manifest.line(tuple(int(part) if part.isdigit() else part for part in where.split(".")))
     return f"line {line}: " if line else ""

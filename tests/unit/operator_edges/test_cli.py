@@ -17,7 +17,8 @@ from finetune_api.status import (
     Stage,
     Status,
 )
-from finetune_operator.cli import app, status_lines
+from finetune_operator.cli import app
+from finetune_operator.words import status_lines
 
 GOOD = """\
 apiVersion: finetune.dev/v1alpha1

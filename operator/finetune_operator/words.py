@@ -1,0 +1,106 @@
+"""A status in words: a line of text for each fact. Pure."""
+
+from collections.abc import Iterator
+
+from finetune_api.status import BaselineResult, Evaluation, EvaluationResult, GateResult, SearchSummary, Status
+
+
+def status_lines(status: Status) -> list[str]:
+    """Where a job stands, what it has achieved, and what to do where it failed."""
+    return [
+        f"{status.phase or 'not seen by an operator yet'}: {status.message or ''}".rstrip(": "),
+        f"attempt {status.attempt.number} ({status.attempt.failures} failed, {status.attempt.preemptions} preempted)",
+        *(f"{stage.name:10} {stage.state:10} {stage.start_time or ''} {stage.end_time or ''}".rstrip() for stage in status.stages),
+        *_achieved(status),
+        *_measured(status),
+        *(f"{artifact.kind}: {artifact.uri} ({artifact.bytes} bytes)" for artifact in status.artifacts),
+        *(f"warning: {warning}" for warning in status.warnings),
+        *_failed(status),
+    ]
+
+
+def _achieved(status: Status) -> Iterator[str]:
+    if status.model:
+        yield f"model: {status.model.parameters} parameters, {status.model.trained_parameters} of them trained"
+    if status.data and (counts := _left_out_and_made(status)):
+        yield f"data: {status.data.train} examples to train on; {counts}"
+    yield from (f"{metric.name}: {metric.value:.6g}" for metric in status.metrics)
+    if best := status.checkpoints and status.checkpoints.best:
+        yield f"best checkpoint: step {best.step}, {best.metric} {best.value:.6g}"
+
+
+def _left_out_and_made(status: Status) -> str:
+    data = status.data
+    counts = (
+        ((data.made, "made"), (data.rejected, "rejected"), (data.duplicates, "duplicates left out"), (data.leaked, "leaked"))
+        if data
+        else ()
+    )
+    return ", ".join(f"{count} {what}" for count, what in counts if count)
+
+
+def _measured(status: Status) -> Iterator[str]:
+    yield from (_strategy(entry) for entry in status.baseline)
+    if status.search:
+        yield from _search(status.search)
+    if status.evaluation is None:
+        return
+    for result in status.evaluation.results:
+        yield from _result(result)
+    yield from (f"gate {_gate(gate)}" for gate in status.evaluation.gates)
+    for found in status.evaluation.health:
+        where = f" ({found.suite})" if found.suite else ""
+        yield f"{found.name}{where}: {found.verdict}{': ' if found.message else ''}{found.message}"
+    if status.evaluation.report:
+        yield f"report: {status.evaluation.report}"
+
+
+def _strategy(entry: BaselineResult) -> str:
+    who = f"{entry.prompt} ({entry.model})" if entry.model else entry.prompt
+    return f"prompt {who}: {entry.metric} {figure(entry.value)}{_interval(entry.low, entry.high)}{', the best' if entry.best else ''}"
+
+
+def _search(search: SearchSummary) -> Iterator[str]:
+    yield f"search: {search.completed} of {search.trials} trials completed, {search.failed} failed, {search.pruned} pruned"
+    if search.best:
+        values = ", ".join(f"{path} {value}" for path, value in search.best.parameters.items())
+        yield f"best trial: {search.best.trial} with {figure(search.best.value)}: {values}"
+
+
+def _result(result: EvaluationResult) -> Iterator[str]:
+    after = f"{figure(result.value)} after{_interval(result.low, result.high)}"
+    change = result.difference
+    changed = f", difference {change.value:+.6g}{_interval(change.low, change.high)}" if change else ""
+    yield f"{result.metric}: {figure(result.baseline)} before, {after}{changed}"
+    for other in result.compared:
+        less = f", difference {other.difference.value:+.6g}" if other.difference else ""
+        yield f"  {other.other}: {figure(other.value)}{less}"
+
+
+def _gate(gate: GateResult) -> str:
+    over = f" than {gate.over}" if gate.over and gate.over not in gate.required else ""
+    observed = f"{figure(gate.observed)}{_interval(gate.low, gate.high)}"
+    return f"{gate.metric}: {gate.verdict}: {observed}, required {gate.required}{over}"
+
+
+def gates_in_words(evaluation: Evaluation) -> str:
+    """How many gates are passed, and which are not."""
+    passed = sum(gate.verdict == "Passed" for gate in evaluation.gates)
+    others = (_gate(gate) for gate in evaluation.gates if gate.verdict != "Passed")
+    return "; ".join((f"{passed} of {len(evaluation.gates)} gates passed", *others))
+
+
+def _failed(status: Status) -> Iterator[str]:
+    if status.failure:
+        yield f"failure: {status.failure.reason}: {status.failure.message}"
+        if status.failure.hint:
+            yield f"what to do: {status.failure.hint}"
+
+
+def figure(value: float | None) -> str:
+    """A measured value."""
+    return "not measured" if value is None else f"{value:.6g}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({low:.6g} to {high:.6g})"

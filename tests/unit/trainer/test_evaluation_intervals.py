@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from sacrebleu.metrics.bleu import BLEU
 from scipy import stats
 
 from finetune_trainer.evaluation.intervals import (
+    SEED,
     UNKNOWN,
     Estimate,
     Interval,
@@ -120,18 +122,18 @@ def test_a_paired_difference_of_bleu_is_that_of_the_corpora() -> None:
     references = [f"the {word} sat on the {other} mat" for word in ("cat", "dog", "owl", "fox") for other in ("red", "blue", "old")]
     good = [text.replace("sat on", "sat upon") if place % 3 == 0 else text for place, text in enumerate(references)]
     poor = [text.replace("sat on the", "is at a") if place % 2 else text for place, text in enumerate(references)]
-    sides = [
-        Estimate(np.array([bleu_counts(*pair) for pair in zip(texts, references, strict=True)], float), bleu) for texts in (good, poor)
-    ]
-    difference = difference_of(*sides)
-    drawn = resampled(difference.sums, 50)
-    cases = np.random.default_rng(20231).integers(12, size=(50, 12))
-    for sums, chosen in zip(drawn, cases, strict=True):
-        again = [
-            bleu(np.sum([bleu_counts(texts[case], references[case]) for case in chosen], axis=0, dtype=float)) for texts in (good, poor)
+    counts = [np.array([bleu_counts(*pair) for pair in zip(texts, references, strict=True)], float) for texts in (good, poor)]
+    after, before = (Estimate(each, bleu) for each in counts)
+    difference = difference_of(after, before)
+    cases = np.random.default_rng(SEED).integers(12, size=(50, 12))
+    for sums, chosen in zip(resampled(difference.sums, 50), cases, strict=True):
+        scores = [
+            BLEU().corpus_score([texts[case] for case in chosen], [[references[case] for case in chosen]]).score for texts in (good, poor)
         ]
-        assert difference.figure(sums) == pytest.approx(again[0] - again[1])
-    assert difference.value == pytest.approx(sides[0].value - sides[1].value)  # type: ignore[operator]
+        assert difference.figure(sums) == pytest.approx(scores[0] - scores[1])
+    assert after.value is not None
+    assert before.value is not None
+    assert difference.value == pytest.approx(after.value - before.value)
 
 
 def test_cases_that_only_one_side_has_a_score_for_are_left_out() -> None:

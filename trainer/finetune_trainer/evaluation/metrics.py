@@ -33,6 +33,8 @@ WORD_ORDERS = 4
 """Longest n-gram of words in BLEU."""
 CHARACTER_ORDERS = 6
 """Longest n-gram of characters in chrF."""
+BLEU_COUNTS, CHRF_COUNTS = 2 + 2 * WORD_ORDERS, 3 * CHARACTER_ORDERS
+"""How many numbers they add up."""
 _CHRF_RECALL = 4.0
 """Beta squared: recall weighs twice as much as precision."""
 

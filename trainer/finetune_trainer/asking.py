@@ -107,7 +107,11 @@ class Asker:
             self._shelf.__exit__(*error)
 
     def answers(self, questions: Sequence[Question]) -> list[Answer | None]:
-        """The answer to each; None where it is refused or empty, which `count` tells apart. Raises JobError as ServedModel does."""
+        """The answer to each; None where there is none, being refused or empty. Raises JobError as ServedModel does."""
+        return [each if isinstance(each, Answer) and each.text.strip() else None for each in self.outcomes(questions)]
+
+    def outcomes(self, questions: Sequence[Question]) -> list[Answer | None]:
+        """The answer to each, which may be empty; None where it is refused. Raises JobError as ServedModel does."""
         if not self._is_read:
             for name, content in _read(self._storage):
                 self._shelf.put(name.encode(), content)
@@ -151,10 +155,10 @@ class Asker:
             self._count.refused += 1
             self._count.first_refusal = self._count.first_refusal or refusal
             return None
-        if not answer.text.strip():
+        if answer.text.strip():
+            self._count.cut += answer.cut
+        else:
             self._count.empty += 1
-            return None
-        self._count.cut += answer.cut
         return answer
 
     def _send(self, questions: Sequence[Question], hear: Callable[[int, Answer | RefusedQuestionError], None]) -> None:

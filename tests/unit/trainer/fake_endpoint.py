@@ -1,14 +1,31 @@
 """A served model on this machine that answers as it is told to."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
 Reply = Callable[[str, dict[str, Any]], tuple[int, dict[str, str], Any]]
-"""From a path and a body to status, headers and content: JSON, or a text or bytes as they are."""
+"""From a path and a body to status, headers and content: JSON, a text or bytes as they are, Truncated or Late."""
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """JSON whose second half never comes: the connection is closed."""
+
+    content: Any
+
+
+@dataclass(frozen=True)
+class Late:
+    """JSON that comes after some seconds."""
+
+    seconds: float
+    content: Any
 
 
 class FakeEndpoint:
@@ -52,7 +69,7 @@ class FakeEndpoint:
         await self._end.wait()
         await runner.cleanup()
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         body = await request.json()
@@ -61,11 +78,25 @@ class FakeEndpoint:
         await asyncio.sleep(0.01)
         self.at_once -= 1
         status, headers, content = self.reply(path, body)
+        if isinstance(content, Late):
+            await asyncio.sleep(content.seconds)
+            content = content.content
+        if isinstance(content, Truncated):
+            return await _half(request, json.dumps(content.content).encode())
         if isinstance(content, bytes):
             return web.Response(status=status, headers=headers, body=content)
         if isinstance(content, str):
             return web.Response(status=status, headers=headers, text=content)
         return web.json_response(content, status=status, headers=headers)
+
+
+async def _half(request: web.Request, whole: bytes) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(whole))})
+    await response.prepare(request)
+    await response.write(whole[: len(whole) // 2])
+    assert request.transport is not None
+    request.transport.close()
+    return response
 
 
 def completion(text: str, finish: str = "stop", logprobs: Any = None) -> dict[str, Any]:

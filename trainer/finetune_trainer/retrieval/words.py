@@ -64,15 +64,20 @@ class Language:
     """Words that say nothing of what a text is about."""
     _stems: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
+    def content(self, text: str) -> list[str]:
+        """The words that say what a text is about, without their endings."""
+        return self._without_endings([word for word in terms(text) if word not in self.stop_words])
+
     def stems(self, text: str) -> list[str]:
-        """The words of a text without stop words, and without their endings; all its words where it has no other."""
-        words = terms(text)
-        said = [word for word in words if word not in self.stop_words] or words
+        """The words of a text that say what it is about, or all its words where none does; without their endings."""
+        return self.content(text) or self._without_endings(terms(text))
+
+    def _without_endings(self, words: list[str]) -> list[str]:
         if not self.name:
-            return said
-        if new := list({word for word in said if word not in self._stems}):
+            return words
+        if new := list({word for word in words if word not in self._stems}):
             self._stems.update(zip(new, _stemmer(self.name).stemWords(new), strict=True))
-        return [self._stems[word] for word in said]
+        return [self._stems[word] for word in words]
 
 
 def language_of(texts: Sequence[str]) -> Language:

@@ -1,0 +1,131 @@
+"""Who writes texts for made examples, and what has been written, kept: a killed head, and ten jobs with the same data, pay for it once.
+
+    .finetune/cache/made/<key>/<batch>.json    texts by the digest of what the generator was told, in output.storage
+
+The key covers the generator and how much it may write. A generator that keeps its answers itself (an endpoint's) is asked each time.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Protocol, Self
+
+from finetune_api.reasons import Reason
+from finetune_trainer.data.shelf import Shelf
+from finetune_trainer.data_cache import mark_used
+from finetune_trainer.errors import JobError
+from finetune_trainer.manifest import digest_of
+from finetune_trainer.storage import Storage, storage_errors
+
+FOLDER = ".finetune/cache/made"
+FORMAT = 1
+BATCH = 256
+"""Prompts that a generator is given at a time."""
+SAVE_SECONDS = 20.0
+"""Work that a killed process loses at most, unless the generator gives its texts in larger portions."""
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Generator(Protocol):
+    """A model that writes."""
+
+    def generate(self, prompts: Sequence[Messages], max_new_tokens: int) -> Iterator[str]:
+        """What it says to each conversation, in their order. Raises JobError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A generator that is loaded when there is something to write."""
+
+    identity: Mapping[str, Any]
+    """What its texts follow from, but for what it is told; any JSON."""
+    open: Callable[[], AbstractContextManager[Generator]]
+    """Load it, for as long as the context lasts. Raises JobError."""
+    keeps: bool = False
+    """Whether it keeps its answers itself."""
+
+
+class Desk:
+    """A writer at work: texts from the storage, else from the generator. A context."""
+
+    def __init__(self, writer: Writer, max_new_tokens: int, storage: Storage, field: str) -> None:
+        """`storage` is output.storage; `field` is the generator's in the spec, for messages."""
+        self._writer, self._most, self._field = writer, max_new_tokens, field
+        key = digest_of({"format": FORMAT, "generator": dict(writer.identity), "maxNewTokens": max_new_tokens})[7:39]
+        self._outer, self._name = storage, f"{FOLDER}/{key}"
+        self._open = ExitStack()
+        self._generator: Generator | None = None
+        self._shelf: Shelf | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def write(self, prompts: Sequence[Messages]) -> list[str]:
+        """A text for each, which may be empty; the same for the same.
+
+        Raises JobError (GeneratorUnavailable, and what the generator raises; StorageFull, StorageUnavailable).
+        """
+        names = [digest_of({"messages": [dict(message) for message in messages]})[7:39] for messages in prompts]
+        texts = {name: text for name in names if (text := self._known(name)) is not None}
+        new = {name: messages for name, messages in zip(names, prompts, strict=True) if name not in texts}
+        if new:
+            texts |= self._written(new)
+        return [texts[name] for name in names]
+
+    def _known(self, name: str) -> str | None:
+        if self._writer.keeps:
+            return None
+        if self._shelf is None:
+            self._shelf = self._open.enter_context(Shelf())
+            mark_used(self._outer, self._name)
+            for digest, text in _read(self._outer.at(self._name)):
+                self._shelf.put(digest.encode(), text.encode())
+        content = self._shelf.get(name.encode())
+        return None if content is None else content.decode()
+
+    def _written(self, new: Mapping[str, Messages]) -> dict[str, str]:
+        """The generator's texts. What has come is kept even where an error, or a call to stop, ends the rest."""
+        if self._generator is None:
+            self._generator = self._open.enter_context(self._writer.open())
+        names, texts, kept = list(new), dict[str, str](), 0
+        saved = time.monotonic()
+        try:
+            for text in self._generator.generate(list(new.values()), self._most):
+                if len(texts) < len(names):
+                    texts[names[len(texts)]] = text.encode(errors="replace").decode()  # an endpoint may send half a character
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self._keep(dict(list(texts.items())[kept:]))
+                    kept, saved = len(texts), time.monotonic()
+        finally:
+            self._keep(dict(list(texts.items())[kept:]))
+        if len(texts) < len(names):
+            problem = f"{self._field}: the generator has written {len(texts):,} texts for {len(names):,} prompts"
+            raise JobError(Reason.GENERATOR_UNAVAILABLE, problem)
+        return texts
+
+    def _keep(self, texts: Mapping[str, str]) -> None:
+        """Keep texts for other attempts, those that say something: another time an empty one may be another."""
+        said = {name: text for name, text in texts.items() if text.strip()}
+        if self._shelf is None or not said:
+            return
+        for name, text in said.items():
+            self._shelf.put(name.encode(), text.encode())
+        self._outer.at(self._name).write_json(f"{digest_of({'prompts': list(said)})[7:39]}.json", said)
+
+
+def _read(storage: Storage) -> Iterator[tuple[str, str]]:
+    """The texts that are in the storage, by what was told. What cannot be read counts for nothing."""
+    with storage_errors(storage.uri):
+        storage.fs.invalidate_cache()
+        names = [PurePosixPath(path).name for path in storage.fs.ls(storage.root, detail=False)] if storage.fs.exists(storage.root) else []
+    for name in sorted(names):
+        batch = storage.read_json(name) if name.endswith(".json") and not name.startswith(".") else None
+        if isinstance(batch, dict):
+            yield from ((digest, text) for digest, text in batch.items() if isinstance(text, str))

@@ -19,7 +19,7 @@ class Reference:
     """One place that a spec refers to."""
 
     field: str
-    """The object in the spec that says so: spec.data.train, spec.evaluation.suites.0."""
+    """The object in the spec that says so: spec.data.train, spec.evaluation.suites[0]."""
     use: Use
     """model: weights and tokenizer; data: rows or documents; storage: the job's own output; endpoint: a served model."""
     uri: str | None = None
@@ -48,7 +48,7 @@ def _inside(value: object, field: str) -> Iterator[Reference]:
             yield from _inside(getattr(value, name), f"{field}.{info.alias or name}")
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from _inside(item, f"{field}.{index}")
+            yield from _inside(item, f"{field}[{index}]")
 
 
 def _reference(model: BaseModel, field: str) -> Reference | None:

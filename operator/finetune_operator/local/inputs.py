@@ -278,5 +278,5 @@ def _missing(inputs: Inputs, path: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _line(manifest: Manifest, where: str) -> str:
-    line = manifest.line(tuple(int(part) if part.isdigit() else part for part in where.split(".")))
+    line = manifest.line(tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", where)))
     return f"line {line}: " if line else ""

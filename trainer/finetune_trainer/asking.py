@@ -21,6 +21,7 @@ from finetune_api.v1alpha1 import Endpoint
 from finetune_trainer.completions import Answer, Question, Token
 from finetune_trainer.data.shelf import Shelf
 from finetune_trainer.endpoint import MissingRouteError, Party, RefusedQuestionError, ServedModel, answers
+from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import digest_of
 from finetune_trainer.sources import Mounts
 from finetune_trainer.storage import Storage, storage_errors
@@ -48,7 +49,11 @@ class Served:
 
 def served(endpoint: Endpoint, party: Party, mounts: Mounts) -> Served:
     """An endpoint with the key of its Secret. Raises JobError (SecretNotFound)."""
-    return Served(endpoint, mounts.secret(endpoint.secret_ref.name, "token") if endpoint.secret_ref else None, party)
+    try:
+        key = mounts.secret(endpoint.secret_ref.name, "token") if endpoint.secret_ref else None
+    except JobError as error:
+        raise JobError(error.reason, f"{party.field}.secretRef: {error.message}") from error
+    return Served(endpoint, key, party)
 
 
 def identity_of(endpoint: Endpoint, namespace: str) -> dict[str, Any]:
@@ -162,8 +167,8 @@ class Asker:
         return answer
 
     def _send(self, questions: Sequence[Question], hear: Callable[[int, Answer | RefusedQuestionError], None]) -> None:
-        for chat in sorted({question.prompt is None for question in questions} - self._probed):
-            self._probe(chat=chat)
+        for chat in sorted({question.prompt is None for question in questions}):
+            self.probe(chat=chat)
         if self._prompts_as_chat:
             questions = [
                 replace(each, prompt=None, messages=({"role": "user", "content": each.prompt},)) if each.prompt else each
@@ -178,8 +183,10 @@ class Asker:
             rate = self._heard / max(1e-9, self._said - self._begun)
             self._say(f"{self._served.party.who} has answered {self._heard:,} prompts, {rate:.1f} a second")
 
-    def _probe(self, *, chat: bool) -> None:
-        """Find out whether the endpoint can be asked in this form, before anything is paid for."""
+    def probe(self, *, chat: bool) -> None:
+        """Find out, once, whether the endpoint can be asked in this form, before anything is paid for. Raises JobError."""
+        if chat in self._probed:
+            return
         self._probed.add(chat)
         try:
             self._runner.run(self._model.probe(chat=chat))

@@ -63,6 +63,10 @@ class Judge:
     def __exit__(self, *error: object) -> None:
         self._asker.__exit__(*error)
 
+    def check(self) -> None:
+        """Find out whether the judge answers at all, for the price of one token. Raises JobError as `scores` does."""
+        self._asker.probe(chat=True)
+
     def scores(self, cases: Sequence[Case], answers: Sequence[str]) -> Judged:
         """How good each answer is: the judge's 1 to 10 as 0 to 1.
 

@@ -70,7 +70,8 @@ def _last_line(said: str) -> str:
 def _question(case: Case, answers: Mapping[str, str], instruction: str, form: Form) -> Question:
     """One user's turn, which every chat template takes: what to do stands before and after what is judged."""
     texts = {"TOOLS": json.dumps(case.tools, ensure_ascii=False) if case.tools else "", "PROMPT": prompt_of(case)}
-    texts = {name: text for name, text in (texts | {"REFERENCE ANSWER": case.reference}).items() if text.strip()} | answers
+    known = texts | {"REFERENCE ANSWER": case.reference}
+    texts = {**{name: text for name, text in known.items() if text.strip()}, **answers}
     mark = mark_for(tuple(texts.values()))
     what = "Compare two answers to a prompt" if form == "choice" else "Judge an answer to a prompt"
     blocks = [f"[BEGIN {name} {mark}]\n{text}\n[END {name} {mark}]" for name, text in texts.items()]

@@ -215,7 +215,7 @@ def _prompts(findings: Findings, pictures: Sequence[str]) -> Iterator[str]:
         ("prompt", "model", "metric", "value", _interval_title(findings), ""),
         (
             (
-                code(entry.prompt) if entry.prompt else "as the tuned model is asked",
+                code(entry.prompt),
                 code(entry.model) if entry.model else "base model",
                 code(entry.metric),
                 number(entry.value),

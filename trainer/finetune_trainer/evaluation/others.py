@@ -68,9 +68,8 @@ def find_others(storage: Storage, job: FineTuneJob) -> tuple[OtherJob, ...]:
 
 def _find(storage: Storage, job: FineTuneJob, name: str) -> OtherJob:
     folder = report_folder(job.metadata.namespace, name)
-    manifest = read_manifest(storage, folder)
-    uid = str((manifest or {}).get("job", {}).get("uid", ""))
-    if manifest is None or not _UID.fullmatch(uid) or uid == job.metadata.uid:
+    uid = _owner(storage, folder)
+    if uid is None or uid == job.metadata.uid:
         raise JobError(
             Reason.COMPARISON_NOT_FOUND,
             f"spec.evaluation.compareWith: {storage.locate(folder)} holds no results of the job {name}: name a job of the namespace "
@@ -85,6 +84,14 @@ def _find(storage: Storage, job: FineTuneJob, name: str) -> OtherJob:
             f"spec.evaluation.compareWith: {storage.locate(folder)}/{RESULTS} cannot be read: run the job {name} again, or leave it out",
         ) from None
     return OtherJob(name, evaluation, storage.at(f".finetune/{uid}"))
+
+
+def _owner(storage: Storage, folder: str) -> str | None:
+    """The uid of the job whose report this is; None where it is no report, or names what cannot be a uid."""
+    match read_manifest(storage, folder):
+        case {"job": {"uid": str(uid)}} if _UID.fullmatch(uid):
+            return uid
+    return None
 
 
 def _content(case: Case) -> str:

@@ -111,7 +111,7 @@ def strategies(entries: Sequence[BaselineResult]) -> bytes | None:
             axes.plot((low, high), (place, place), color=colour, linewidth=1.4, solid_capstyle="butt")
             axes.plot(entry.value, place, marker="D" if entry.best else "o", color=colour, markersize=5.5 if entry.best else 4.5)
             axes.annotate(number(entry.value), (high, place), (6, 0), textcoords="offset points", va="center", fontsize=7.5)
-        names = [_clipped(f"{entry.prompt or 'plain'}{f' ({entry.model})' if entry.model else ''}", 40) for entry in rows]
+        names = [_clipped(f"{entry.prompt}{f' ({entry.model})' if entry.model else ''}", 40) for entry in rows]
         axes.set_yticks(range(len(rows)), [f"{name}  (best)" if row.best else name for name, row in zip(names, rows, strict=True)])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)

@@ -1,0 +1,173 @@
+"""A report is in its place whole, whatever came of the job; and other jobs find its results by the job's name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from tests.unit.evaluation.findings import EVALUATION, UID, findings, job
+
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob
+from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation import evidence
+from finetune_trainer.evaluation.answered import Answered, Case, written
+from finetune_trainer.evaluation.evidence import publish_report, report_uri
+from finetune_trainer.evaluation.others import find_others
+from finetune_trainer.manifest import damage, read_manifest, write_manifest
+from finetune_trainer.storage import Storage
+
+OTHER_UID = "0c9e6a52-0000-4000-8000-000000000002"
+FOLDER = "report/team-a/support-bot-v1"
+
+
+@pytest.fixture(params=["file system", "object store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "file system":
+        return Storage(LocalFileSystem(), str(tmp_path / "root"), f"file://{tmp_path}/root")
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    return Storage(MemoryFileSystem(), "/bucket/root", "s3://bucket/root")
+
+
+def this_job(*names: str) -> FineTuneJob:
+    return job(evaluation={"compareWith": list(names)})
+
+
+def publish_other(storage: Storage, **changes: Any) -> str:
+    return publish_report(storage, findings(job=job("support-bot-v1", OTHER_UID), **changes))
+
+
+def not_found(storage: Storage, name: str = "support-bot-v1") -> str:
+    with pytest.raises(JobError) as caught:
+        find_others(storage, this_job("baseline", name))
+    assert caught.value.reason is Reason.COMPARISON_NOT_FOUND
+    assert caught.value.message.startswith("spec.evaluation.compareWith: ")
+    return caught.value.message
+
+
+def test_a_report_is_in_its_place_with_a_manifest_of_its_files(storage: Storage) -> None:
+    uri = publish_other(storage)
+    assert uri == report_uri(storage, job("support-bot-v1")) == storage.locate(f"{FOLDER}/report.md")
+    manifest = read_manifest(storage, FOLDER) or {}
+    assert manifest["job"] == {"namespace": "team-a", "name": "support-bot-v1", "uid": OTHER_UID}
+    assert sorted(manifest["files"]) == ["loss.svg", "metrics-1.svg", "prompts.svg", "report.md", "results.json"]
+    with storage.folder(FOLDER) as folder:
+        assert damage(folder, manifest) is None
+        assert (folder / "report.md").read_text().startswith("# support-bot-v1: held back")
+
+
+def test_doing_it_again_changes_nothing(storage: Storage) -> None:
+    publish_other(storage)
+    first = read_manifest(storage, FOLDER)
+    publish_other(storage)
+    assert read_manifest(storage, FOLDER) == first
+
+
+def test_jobs_of_one_name_in_two_namespaces_have_a_report_each(storage: Storage) -> None:
+    publish_other(storage)
+    theirs = job("support-bot-v1", UID)
+    theirs = theirs.model_copy(update={"metadata": theirs.metadata.model_copy(update={"namespace": "team-b"})})
+    publish_report(storage, findings(job=theirs, gates=()))
+    assert [other.evaluation for other in find_others(storage, this_job("support-bot-v1"))] == [EVALUATION]
+
+
+def test_a_picture_that_cannot_be_drawn_is_left_out(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> bytes:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(evidence, "loss_curves", fails)
+    publish_other(storage)
+    assert "loss.svg" not in (read_manifest(storage, FOLDER) or {})["files"]
+    assert "loss.svg" not in (storage.read_text(f"{FOLDER}/report.md") or "loss.svg")
+
+
+def test_results_are_found_by_the_jobs_name_in_the_order_of_the_spec(storage: Storage) -> None:
+    publish_other(storage)
+    publish_report(storage, findings(job=job("another", UID.replace("1", "3")), gates=(), results=()))
+    others = find_others(storage, this_job("support-bot-v1", "baseline", "another"))
+    assert [other.name for other in others] == ["support-bot-v1", "another"]
+    assert others[0].evaluation == EVALUATION
+    found = others[0].result("task/f1")
+    assert found is not None
+    assert found.value == 0.88
+    assert others[0].result("task/unknown") is None
+    assert others[1].result("task/f1") is None
+
+
+def test_only_the_baseline_needs_nothing(storage: Storage) -> None:
+    assert find_others(storage, this_job("baseline")) == ()
+
+
+def test_a_job_without_results_is_told_with_what_to_do(storage: Storage) -> None:
+    assert not_found(storage, "nobody") == (
+        f"spec.evaluation.compareWith: {storage.locate('report/team-a/nobody')} holds no results of the job nobody: name a job of the "
+        "namespace team-a that was measured with the same output.storage, or leave it out"
+    )
+
+
+def test_a_job_is_not_compared_with_itself(storage: Storage) -> None:
+    publish_report(storage, findings())
+    not_found(storage, "support-bot")
+
+
+def test_an_earlier_job_of_the_same_name_is_another(storage: Storage) -> None:
+    publish_report(storage, findings(job=job("support-bot", OTHER_UID)))
+    assert find_others(storage, this_job("support-bot"))[0].name == "support-bot"
+
+
+@pytest.mark.parametrize("owner", [{"uid": "../../elsewhere"}, {"uid": ""}, {"uid": "a/b"}, {"uid": None}, {"uid": 7}, {}, "me", None])
+def test_a_manifest_cannot_lead_out_of_the_storage(storage: Storage, owner: object) -> None:
+    with storage.new_folder(FOLDER) as folder:
+        (folder / "results.json").write_text(json.dumps({"evaluation": EVALUATION.to_json()}))
+        write_manifest(folder, {"job": owner, "files": {}})
+    not_found(storage)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"evaluation": 1}', '{"evaluation": {"results": [{"value": 1}]}}'])
+def test_results_that_are_none_are_told(storage: Storage, content: str) -> None:
+    with storage.new_folder(FOLDER) as folder:
+        (folder / "results.json").write_text(content)
+        write_manifest(folder, {"job": {"uid": OTHER_UID}, "files": {}})
+    assert "cannot be read" in not_found(storage)
+
+
+def leave(storage: Storage, cases: list[Case], answers: list[Answered], candidate: int = 600) -> None:
+    """What the other job's workers have left in its own folder."""
+    storage.write_text(f".finetune/{OTHER_UID}/suites/task.jsonl", "".join(written(cases)))
+    storage.write_text(f".finetune/{OTHER_UID}/answers/step-{candidate}/task.jsonl", "".join(written(answers)))
+
+
+def test_answers_to_the_same_cases_are_paired_whatever_their_places(storage: Storage) -> None:
+    publish_other(storage)
+    leave(
+        storage,
+        [Case("0", "r0", prompt="p0", place="a:1"), Case("1", "r1", prompt="p1"), Case("2", "r2", prompt="p2")],
+        [Answered("0", "said 0", 1.5, 3, 2), Answered("1", "said 1"), Answered("2", "said\u20282\x85")],
+    )
+    (other,) = find_others(storage, this_job("support-bot-v1"))
+    mine = [
+        Case("a", "r2", prompt="p2"),
+        Case("b", "other reference", prompt="p1"),
+        Case("c", "r0", prompt="p0", place="elsewhere"),
+        Case("d", "r0", messages=({"role": "user", "content": "p0"},)),
+    ]
+    assert other.answers("task", mine) == (Answered("a", "said\u20282\x85"), Answered("c", "said 0", 1.5, 3, 2))
+
+
+@pytest.mark.parametrize("text", ["", "no json\n", "[1]\n", '{"id": 1, "unknown": 2}\n{}\n', "\xff"])
+def test_answers_that_are_not_there_any_more_are_none(storage: Storage, text: str) -> None:
+    publish_other(storage)
+    leave(storage, [Case("0", "r0", prompt="p0")], [], candidate=600)
+    storage.write_text(f".finetune/{OTHER_UID}/answers/step-600/task.jsonl", text)
+    (other,) = find_others(storage, this_job("support-bot-v1"))
+    assert other.answers("task", [Case("0", "r0", prompt="p0")]) == ()
+    assert other.answers("absent", [Case("0", "r0", prompt="p0")]) == ()
+
+
+def test_a_job_that_trained_nothing_has_no_answers(storage: Storage) -> None:
+    publish_other(storage, candidate=None)
+    leave(storage, [Case("0", "r0", prompt="p0")], [Answered("0", "x")])
+    assert find_others(storage, this_job("support-bot-v1"))[0].answers("task", [Case("0", "r0", prompt="p0")]) == ()

@@ -45,6 +45,9 @@ class Following:
 
     def take(self, progress: WorkerProgress) -> Answer:
         """Make the newest progress the report's. Returns what the workers should do."""
+        if progress.cases is not None:
+            self._take_answers(progress)
+            return Answer(self._interruption.requested, self.regroup)
         if progress.start_step is not None and progress.group != self._group:
             self._begin_group(progress, progress.start_step)
         state = Progress(
@@ -72,6 +75,11 @@ class Following:
         if progress.stage == "Train" and progress.step:
             self._console.progress(state, {name: metric.value for name, metric in metrics.items()})
         return Answer(self._interruption.requested, self.regroup)
+
+    def _take_answers(self, progress: WorkerProgress) -> None:
+        """Workers that answer suites take no steps: what is known of the training stays as it is."""
+        self._reporter.update(message=progress.message, usage=self._usage())
+        self._warn(progress.warnings)
 
     def _checkpoints(self, progress: WorkerProgress) -> Checkpoints | None:
         """What is known of the checkpoints; a group that is only loading knows nothing new."""

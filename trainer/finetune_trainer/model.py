@@ -217,13 +217,15 @@ def load_tokenizer(files: ModelFiles) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device, *, precision: torch.dtype | None = None) -> CausalModel:
-    """The model with the job's method applied, on its device, in training mode. New parameters follow from training.seed alone.
+def load_model(
+    files: ModelFiles, job: FineTuneJob, device: torch.device, *, precision: torch.dtype | None = None, method: Method | None = None
+) -> CausalModel:
+    """The model with the job's method applied, or another, on its device, in training mode. New parameters follow from training.seed alone.
 
     `precision` is that of the computation, where it is to be on another device than where the model is loaded. Raises JobError
     (ModelInvalid) where weights are missing or damaged.
     """
-    method = method_for(job.spec.method)
+    method = method or method_for(job.spec.method)
     precision = precision or precision_for(job.spec.training.precision, device)
     quantization = quantization_config(job.spec.model.quantization, precision)
     transformer = load_transformer(files, _kept_in(method, job, files.base, precision), device, quantization)
@@ -236,9 +238,11 @@ def load_model(files: ModelFiles, job: FineTuneJob, device: torch.device, *, pre
     return CausalModel(module, transformer, layout, scale, precision, device)
 
 
-def model_without_weights(files: ModelFiles, job: FineTuneJob, precision: torch.dtype) -> tuple[torch.nn.Module, "PreTrainedModel"]:
-    """The module with the job's method applied and the transformers model in it, as `load_model` has them, on the `meta` device."""
-    method = method_for(job.spec.method)
+def model_without_weights(
+    files: ModelFiles, job: FineTuneJob, precision: torch.dtype, method: Method | None = None
+) -> tuple[torch.nn.Module, "PreTrainedModel"]:
+    """The module with the method applied and the transformers model in it, as `load_model` has them, on the `meta` device."""
+    method = method or method_for(job.spec.method)
     transformer = _empty_model(read_config(files), files).to(_kept_in(method, job, files.base, precision))
     tokenizer = load_tokenizer(files) if method.virtual_tokens else None
     return method.apply(transformer, seed=job.spec.training.seed, tokenizer=tokenizer).train(), transformer

@@ -48,6 +48,10 @@ class WorkerProgress(StatusModel):
     eta_seconds: Count | None = None
     trained_tokens: Count = 0
     """Tokens of examples that this group took steps on."""
+    answered: Count = 0
+    """Cases of a suite that are answered."""
+    cases: Count | None = None
+    """How many it has; None for a group that trains."""
     metrics: tuple[Metric, ...] = ()
     checkpoint: CheckpointRef | None = None
     """The newest complete checkpoint."""

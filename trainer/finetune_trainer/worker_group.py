@@ -16,7 +16,7 @@ import ray.train.torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from finetune_api.reasons import Reason
-from finetune_api.v1alpha1 import Compute, FineTuneJob
+from finetune_api.v1alpha1 import Compute, FineTuneJob, ModelSource
 from finetune_trainer.environment import Environment, environment_from
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import as_job_error, is_final
@@ -178,6 +178,67 @@ def train_on(worker: "Worker", assignment: Assignment, listener: "Listener") -> 
     models = Models(pair.student, pair.teacher, pair.kept, warnings)
     task = Task(job, files.base, config["config"], own.at(assignment.folder) if assignment.folder else own, assignment.exports)
     train(task, models, data, worker, listener, group=uuid.uuid4().hex)
+
+
+def fit_answers(compute: Compute, config: dict[str, Any], name: str, scratch: Path) -> None:
+    """Have candidates answer suites on the worker nodes, as `answering` has it. Raises what ended it.
+
+    `config` is that of `fit`, with {"candidates": [Candidate.to_json(), ...], "stage": the stage that is running}. Candidates that are
+    answered already are passed over, and a group that was lost is started again: it goes on with what is not answered.
+    """
+    fit(compute, config, name, scratch, on_worker=_answer_on_worker)
+
+
+def _answer_on_worker(config: dict[str, Any]) -> None:
+    """What each worker process of `fit_answers` runs."""
+    from finetune_trainer.progress import ProgressSender
+
+    environment = environment_from(os.environ)
+    worker = this_worker()
+    sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
+    try:
+        answer_on(worker, Assignment(environment, job_of(environment, config), config), sender or Silent())
+    finally:
+        if sender is not None:
+            sender.close()
+
+
+def answer_on(worker: "Worker", assignment: Assignment, listener: "Listener") -> None:
+    """The candidates of what is assigned, one after the other. Every worker of the group calls it."""
+    import torch
+
+    from finetune_trainer.answering import Candidate, Told, answer, outstanding
+    from finetune_trainer.candidates import Candidates
+    from finetune_trainer.model_files import ModelFiles, fetch_model
+    from finetune_trainer.progress import WorkerProgress
+    from finetune_trainer.sources import Mounts, resolve_storage
+
+    job, environment, config = assignment.job, assignment.environment, assignment.config
+    mounts = Mounts(environment.volumes, environment.local)
+    own = storage_at(resolve_storage(job.spec.output, mounts)).at(f".finetune/{job.metadata.uid}")
+    cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
+    torch.set_num_threads(max(1, cpus_of(job.spec.compute) // processes_of(job.spec.compute)))
+    group, warnings = uuid.uuid4().hex, list[str]()
+
+    def fetch(source: ModelSource, revision: str | None) -> ModelFiles:
+        def here() -> ModelFiles:
+            with _alone_on_node(cache):
+                return fetch_model(source, mounts, cache, weights=True, revision=revision)
+
+        return _first_of_each_node(worker, here)
+
+    def tell(told: Told) -> None:
+        warnings.extend([told.warning] if told.warning else [])
+        progress = WorkerProgress(group=group, processes=worker.world, stage=config["stage"], message=str(told))
+        listener.post(progress.model_copy(update={"answered": told.answered, "cases": told.cases, "warnings": tuple(warnings)}))
+
+    trained = own.at(assignment.folder) if assignment.folder else own
+    candidates = Candidates(job, config["revision"], config["config"], trained, fetch, worker)
+    for value in config["candidates"]:
+        whole = Candidate.of_json(value)
+        left = outstanding(own, whole) if worker.leads else None
+        if worker.agree(int(left is not None)):
+            answer(candidates.asking(whole), whole, own, worker, tell)
 
 
 @contextmanager

@@ -43,6 +43,12 @@ PRINTER_COLUMNS = (
         "description": "Latest training loss.",
     },
     {
+        "name": "Gates",
+        "type": "string",
+        "jsonPath": '.status.conditions[?(@.type=="GatesPassed")].status',
+        "description": "Whether the tuned model passed all gates; empty where the job has none.",
+    },
+    {
         "name": "Attempt",
         "type": "integer",
         "jsonPath": ".status.attempt.number",

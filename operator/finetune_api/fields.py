@@ -164,7 +164,8 @@ SubsetName = _text(
 )
 ServedModel = _text(r"^[^\x00-\x1f]+$", 253, "a model's name, without control characters")
 ShortName = _text(LABEL_PATTERN, 32, "a short name (lower-case letters, digits and inner hyphens)")
-MetricName = _text(rf"^{_LABEL}/[A-Za-z0-9_.-]+$", 97, "a metric's name: suite/metric, such as task/exactMatch")
+METRIC_PATTERN = rf"^{_LABEL}/[A-Za-z0-9_.-]+$"
+MetricName = _text(METRIC_PATTERN, 97, "a metric's name: suite/metric, such as task/exactMatch")
 Template = Annotated[str, Field(min_length=1, max_length=8192)]
 """Words for a model, in which some {words} stand for what is put there."""
 LabelKey = _text(rf"^({_SUBDOMAIN}/)?{_WORD}$", 317, "a label's key: name, or domain/name with a name of at most 63 characters")

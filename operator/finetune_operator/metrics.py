@@ -5,6 +5,7 @@ A job has at most SERIES_PER_JOB series; no label holds free text.
 """
 
 import platform
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
+from finetune_api.fields import METRIC_PATTERN
 from finetune_api.methods import METHODS
 from finetune_api.objectives import OBJECTIVES
 from finetune_api.status import Phase, Status, Verdict
@@ -95,9 +97,10 @@ def _test_loss(_: Mapping[str, Any], status: Status) -> Iterator[Sample]:
 
 
 def _evaluation(_: Mapping[str, Any], status: Status) -> Iterator[Sample]:
-    """The tuned model's value, and the untuned one's, of the first metrics of the suites."""
-    results = status.evaluation.results[:RESULTS_SHOWN] if status.evaluation else ()
-    for result in results:
+    """The tuned model's value, and the untuned one's, of the first metrics of the suites. The names are those of a tenant's pod."""
+    results = status.evaluation.results if status.evaluation else ()
+    named = [result for result in results if re.fullmatch(METRIC_PATTERN, result.metric)]
+    for result in named[:RESULTS_SHOWN]:
         for model, value in (("base", result.baseline), ("tuned", result.value)):
             if value is not None:
                 yield (result.metric, model), value

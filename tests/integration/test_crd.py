@@ -236,6 +236,8 @@ REFUSED = [
     ({"compute": {"workers": {"max": 2}}}, "compute is immutable"),
     ({"compute": {"strategy": "fsdp"}}, "compute is immutable"),
     ({"output": {"storage": "pvc://elsewhere"}}, "output is immutable"),
+    ({"evaluation": {"confidence": 0.9}}, "evaluation is immutable"),
+    ({"search": {"parameters": {"method.lora.rank": {"choice": [8, 16]}}}}, "search is immutable"),
     ({"output": {"artifacts": ["adapter"]}}, "output is immutable"),
     ({"backoffLimit": 4}, "backoffLimit is immutable"),
     ({"activeDeadlineSeconds": 1800}, "activeDeadlineSeconds can only be raised or removed"),
@@ -287,6 +289,37 @@ STATUS = {
     "model": {"parameters": 494032768, "trainedParameters": 1081344},
     "checkpoints": {"best": {"step": 400, "uri": "pvc://models/a/400", "metric": "validation/loss", "value": 1.31}},
     "artifacts": [{"kind": "merged", "uri": "pvc://models/a/merged", "digest": "sha256:0", "bytes": 988097824}],
+    "conditions": [
+        {
+            "type": "GatesPassed",
+            "status": "True",
+            "observedGeneration": 1,
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "reason": "GatesPassed",
+        }
+    ],
+    "data": {"made": 40, "madeSamples": ["a prompt"], "tokensPerExample": {"min": 4, "median": 40, "p95": 90, "max": 120}},
+    "baseline": [{"prompt": "few-shot", "metric": "task/exactMatch", "value": 0.61, "low": 0.5, "high": 0.7, "best": True}],
+    "search": {
+        "trials": 8,
+        "completed": 5,
+        "best": {"trial": 3, "value": 1.5, "parameters": {"method.lora.rank": 8, "training.packing": True}},
+    },
+    "evaluation": {
+        "results": [
+            {
+                "metric": "task/exactMatch",
+                "value": 0.88,
+                "baseline": 0.61,
+                "difference": {"value": 0.27, "low": 0.2, "high": 0.3},
+                "n": 500,
+                "compared": [{"with": "other", "value": 0.8}],
+            }
+        ],
+        "gates": [{"metric": "task/exactMatch", "verdict": "Passed", "observed": 0.88, "required": "at least 0.8"}],
+        "health": [{"name": "overfitting", "verdict": "Good"}],
+        "candidate": 400,
+    },
     "attempt": {"number": 2},
     "progress": {"percent": 33},
     "metrics": [{"name": "validation/loss", "value": 1.31}, {"name": "train/loss", "value": 1.18}],
@@ -306,6 +339,7 @@ def test_the_columns_come_from_the_status(server, job):
         "Phase": "Training",
         "Progress": 33,
         "Loss": 1.18,
+        "Gates": "True",
         "Attempt": 2,
         "Message": "step 420 of 1260",
     }
@@ -313,7 +347,7 @@ def test_the_columns_come_from_the_status(server, job):
 
 def test_a_new_jobs_columns_are_empty(server, job):
     table = server.call("GET", f"{JOBS}/{job['metadata']['name']}", accept="application/json;as=Table;v=v1;g=meta.k8s.io").body
-    assert table["rows"][0]["cells"][1:6] == [None] * 5
+    assert table["rows"][0]["cells"][1:7] == [None] * 6
 
 
 @pytest.mark.parametrize(
@@ -328,6 +362,8 @@ def test_a_new_jobs_columns_are_empty(server, job):
         {"warnings": ["x"] * 9},
         {"model": {"parameters": -1}},
         {"checkpoints": {"best": {"step": 400, "uri": "pvc://a"}}},
+        {"evaluation": {"gates": [{"metric": "a/b", "verdict": "Maybe", "required": "at least 1"}]}},
+        {"baseline": [{"metric": "a/b", "value": 1}]},
         {"artifacts": [{"kind": "gguf", "uri": "pvc://a", "digest": "sha256:0", "bytes": 1}]},
     ],
     ids=lambda status: json.dumps(status)[:80],

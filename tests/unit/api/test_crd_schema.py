@@ -130,6 +130,7 @@ def test_names_and_columns():
         "Phase": (".status.phase", 0),
         "Progress": (".status.progress.percent", 0),
         "Loss": ('.status.metrics[?(@.name=="train/loss")].value', 0),
+        "Gates": ('.status.conditions[?(@.type=="GatesPassed")].status', 0),
         "Attempt": (".status.attempt.number", 1),
         "Message": (".status.message", 1),
         "Age": (".metadata.creationTimestamp", 0),

@@ -85,6 +85,41 @@ def test_state_of_a_job_is_told_from_its_status(metrics: Metrics) -> None:
     assert of_job(found, "finetune_evaluation_test_loss", model="tuned") == 1.0
 
 
+EVALUATED = {
+    "phase": "Evaluating",
+    "search": {"trials": 8, "completed": 5, "failed": 1, "pruned": 2},
+    "evaluation": {
+        "results": [
+            {"metric": "task/f1", "value": 0.75, "baseline": 0.5},
+            {"metric": "judged/judgeWinRate", "value": 0.625},
+            {"metric": "a tenant's own words", "value": 1.0},
+        ],
+        "gates": [{"metric": "task/f1", "verdict": verdict, "required": "x"} for verdict in ("Passed", "Failed", "Passed")],
+    },
+}
+
+
+def test_evaluation_gates_and_search_are_told(metrics: Metrics) -> None:
+    metrics.jobs.see({**JOB, "status": EVALUATED}, gone=False)
+    found = samples(metrics)
+    assert of_job(found, "finetune_job_evaluation", metric="task/f1", model="tuned") == 0.75
+    assert of_job(found, "finetune_job_evaluation", metric="task/f1", model="base") == 0.5
+    assert of_job(found, "finetune_job_evaluation", metric="judged/judgeWinRate", model="tuned") == 0.625
+    assert len(found["finetune_job_evaluation"]) == 3
+    assert [of_job(found, "finetune_job_gates", verdict=verdict) for verdict in ("Passed", "Failed", "Inconclusive")] == [2, 1, 0]
+    ended = [of_job(found, "finetune_job_search_trials", state=state) for state in ("completed", "failed", "pruned")]
+    assert ended == [5, 1, 2]
+
+
+def test_job_with_all_that_it_may_measure_has_few_series(metrics: Metrics) -> None:
+    before = sum(len(each) for each in samples(metrics).values())
+    results = [{"metric": f"suite-{index}/f1", "value": 0.5, "baseline": 0.25} for index in range(260)]
+    status = {**JOB["status"], **EVALUATED, "evaluation": {**EVALUATED["evaluation"], "results": results}}
+    metrics.jobs.see({**JOB, "status": status}, gone=False)
+    assert sum(len(each) for each in samples(metrics).values()) - before <= SERIES_PER_JOB
+    assert len(samples(metrics)["finetune_job_evaluation"]) == 48
+
+
 def test_job_has_few_series_and_no_free_text(metrics: Metrics) -> None:
     before = sum(len(each) for each in samples(metrics).values())
     metrics.jobs.see(JOB, gone=False)

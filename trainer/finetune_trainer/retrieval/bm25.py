@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from finetune_trainer.retrieval.search import Hit, best
 from finetune_trainer.retrieval.words import Language, language_of
 
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
-
 
 class WordIndex:
     """An index of words. A text that shares no word with a query is not found by it."""
@@ -16,6 +14,7 @@ class WordIndex:
         """The language is that of the texts where it is not given. Memory: some ten bytes for each word of the texts."""
         from bm25s import BM25
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
         self.language = language_of(texts) if language is None else language
         self._numbers: dict[str, int] = {}
         documents = [[self._numbers.setdefault(stem, len(self._numbers)) for stem in self.language.stems(text)] for text in texts]

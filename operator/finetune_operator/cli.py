@@ -1,12 +1,9 @@
-"""The command line: `finetune operator | local | validate | list | status`."""
+"""The command line: `finetune operator | local | validate | list | status | compare`."""
 
-import asyncio
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
-from kubernetes.aio.config import ConfigException
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +13,11 @@ from finetune_api.status import Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.__main__ import installed_version
 from finetune_operator.__main__ import main as run_operator
+from finetune_operator.asking import Namespace, absent, ask, read_jobs
 from finetune_operator.cluster import connect
+from finetune_operator.compare import compare
 from finetune_operator.local.command import local as run_here
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
-from finetune_operator.port import ApiError, JobKey
 from finetune_operator.words import status_lines
 
 app = typer.Typer(
@@ -28,9 +26,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the job.", metavar="NAME")]
-Result = TypeVar("Result")
 
 
 def _show_version(wanted: bool) -> None:
@@ -53,6 +48,7 @@ def operator() -> None:
 
 
 app.command("local")(run_here)
+app.command("compare")(compare)
 
 
 @app.command("validate")
@@ -107,7 +103,7 @@ def list_jobs(
             return await cluster.jobs(None if everywhere else namespace)
 
     table = Table("NAMESPACE", "NAME", "PHASE", "PROGRESS", "LOSS", "ATTEMPT", "MESSAGE", box=None, header_style="bold")
-    for job in _run(read()):
+    for job in ask(read()):
         status = Status.model_validate(job.get("status") or {})
         table.add_row(
             job["metadata"]["namespace"],
@@ -124,27 +120,11 @@ def list_jobs(
 @app.command("status")
 def show_status(name: Annotated[str, typer.Argument(help="Name of the job.")], namespace: Namespace = "default") -> None:
     """Tell where a job stands, what it has achieved, and what to do where it failed."""
-
-    async def read() -> dict[str, Any] | None:
-        async with connect() as cluster:
-            found = await cluster.read(JobKey(namespace, name))
-            return found.job if found else None
-
-    job = _run(read())
+    (job,) = ask(read_jobs(namespace, (name,)))
     if job is None:
-        typer.echo(f"there is no {KIND} {name} in namespace {namespace}; `finetune list -A` shows all", err=True)
-        raise typer.Exit(1)
+        raise absent(name, namespace)
     for line in status_lines(Status.model_validate(job.get("status") or {})):
         typer.echo(line)
-
-
-def _run(call: Coroutine[Any, Any, Result]) -> Result:
-    """The result of a call to the cluster, or an error in one line and exit code 1."""
-    try:
-        return asyncio.run(call)
-    except (ApiError, ConfigException) as error:
-        typer.echo(f"finetune: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

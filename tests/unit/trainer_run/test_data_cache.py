@@ -22,6 +22,7 @@ from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer import data_cache
 from finetune_trainer.data.examples import open_prepared
 from finetune_trainer.data.inputs import Files
+from finetune_trainer.data.rows import Place, Row
 from finetune_trainer.data_cache import FOLDER, KEEP_DAYS, Entry, find_or_prepare, mark_used
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location, Mounts
@@ -50,8 +51,17 @@ def train(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"
 
 
-def job(train: Path, training: dict[str, object] | None = None, objective: dict[str, object] | None = None, **data: object) -> FineTuneJob:
+def job(
+    train: Path,
+    training: dict[str, object] | None = None,
+    objective: dict[str, object] | None = None,
+    suites: list[dict[str, object]] | None = None,
+    baseline: dict[str, object] | None = None,
+    **data: object,
+) -> FineTuneJob:
     spec = {
+        **({} if baseline is None else {"baseline": baseline}),
+        "evaluation": {"suites": suites or []},
         "model": {"source": f"file://{MODEL}"},
         "data": {"train": {"source": f"file://{train}"}} | data,
         "method": {"lora": {}},
@@ -125,13 +135,98 @@ OTHER = {
     "format": lambda train: job(train, format="text"),
     "columns": lambda train: job(train, columns={"prompt": "text"}),
     "labels": lambda train: job(train, objective={"sft": {"lossOn": "all"}}),
+    "test fraction": lambda train: job(train, test={"fraction": 0.3}),
+    "group": lambda train: job(train, groupBy="completion"),
+    "duplicates": lambda train: job(train, preparation={"deduplicate": "exact"}),
+    "leakage": lambda train: job(train, preparation={"leakage": "drop"}),
+    "rejects": lambda train: job(train, preparation={"maxRejectedFraction": 0.1}),
+    "a suite": lambda train: job(train, suites=[suite(train)]),
+    "texts": lambda train: job(train, suites=[suite(train) | {"source": "validation"}]),
+    "texts to show": lambda train: job(train, suites=[suite(train)], baseline={"prompts": [{"name": "few", "examples": 1}]}),
 }
+
+
+def suite(train: Path, **more: object) -> dict[str, object]:
+    return {"name": "task", "source": f"file://{train}", "metrics": ["f1"], **more}
 
 
 @pytest.mark.parametrize("other", OTHER.values(), ids=OTHER)
 def test_another_setting_prepares_again(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, other: object) -> None:
     names = {find(storage, job(train), tokenizer).name, find(storage, other(train), tokenizer).name}
     assert len(names) == 2
+
+
+def test_each_of_the_settings_of_suites_counts(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where its data is, how much of it, and whether training examples are shown; not how it is measured."""
+    few = {"prompts": [{"name": "few", "examples": 1}]}
+    other = train.with_name("other.jsonl")
+    other.write_bytes(train.read_bytes())
+    different = [{}, {"limit": 1}, {"source": f"file://{other}"}, {"name": "other"}, {"source": "test"}]
+    jobs = [job(train, suites=[suite(train, **more)], test={"fraction": 0.3}) for more in different]
+    jobs.append(job(train, suites=[suite(train)], baseline=few, test={"fraction": 0.3}))
+    assert len({find(storage, each, tokenizer).name for each in jobs}) == len(jobs)
+    same = [{"role": "forgetting"}, {"maxNewTokens": 7}, {"metrics": ["loss"]}]
+    assert {find(storage, job(train, suites=[suite(train, **more)], test={"fraction": 0.3}), tokenizer).name for more in same} == {
+        find(storage, jobs[0], tokenizer).name
+    }
+
+
+class Made:
+    """Examples that were made."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+
+    def rows(self) -> Iterator[Row]:
+        yield Row(Place("made", 1), {"prompt": "Which?", "completion": self.answer})
+
+    def identity(self) -> list[str]:
+        return [self.answer]
+
+    def state(self) -> list[str]:
+        return []
+
+
+def test_what_was_made_counts(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    def made(answer: str | None) -> Entry:
+        mounts = Mounts(Path("/nowhere"), local=True)
+        return find_or_prepare(storage, job(train), mounts, tokenizer, made=None if answer is None else Made(answer))
+
+    assert len({made(answer).name for answer in (None, "This.", "That.", "This.")}) == 3
+    prepared = open_prepared(storage.location(made("That.").name), tmp_path / "cache")
+    assert (len(prepared.train), len(prepared.validation)) == (3, 1)
+
+
+def rejects(storage: Storage, uid: str = "u1") -> list[int]:
+    lines = storage.read_text(f".finetune/{uid}/rejects.jsonl")
+    return [json.loads(line)["line"] for line in lines.splitlines()] if lines is not None else []
+
+
+def test_the_owner_of_each_job_finds_what_was_left_out(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with train.open("a") as file:
+        file.write('{"prompt": 1}\n')
+    lenient = job(train, preparation={"maxRejectedFraction": 0.5})
+    assert find(storage, lenient, tokenizer).is_new
+    assert not find(storage, of(lenient, uid="u2"), tokenizer).is_new
+    assert (rejects(storage), rejects(storage, "u2")) == ([4], [4])
+
+
+def test_also_where_there_are_too_many(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with train.open("a") as file:
+        file.write('{"prompt": 1}\n{"prompt": 2}\n')
+    with pytest.raises(JobError, match="2 rows cannot be used"):
+        find(storage, job(train), tokenizer)
+    assert rejects(storage) == [4, 5]
+    assert not [name for name in storage.folders(FOLDER) if not name.startswith(".")]
+
+
+def test_in_an_object_store_as_well(train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    store = Storage(MemoryFileSystem(), f"/{train.parent.name}", f"memory://{train.parent.name}")
+    with train.open("a") as file:
+        file.write('{"prompt": 1}\n')
+    for uid in ("u1", "u2"):
+        find(store, of(job(train, preparation={"maxRejectedFraction": 0.5}), uid=uid), tokenizer)
+        assert rejects(store, uid) == [4]
 
 
 def test_what_is_never_drawn_makes_no_difference(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -145,6 +145,7 @@ _COPIED = (
     "pattern",
     "minItems",
     "maxItems",
+    "minProperties",
     "maxProperties",
     "required",
     "oneOf",

@@ -16,6 +16,7 @@ from finetune_operator.__main__ import main as run_operator
 from finetune_operator.asking import Namespace, absent, ask, read_jobs
 from finetune_operator.cluster import connect
 from finetune_operator.compare import compare
+from finetune_operator.local.chat import chat
 from finetune_operator.local.command import local as run_here
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
 from finetune_operator.words import status_lines
@@ -48,6 +49,7 @@ def operator() -> None:
 
 
 app.command("local")(run_here)
+app.command("chat")(chat)
 app.command("compare")(compare)
 
 

@@ -37,7 +37,7 @@ def compare(
         console = Console(width=10_000)  # a pipe has no edge to break lines at
     console.print(table_of(statuses))
     for note in notes_of(statuses):
-        console.print(Text(note), style="dim")
+        console.print(Text(scrub(note)), style="dim")
 
 
 def table_of(statuses: Mapping[str, Status]) -> Table:
@@ -52,7 +52,7 @@ def table_of(statuses: Mapping[str, Status]) -> Table:
         results = [_result(status, metric) for status in statuses.values()]
         best = _best(metric, results)
         cells = [_cell(result, is_best=result is not None and result.value == best) for result in results]
-        table.add_row(Text(metric), _untuned(results), *cells)
+        table.add_row(Text(scrub(metric)), _untuned(results), *cells)
     return table
 
 

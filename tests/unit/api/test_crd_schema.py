@@ -37,6 +37,7 @@ STRUCTURAL = {
     "minItems",
     "maxItems",
     "items",
+    "minProperties",
     "maxProperties",
     "properties",
     "additionalProperties",

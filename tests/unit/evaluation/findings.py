@@ -85,10 +85,10 @@ EVALUATION = Evaluation(
     gates=(
         GateResult(metric="task/exactMatch", verdict="Passed", observed=0.81, low=0.776, high=0.844, required="at least 0.75"),
         GateResult(
-            metric="task/rougeL", verdict="Inconclusive", observed=0.02, low=-0.025, high=0.065, required="better by 0.01", over="baseline"
+            metric="task/rougeL", verdict="Inconclusive", observed=0.02, low=-0.025, high=0.065, required="better by at least 0.01", over="baseline"
         ),
         GateResult(
-            metric="retention/loss", verdict="Failed", observed=0.14, low=0.095, high=0.185, required="at most 0.05 more", over="baseline"
+            metric="retention/loss", verdict="Failed", observed=0.14, low=0.095, high=0.185, required="larger by at most 0.05", over="baseline"
         ),
     ),
     health=(

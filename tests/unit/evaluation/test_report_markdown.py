@@ -50,7 +50,7 @@ def test_everything_that_was_found_has_its_section() -> None:
     ]
     assert text.startswith("# support-bot: held back\n\n**1 of 3 gates is passed: nothing is published, the artifacts are kept aside.**\n")
     for row in (
-        "| **Failed** | `retention/loss` | at most 0.05 more over `baseline` | 0.140 | 0.0950 to 0.185 |",
+        "| **Failed** | `retention/loss` | larger by at most 0.05 than `baseline` | 0.140 | 0.0950 to 0.185 |",
         "| `task/f1` | 0.410 | 0.880 | 0.859 to 0.901 | +0.470 | +0.439 to +0.502 | better | 500 |",
         "| `retention/loss` | 1.920 | 2.060 | 2.030 to 2.090 | +0.140 | +0.0950 to +0.185 | worse | 500 |",
         "| `validation/loss` | 2.410 | 0.880 | \u2013 | \u22121.530 | \u2013 |  | \u2013 |",

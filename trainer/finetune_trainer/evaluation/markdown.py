@@ -114,7 +114,7 @@ def _gates(findings: Findings) -> Iterator[str]:
             (
                 f"**{gate.verdict}**",
                 code(gate.metric),
-                inline(gate.required) + (f" over {code(gate.over)}" if gate.over and gate.over not in gate.required else ""),
+                inline(gate.required) + (f" than {code(gate.over)}" if gate.over and gate.over not in gate.required else ""),
                 number(gate.observed),
                 interval(gate.low, gate.high),
             )

@@ -135,8 +135,15 @@ def _install(server: Server, *, replace: bool) -> bool:
         _until(lambda: server.call("GET", DEFINITION).code == 404, "the old CRD to go")
     created = server.call("POST", DEFINITIONS, definition)
     assert created.code == 201, created.message
+    _until(lambda: _established(server), "the definition to be established")
     _until(lambda: server.call("GET", JOBS).code == 200, "the jobs to be served")
     return True
+
+
+def _established(server: Server) -> bool:
+    """Whether this definition is served, and not still the one that it replaces."""
+    conditions = server.call("GET", DEFINITION).body.get("status", {}).get("conditions", [])
+    return any(entry["type"] == "Established" and entry["status"] == "True" for entry in conditions)
 
 
 def _until(condition: Any, what: str) -> None:

@@ -1,4 +1,4 @@
-"""`python -m finetune_trainer head` and `python -m finetune_trainer worker`: what the pods run."""
+"""`python -m finetune_trainer head` and `python -m finetune_trainer worker`: what the pods run; `chat` is what `finetune chat` runs."""
 
 import os
 import sys
@@ -9,8 +9,13 @@ from finetune_trainer.environment import environment_from
 
 def main(arguments: list[str]) -> int:
     """Run a role. Returns the exit code: 0 succeeded, 1 failed, 143 interrupted, 2 called wrongly."""
+    if arguments[:1] == ["chat"]:
+        warnings.simplefilter("ignore")
+        from finetune_trainer.chat import main as chat
+
+        return chat(arguments[1:])
     if arguments not in (["head"], ["worker"]):
-        print("usage: python -m finetune_trainer head|worker", file=sys.stderr)  # noqa: T201
+        print("usage: python -m finetune_trainer head|worker|chat", file=sys.stderr)  # noqa: T201
         return 2
     try:
         environment = environment_from(os.environ)

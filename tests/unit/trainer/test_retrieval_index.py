@@ -191,7 +191,7 @@ def test_passages_are_read_as_the_knowledge_base_says_and_told_of(tmp_path: Path
     said: list[str] = []
     passages = read_passages(KnowledgeBase(source="pvc://docs/kb", passage_words=12, overlap_words=4), files, said.append)
     assert [len(passage.text.split()) for passage in passages] == [12, 12]
-    assert said == ["field: 2 passages of 1 documents; 1 files of other forms are left out"]
+    assert said == ["field: 2 passages of 1 document; 1 file of other forms left out"]
     (tmp_path / "a.txt").write_text("* * *")
     with pytest.raises(JobError, match="field: pvc://docs/kb holds no words") as caught:
         read_passages(KnowledgeBase(source="pvc://docs/kb"), files, said.append)

@@ -60,9 +60,6 @@ def shape_of(job: FineTuneJob, *, is_chat: bool) -> Shape:
     Raises JobError (InvalidSpec) where the job learns from rows of another kind.
     """
     data = job.spec.data
-    if job.spec.objective.dpo is not None:
-        problem = "objective.dpo learns from preferences, and data.preparation makes prompts with one answer each: use objective.sft"
-        raise JobError(Reason.INVALID_SPEC, problem)
     if data.format not in ("auto", "promptCompletion", "messages"):
         problem = f"data.format: {data.format}: data.preparation makes prompts with answers: use auto, promptCompletion or messages"
         raise JobError(Reason.INVALID_SPEC, problem)
@@ -90,22 +87,26 @@ class Tally:
     """Parts that the generator wrote."""
     kept: int = 0
     """Of these, supported ones."""
+    made: int = 0
+    """Examples."""
 
-    def add(self, *, found: bool, written: int, kept: int) -> None:
+    def add(self, *, found: bool, written: int, kept: int, made: int) -> None:
         """One more text."""
         self.texts += 1
         self.unmatched += not found
         self.without += found and not kept
         self.written += written
         self.kept += kept
+        self.made += made
 
     def finish(self, say: Say, advice: str) -> None:
         """Say what came of them. Raises JobError (DatasetInvalid) where nothing did."""
         if not self.texts:
             return  # there was nothing but faults, which are told of with the rows
-        parts = [f"{self.texts:,} {self.origin}s, {self.written:,} {self.part}s written, {self.kept:,} of them supported by a passage"]
-        parts += [f"{self.unmatched:,} {self.origin}s share no word with any passage"] if self.unmatched else []
-        parts += [f"{self.without:,} {self.origin}s are left out, being without a supported {self.part}"] if self.without else []
-        if not self.kept:
-            raise JobError(Reason.DATASET_INVALID, f"{self.field}: no example could be made: {'; '.join(parts)}: {advice}")
+        parts = [f"{self.made:,} examples of {self.texts:,} {self.origin}s"]
+        parts += [f"of {self.written:,} {self.part}s written, passages support {self.kept:,}"]
+        parts += [f"{self.origin}s that share no word with any passage: {self.unmatched:,}"] if self.unmatched else []
+        parts += [f"{self.origin}s without a supported {self.part}: {self.without:,}"] if self.without else []
+        if not self.made:
+            raise JobError(Reason.DATASET_INVALID, f"{self.field}: {'; '.join(parts)}: {advice}")
         say(f"{self.field}: {'; '.join(parts)}")

@@ -128,7 +128,7 @@ class PointRows:
         """The example; None where no point is supported."""
         facts = [grounding.facts(passage.shown) for passage in told.passages]
         points = [point for point in told.points if grounding.holds(point, facts)]
-        tally.add(found=bool(told.passages), written=len(told.points), kept=len(points))
+        tally.add(found=bool(told.passages), written=len(told.points), kept=len(points), made=bool(points))
         if not points:
             return None
         values = {"points": "\n".join(f"- {point}" for point in points), "prompt": told.golden.prompt}

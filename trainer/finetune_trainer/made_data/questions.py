@@ -72,8 +72,9 @@ class QuestionRows:
         pairs = pairs_in(text)[: self.spec.per_passage]
         facts = [grounding.facts(passage.shown)]
         supported = [pair for pair in pairs if grounding.holds(pair.answer, facts)]
-        tally.add(found=True, written=len(pairs), kept=len(supported))
-        for number, pair in enumerate(_new(supported, seen), 1):
+        new = list(_new(supported, seen))
+        tally.add(found=True, written=len(pairs), kept=len(supported), made=len(new))
+        for number, pair in enumerate(new, 1):
             yield self.shape.row(Place(passage.place, number, "question"), pair.question, pair.answer)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from types import TracebackType
 from typing import Any, Protocol, Self
 
 from finetune_api.reasons import Reason
@@ -64,8 +65,8 @@ class Desk:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.__exit__(kind, error, trace)
 
     def write(self, prompts: Sequence[Messages]) -> list[str]:
         """A text for each, which may be empty; the same for the same.

@@ -45,9 +45,13 @@ def read_passages(knowledge_base: KnowledgeBase, files: KnowledgeFiles, say: Say
     if not found:
         raise JobError(Reason.KNOWLEDGE_BASE_INVALID, f"{files.field}: {files.location.uri} holds no words: no document has a letter")
     others = files.files()[1]
-    left = f"; {others:,} files of other forms are left out" if others else ""
-    say(f"{files.field}: {len(found):,} passages of {len(places):,} documents{left}")
+    left = f"; {_counted(others, 'file')} of other forms left out" if others else ""
+    say(f"{files.field}: {_counted(len(found), 'passage')} of {_counted(len(places), 'document')}{left}")
     return tuple(found)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def open_knowledge(

@@ -1,0 +1,377 @@
+"""Examples that are made of documents: what is asked, what is kept of the answers, and what a killed process has paid for."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from finetune_api.preparation import Generator as GeneratorSpec
+from finetune_api.reasons import Reason
+from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer.data.formats import Conversation, PromptCompletion
+from finetune_trainer.data.inputs import check_unchanged
+from finetune_trainer.data.reading import examples_of
+from finetune_trainer.data.rows import Fault, Row
+from finetune_trainer.errors import JobError
+from finetune_trainer.made_data import Means, Writer, made_rows, writer
+from finetune_trainer.sources import Mounts
+from finetune_trainer.storage import Storage
+
+HANDBOOK = """# Loans
+A tool may be kept for 14 days. Members may extend a loan once by 7 days if nobody waits for the tool.
+
+# Fees
+Late tools cost 2 euros a day. A member with fees above 20 euros cannot borrow.
+
+# Depots
+The north depot is open on Mondays. The south depot is open on Fridays and lends trailers.
+"""
+OUTPUTS = ["Your drill is due after 14 days; you may extend the loan once by 7 days.", "Trailers are lent by the south depot, on Fridays."]
+
+
+class Author:
+    """A generator that answers by a table: the first key that stands in what it is told."""
+
+    def __init__(self, says: Mapping[str, str], *, stops_after: int | None = None, shortfall: int = 0) -> None:
+        self.says, self.stops_after, self.shortfall = says, stops_after, shortfall
+        self.told: list[str] = []
+        self.opened = self.closed = 0
+
+    def generate(self, prompts: Sequence[Sequence[Mapping[str, Any]]], max_new_tokens: int) -> Iterator[str]:
+        for messages in prompts[: len(prompts) - self.shortfall]:
+            if self.stops_after is not None and len(self.told) == self.stops_after:
+                raise JobError(Reason.GENERATOR_UNAVAILABLE, "killed on the way")
+            assert [message["role"] for message in messages] == ["user"]
+            self.told.append(messages[0]["content"])
+            yield next((answer for key, answer in self.says.items() if key in self.told[-1]), "")
+
+    @contextmanager
+    def open(self) -> Iterator["Author"]:
+        self.opened += 1
+        try:
+            yield self
+        finally:
+            self.closed += 1
+
+
+class Site:
+    """A folder with a handbook and golden outputs, and the jobs that use them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "kb").mkdir()
+        (folder / "kb" / "handbook.md").write_text(HANDBOOK)
+        self.golden(*({"text": output, "id": str(number)} for number, output in enumerate(OUTPUTS)))
+        self.said: list[str] = []
+
+    def golden(self, *rows: Mapping[str, Any]) -> None:
+        (self.folder / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def job(self, data: Mapping[str, Any] | None = None, *, questions: Mapping[str, Any] | None = None, **points: Any) -> FineTuneJob:
+        base = {"source": f"file://{self.folder}/kb"}
+        preparation: dict[str, Any] = {}
+        if questions is not None:
+            preparation["questions"] = {"knowledgeBase": base, **questions}
+        if questions is None or points:
+            golden = {"source": f"file://{self.folder}/golden.jsonl", **points.pop("goldenOutputs", {})}
+            preparation["contentPoints"] = {"knowledgeBase": base, "goldenOutputs": golden, **points}
+        spec = {
+            "model": {"source": f"file://{self.folder}/model"},
+            "data": {"preparation": preparation, **(data or {})},
+            "method": {"lora": {}},
+            "output": {"storage": f"file://{self.folder}/out"},
+        }
+        raw = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot", "namespace": "team"}, "spec": spec}
+        return parse_job(raw, local=True)
+
+    def rows(
+        self, job: FineTuneJob, author: Author, *, is_chat: bool = False, keeps: bool = False, name: str = "author"
+    ) -> list[Row | Fault]:
+        return list(self.made(job, author, is_chat=is_chat, keeps=keeps, name=name).rows())
+
+    def made(self, job: FineTuneJob, author: Author, *, is_chat: bool = False, keeps: bool = False, name: str = "author") -> Any:
+        storage = Storage(LocalFileSystem(), str(self.folder / "out"), "file://out")
+        asked: list[str] = []
+
+        def writer_of(spec: GeneratorSpec | None, field: str) -> Writer:
+            asked.append(field)
+            return Writer({"name": name}, author.open, keeps)
+
+        def encoder_of(source: Any, field: str) -> Any:
+            raise AssertionError("no encoder is asked for")
+
+        means = Means(Mounts(self.folder, local=True), storage, job.metadata.namespace, encoder_of, self.said.append)
+        made = made_rows(job, means, writer_of, is_chat=is_chat)
+        assert all(field.startswith("data.preparation.") and field.endswith(".generator") for field in asked)
+        return made
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+SAYS = {
+    "Your drill": "Here are the points:\n1. A tool may be kept for **14 days** [1]\n2. Extend the loan once by 7 days\n"
+    "3. A tool may be kept for 30 days\n4. Bring cake",
+    "Trailers are": "- The south depot lends trailers\n- It is open on Fridays\n",
+}
+
+
+def refusal(site: Site, job: FineTuneJob, author: Author) -> JobError:
+    with pytest.raises(JobError) as caught:
+        site.rows(job, author)
+    return caught.value
+
+
+def test_points_that_a_passage_supports_become_the_prompt_of_a_golden_output(site: Site) -> None:
+    author = Author(SAYS)
+    rows = site.rows(site.job(), author)
+    assert [row.columns for row in rows if isinstance(row, Row)] == [
+        {
+            "prompt": "Write a text that makes these points:\n- A tool may be kept for 14 days\n- Extend the loan once by 7 days",
+            "completion": OUTPUTS[0],
+        },
+        {
+            "prompt": "Write a text that makes these points:\n- The south depot lends trailers\n- It is open on Fridays",
+            "completion": OUTPUTS[1],
+        },
+    ]
+    assert [str(row.place).rpartition("/")[2] for row in rows] == ["golden.jsonl, line 1", "golden.jsonl, line 2"]
+    assert "[1] Loans\nA tool may be kept for 14 days." in author.told[0]
+    assert f"Text:\n{OUTPUTS[0]}\n" in author.told[0]
+    assert site.said == [
+        "data.preparation.contentPoints.knowledgeBase: 3 passages of 1 document",
+        "data.preparation.contentPoints: 2 examples of 2 golden outputs; of 7 points written, passages support 4",
+    ]
+    assert (author.opened, author.closed) == (1, 1)
+
+
+def test_templates_are_the_users_and_braces_of_texts_are_left_alone(site: Site) -> None:
+    site.golden({"ask": "When {points}?", "out": "Trailers are {passages} on Fridays, says the south depot.", "text": 3})
+    author = Author(SAYS)
+    job = site.job(
+        goldenOutputs={"column": "out", "promptColumn": "ask"},
+        retriever={"passages": 1},
+        instruction="From {passages} list {output} and {else}",
+        prompt="{prompt} Use: {points}",
+    )
+    rows = site.rows(job, author)
+    depots = HANDBOOK.rpartition("# Depots\n")[2].strip()
+    assert author.told == [f"From [1] Depots\n{depots} list Trailers are {{passages}} on Fridays, says the south depot. and {{else}}"]
+    assert [row.columns["prompt"] for row in rows if isinstance(row, Row)] == [
+        "When {points}? Use: - The south depot lends trailers\n- It is open on Fridays"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "is_chat", "kind"),
+    [
+        ({}, False, PromptCompletion),
+        ({}, True, Conversation),
+        ({"format": "messages", "columns": {"messages": "turns"}}, False, Conversation),
+        ({"format": "promptCompletion", "columns": {"prompt": "question", "completion": "text"}}, True, PromptCompletion),
+    ],
+)
+def test_the_rows_are_such_as_the_job_reads(site: Site, data: dict[str, Any], is_chat: bool, kind: type) -> None:
+    job = site.job(data)
+    examples = list(examples_of(site.rows(job, Author(SAYS), is_chat=is_chat), job))
+    assert [type(example) for example in examples] == [kind, kind]
+    last = examples[1]
+    assert (last.completion if isinstance(last, PromptCompletion) else last.messages[-1]["content"]) == OUTPUTS[1]  # type: ignore[union-attr]
+
+
+def test_jobs_that_learn_from_other_rows_are_refused(site: Site) -> None:
+    error = refusal(site, site.job({"format": "text"}), Author(SAYS))
+    assert error.reason is Reason.INVALID_SPEC
+    assert error.message.startswith("data.format: text: data.preparation makes prompts with answers")
+
+
+def test_rows_keep_the_group_that_they_belong_to(site: Site) -> None:
+    rows = site.rows(site.job({"groupBy": "id"}), Author(SAYS))
+    assert [row.columns["id"] for row in rows if isinstance(row, Row)] == ["0", "1"]
+
+
+def test_outputs_that_cannot_be_used_are_told_of_in_their_place(site: Site) -> None:
+    site.golden({"text": OUTPUTS[0]}, {"body": "x"}, {"text": 4}, {"text": " "}, {"text": OUTPUTS[1]})
+    rows = site.rows(site.job(), Author(SAYS))
+    assert [str(row).rpartition("/")[2] if isinstance(row, Fault) else row.columns["completion"] for row in rows] == [
+        OUTPUTS[0],
+        "golden.jsonl, line 2: the column text (data.preparation.contentPoints.goldenOutputs.column) is missing; the row has body",
+        "golden.jsonl, line 3: text must be a string, not a number",
+        "golden.jsonl, line 4: text is empty",
+        OUTPUTS[1],
+    ]
+
+
+def test_outputs_without_a_passage_are_not_asked_for_and_those_without_a_point_left_out(site: Site) -> None:
+    site.golden({"text": "Xylophones!"}, {"text": OUTPUTS[0]}, {"text": OUTPUTS[1]})
+    author = Author({"Your drill": "- Bring cake", "Trailers are": SAYS["Trailers are"]})
+    assert len(site.rows(site.job(), author)) == 1
+    assert len(author.told) == 2
+    assert site.said[-1] == (
+        "data.preparation.contentPoints: 1 examples of 3 golden outputs; of 3 points written, passages support 2; "
+        "golden outputs that share no word with any passage: 1; golden outputs without a supported point: 1"
+    )
+
+
+def test_where_nothing_is_supported_the_job_fails_and_says_what_to_do(site: Site) -> None:
+    error = refusal(site, site.job(), Author({"": "- Bring cake"}))
+    assert error.reason is Reason.DATASET_INVALID
+    assert error.message == (
+        "data.preparation.contentPoints: 0 examples of 2 golden outputs; of 2 points written, passages support 0; "
+        "golden outputs without a supported point: 2: "
+        "check that the knowledge base holds what the outputs say, or lower minSupport"
+    )
+    assert len(site.rows(site.job(minSupport=0), Author({"": "- Bring cake"}))) == 2
+
+
+def test_an_empty_knowledge_base_is_refused_before_anything_is_asked(site: Site) -> None:
+    (site.folder / "kb" / "handbook.md").write_text("\n")
+    author = Author(SAYS)
+    error = refusal(site, site.job(), author)
+    assert error.reason is Reason.KNOWLEDGE_BASE_INVALID
+    assert "data.preparation.contentPoints.knowledgeBase: " in error.message
+    assert "holds no text" in error.message
+    assert author.opened == 0
+
+
+def test_what_was_written_is_not_asked_for_again(site: Site) -> None:
+    many = [f"Your drill number {number} is due after 14 days." for number in range(7)]
+    site.golden(*({"text": text} for text in many))
+    author = Author(SAYS, stops_after=5)
+    assert refusal(site, site.job(), author).message == "killed on the way"
+    assert author.closed == 1
+    again = Author(SAYS)
+    rows = site.rows(site.job(), again)
+    assert len(rows) == 7
+    assert len(again.told) == 2
+    third = Author(SAYS)
+    assert site.rows(site.job(prompt="Also: {points}", minSupport=0.4), third)
+    assert third.opened == 0
+    assert len(site.rows(site.job(maxNewTokens=8), third)) == 7
+    assert len(third.told) == 7
+    assert len(site.rows(site.job(), third, name="another")) == 7
+    assert len(third.told) == 14
+
+
+def test_texts_are_saved_while_the_generator_writes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SAVE_SECONDS", -1.0)
+    written = Storage.write_json
+    saved: list[int] = []
+
+    def write(self: Storage, name: str, value: Any) -> None:
+        saved.append(len(value) if "cache/made" in self.uri else 0)
+        written(self, name, value)
+
+    monkeypatch.setattr(Storage, "write_json", write)
+    assert len(site.rows(site.job(), Author(SAYS))) == 2
+    assert [number for number in saved if number] == [1, 1]
+
+
+def test_empty_texts_are_asked_for_again_and_half_characters_are_no_obstacle(site: Site) -> None:
+    author = Author({"Your drill": "", "Trailers are": "- The south depot lends trailers \ud83d"})
+    rows = site.rows(site.job(), author)
+    assert [row.columns["prompt"].rpartition("- ")[2] for row in rows if isinstance(row, Row)] == ["The south depot lends trailers ?"]
+    again = Author(SAYS)
+    assert len(site.rows(site.job(), again)) == 2
+    assert len(again.told) == 1
+
+
+def test_damaged_texts_are_written_again(site: Site) -> None:
+    site.rows(site.job(), Author(SAYS))
+    for path in (site.folder / "out" / ".finetune" / "cache" / "made").glob("*/*.json"):
+        path.write_bytes(b'{"half')
+    again = Author(SAYS)
+    assert len(site.rows(site.job(), again)) == 2
+    assert len(again.told) == 2
+
+
+def test_a_generator_that_keeps_its_answers_is_asked_each_time(site: Site) -> None:
+    for _ in range(2):
+        author = Author(SAYS)
+        site.rows(site.job(), author, keeps=True)
+        assert len(author.told) == 2
+    assert not (site.folder / "out" / ".finetune" / "cache" / "made").exists()
+
+
+def test_a_generator_that_writes_too_little_is_told_of(site: Site) -> None:
+    error = refusal(site, site.job(), Author(SAYS, shortfall=1))
+    assert error.reason is Reason.GENERATOR_UNAVAILABLE
+    assert error.message == "data.preparation.contentPoints.generator: the generator has written 1 texts for 2 prompts"
+
+
+def test_the_identity_follows_content_settings_and_generator(site: Site) -> None:
+    one = site.made(site.job(), Author(SAYS)).identity()
+    assert one == site.made(site.job(), Author({})).identity()
+    assert one != site.made(site.job(minSupport=0.6), Author(SAYS)).identity()
+    assert one != site.made(site.job(), Author(SAYS), name="another").identity()
+    assert one != site.made(site.job(), Author(SAYS), is_chat=True).identity()
+    before = site.made(site.job(), Author(SAYS)).state()
+    (site.folder / "kb" / "more.md").write_text("More.")
+    made = site.made(site.job(), Author(SAYS))
+    assert one != made.identity()
+    with pytest.raises(JobError, match=r"data\.preparation: the data has changed"):
+        check_unchanged(before, made.state(), "data.preparation")
+    more = made.identity()
+    site.golden({"text": "Another."})
+    assert more != made.identity()
+
+
+ASKED = {
+    "Loans": "Question: How long may a tool be kept?\nAnswer: For 14 days.\nQuestion: How often is a loan extended?\nAnswer: Never.",
+    "Fees": "1. **Question:** What do late tools cost?\n   **Answer:** Late tools cost\n2 euros a day.\n"
+    "Q2: Who cannot borrow?\nA2: A member with fees above 20 euros",
+    "Depots": "Question: How long may a tool be KEPT\nAnswer: Until the south depot is open.\nAnd so on.",
+}
+
+
+def test_questions_are_kept_if_their_passage_supports_the_answer_and_once(site: Site) -> None:
+    rows = site.rows(site.job(questions={}), Author(ASKED))
+    made = {row.columns["prompt"]: row.columns["completion"] for row in rows if isinstance(row, Row)}
+    kept = {name.casefold().rstrip("?"): answer for name, answer in made.items()}
+    assert kept.pop("how long may a tool be kept") in ("For 14 days.", "Until the south depot is open.\nAnd so on.")
+    assert kept == {"what do late tools cost": "Late tools cost\n2 euros a day.", "who cannot borrow": "A member with fees above 20 euros"}
+    assert all(str(row.place).endswith(("handbook.md, question 1", "handbook.md, question 2")) for row in rows)
+    assert site.said[-1] == "data.preparation.questions: 3 examples of 3 passages; of 5 answers written, passages support 4"
+
+
+def test_questions_are_asked_as_often_as_the_limit_needs(site: Site) -> None:
+    author = Author(ASKED)
+    assert len(site.rows(site.job(questions={"limit": 1, "perPassage": 1}), author)) == 1
+    assert len(author.told) == 1
+    assert "Write 1 questions that the passage below answers" in author.told[0]
+    assert author.told[0].endswith(tuple(f"{line}\n" for line in HANDBOOK.splitlines()))
+    more = Author({"Loans": "no pair", "Fees": "none", "Depots": "Q: Where are trailers lent?\nA: At the south depot."})
+    assert len(site.rows(site.job(questions={"limit": 1, "perPassage": 1}), more, name="another")) == 1
+
+
+def test_short_passages_are_not_asked_about_and_nothing_made_is_told(site: Site) -> None:
+    (site.folder / "kb" / "handbook.md").write_text("# A\nToo short.\n# B\nThis one has more than eight words in all of it.\n")
+    author = Author({"": "I cannot do that."})
+    error = refusal(site, site.job(questions={}), author)
+    assert len(author.told) == 1
+    assert error.reason is Reason.DATASET_INVALID
+    assert error.message == (
+        "data.preparation.questions: 0 examples of 1 passages; of 0 answers written, passages support 0; "
+        "passages without a supported answer: 1: take a larger generator, or lower minSupport"
+    )
+
+
+def test_both_come_one_after_the_other_and_nothing_is_made_for_other_jobs(site: Site) -> None:
+    job = site.job(questions={"limit": 2}, prompt="{points}")
+    rows = site.rows(job, Author(SAYS | ASKED))
+    assert [row.columns["completion"] for row in rows[:2] if isinstance(row, Row)] == OUTPUTS
+    assert len(rows) == 4
+    spec = {
+        "model": {"source": "hf://owner/name"},
+        "data": {"train": {"source": "pvc://data/train.jsonl"}},
+        "method": {"lora": {}},
+        "output": {"storage": "pvc://data/out"},
+    }
+    plain = parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec})
+    assert site.made(plain, Author(SAYS)) is None

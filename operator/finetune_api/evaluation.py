@@ -1,6 +1,5 @@
 """How the tuned model is measured beside the untuned one, and what it must reach to be published."""
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -25,6 +24,7 @@ from finetune_api.fields import (
     rule,
     rules,
 )
+from finetune_api.patterns import check_pattern
 from finetune_api.preparation import TEXT_ALONE
 from finetune_api.sources import (
     SECRET_NEEDS_REMOTE,
@@ -139,14 +139,6 @@ _NEEDS = (
 )
 
 
-def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"must be a regular expression of Python's: {error}") from None
-    return pattern
-
-
 class Suite(SpecModel):
     """Examples or tasks that the untuned and the tuned model are measured on. Exactly one of source, configMap and lmEval."""
 
@@ -186,8 +178,8 @@ class Suite(SpecModel):
     """Tokens of a generated answer at most."""
     limit: Annotated[int, Field(ge=1, le=1000000)] | None = None
     """Examples that are measured at most, the first; absent is all."""
-    pattern: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_pattern)] | None = None
-    """Regular expression, of Python's, that the metric regex searches an answer for."""
+    pattern: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(check_pattern)] | None = None
+    """Regular expression that the metric regex searches an answer for. Look-around and back references are not allowed."""
     encoder: ModelReference | None = None
     """Encoder of transformers or sentence-transformers for the metric embeddingSimilarity."""
     judge: Judge | None = None

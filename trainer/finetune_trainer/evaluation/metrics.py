@@ -12,12 +12,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PydanticUserError, StringConstraints, TypeAdapter, ValidationError
-from pydantic_core import SchemaError
+
+from finetune_api.patterns import searcher
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
@@ -100,25 +100,12 @@ def valid_json(answer: str) -> float:
 
 
 def matcher(pattern: str) -> Callable[[str], float]:
-    """From an answer to 1.0 where the pattern is found somewhere in it; ^ and $ bind it to the ends, without the space there.
+    """From an answer to 1.0 where the pattern is found somewhere in it; ^ and $ are its ends, without the space there.
 
-    The pattern and the text are others' work. Rust's regex crate, which pydantic brings, needs time in proportion to the text for any
-    pattern, and refuses what it could not do so (look-around, back references) and what compiles to more than ten mebibytes. Raises
-    ValueError with its words.
+    Takes time in proportion to the answer, whatever the pattern (see finetune_api.patterns). Raises ValueError.
     """
-    try:
-        adapter = TypeAdapter(Annotated[str, StringConstraints(pattern=pattern)])
-    except (SchemaError, PydanticUserError, UnicodeEncodeError) as error:
-        raise ValueError(_last_line(str(error))) from None
-
-    def matches(answer: str) -> float:
-        try:
-            adapter.validate_python(_encodable(answer.strip()))
-        except ValidationError:
-            return 0.0
-        return 1.0
-
-    return matches
+    found = searcher(pattern)
+    return lambda answer: float(found(answer.strip()))
 
 
 def bleu_counts(answer: str, reference: str) -> list[int]:
@@ -199,17 +186,8 @@ def _composed(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", word) if len(word) <= _LONGEST_WORD else word for word in re.split(r"(\s+)", text))
 
 
-def _encodable(text: str) -> str:
-    """The text with a replacement for what is half a character, which JSON can hold and no encoding."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _refused(constant: str) -> Any:  # noqa: ANN401 - json's own signature
     raise ValueError(constant)
-
-
-def _last_line(message: str) -> str:
-    return message.strip().splitlines()[-1].strip()
 
 
 @cache

@@ -142,8 +142,8 @@ def _install(server: Server, *, replace: bool) -> bool:
 
 def _established(server: Server) -> bool:
     """Whether this definition is served, and not still the one that it replaces."""
-    conditions = server.call("GET", DEFINITION).body.get("status", {}).get("conditions", [])
-    return any(entry["type"] == "Established" and entry["status"] == "True" for entry in conditions)
+    conditions = server.call("GET", DEFINITION).body.get("status", {}).get("conditions")
+    return any(entry["type"] == "Established" and entry["status"] == "True" for entry in conditions or ())
 
 
 def _until(condition: Any, what: str) -> None:

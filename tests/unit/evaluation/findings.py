@@ -80,17 +80,30 @@ RESULTS = (
     result("task/bleu", 8.4, 31.2, 2.2),
     result("retention/loss", 1.92, 2.06, 0.03),
 )
+GATES = (
+    GateResult(metric="task/exactMatch", verdict="Passed", observed=0.81, low=0.776, high=0.844, required="at least 0.75"),
+    GateResult(
+        metric="task/rougeL",
+        verdict="Inconclusive",
+        observed=0.02,
+        low=-0.025,
+        high=0.065,
+        required="better by at least 0.01",
+        over="baseline",
+    ),
+    GateResult(
+        metric="retention/loss",
+        verdict="Failed",
+        observed=0.14,
+        low=0.095,
+        high=0.185,
+        required="larger by at most 0.05",
+        over="baseline",
+    ),
+)
 EVALUATION = Evaluation(
     results=RESULTS,
-    gates=(
-        GateResult(metric="task/exactMatch", verdict="Passed", observed=0.81, low=0.776, high=0.844, required="at least 0.75"),
-        GateResult(
-            metric="task/rougeL", verdict="Inconclusive", observed=0.02, low=-0.025, high=0.065, required="better by at least 0.01", over="baseline"
-        ),
-        GateResult(
-            metric="retention/loss", verdict="Failed", observed=0.14, low=0.095, high=0.185, required="larger by at most 0.05", over="baseline"
-        ),
-    ),
+    gates=GATES,
     health=(
         Health(name="forgetting", suite="retention", verdict="Bad", message="loss 1.92 before, 2.06 after: worse by 0.095 to 0.185"),
         Health(name="overfitting", verdict="Good", message="the gap is 0.21 and does not grow"),

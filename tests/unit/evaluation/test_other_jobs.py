@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.unit.evaluation.findings import EVALUATION, UID, findings, job
+from tests.unit.evaluation.findings import BASELINES, EVALUATION, RESULTS, UID, course, findings, job
 
 from finetune_api.reasons import Reason
-from finetune_api.v1alpha1 import FineTuneJob
+from finetune_api.status import ComparedResult, EvaluationResult
+from finetune_api.v1alpha1 import FineTuneJob, ModelReference, Suite
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import evidence
 from finetune_trainer.evaluation.answered import Answered, Case, written
 from finetune_trainer.evaluation.evidence import publish_report, report_uri
-from finetune_trainer.evaluation.others import find_others
+from finetune_trainer.evaluation.history import Course
+from finetune_trainer.evaluation.others import beside, find_others, reached
+from finetune_trainer.evaluation.scores import Measured, changes, measured, results
 from finetune_trainer.manifest import damage, read_manifest, write_manifest
 from finetune_trainer.storage import Storage
 
@@ -37,7 +40,9 @@ def this_job(*names: str) -> FineTuneJob:
 
 
 def publish_other(storage: Storage, **changes: Any) -> str:
-    return publish_report(storage, findings(job=job("support-bot-v1", OTHER_UID), **changes))
+    """With one picture: drawing takes a while."""
+    less = {"results": RESULTS[2:3], "baseline": (), "course": Course(), **changes}
+    return publish_report(storage, findings(job=job("support-bot-v1", OTHER_UID), **less))
 
 
 def not_found(storage: Storage, name: str = "support-bot-v1") -> str:
@@ -49,7 +54,7 @@ def not_found(storage: Storage, name: str = "support-bot-v1") -> str:
 
 
 def test_a_report_is_in_its_place_with_a_manifest_of_its_files(storage: Storage) -> None:
-    uri = publish_other(storage)
+    uri = publish_other(storage, course=course(), baseline=BASELINES)
     assert uri == report_uri(storage, job("support-bot-v1")) == storage.locate(f"{FOLDER}/report.md")
     manifest = read_manifest(storage, FOLDER) or {}
     assert manifest["job"] == {"namespace": "team-a", "name": "support-bot-v1", "uid": OTHER_UID}
@@ -70,8 +75,8 @@ def test_jobs_of_one_name_in_two_namespaces_have_a_report_each(storage: Storage)
     publish_other(storage)
     theirs = job("support-bot-v1", UID)
     theirs = theirs.model_copy(update={"metadata": theirs.metadata.model_copy(update={"namespace": "team-b"})})
-    publish_report(storage, findings(job=theirs, gates=()))
-    assert [other.evaluation for other in find_others(storage, this_job("support-bot-v1"))] == [EVALUATION]
+    publish_report(storage, findings(job=theirs, gates=(), results=(), baseline=(), course=Course()))
+    assert [other.evaluation.gates for other in find_others(storage, this_job("support-bot-v1"))] == [EVALUATION.gates]
 
 
 def test_a_picture_that_cannot_be_drawn_is_left_out(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +84,14 @@ def test_a_picture_that_cannot_be_drawn_is_left_out(storage: Storage, monkeypatc
         raise RuntimeError("no font")
 
     monkeypatch.setattr(evidence, "loss_curves", fails)
-    publish_other(storage)
+    publish_other(storage, course=course())
     assert "loss.svg" not in (read_manifest(storage, FOLDER) or {})["files"]
     assert "loss.svg" not in (storage.read_text(f"{FOLDER}/report.md") or "loss.svg")
 
 
 def test_results_are_found_by_the_jobs_name_in_the_order_of_the_spec(storage: Storage) -> None:
-    publish_other(storage)
-    publish_report(storage, findings(job=job("another", UID.replace("1", "3")), gates=(), results=()))
+    publish_other(storage, results=RESULTS)
+    publish_report(storage, findings(job=job("another", UID.replace("1", "3")), gates=(), results=(), baseline=(), course=Course()))
     others = find_others(storage, this_job("support-bot-v1", "baseline", "another"))
     assert [other.name for other in others] == ["support-bot-v1", "another"]
     assert others[0].evaluation == EVALUATION
@@ -171,3 +176,50 @@ def test_a_job_that_trained_nothing_has_no_answers(storage: Storage) -> None:
     publish_other(storage, candidate=None)
     leave(storage, [Case("0", "r0", prompt="p0")], [Answered("0", "x")])
     assert find_others(storage, this_job("support-bot-v1"))[0].answers("task", [Case("0", "r0", prompt="p0")]) == ()
+
+
+TASK = Suite(
+    name="task", source="test", metrics=("exactMatch", "tokenAccuracy", "embeddingSimilarity"), encoder=ModelReference(source="hf://o/e")
+)
+JUDGED = EvaluationResult(metric="task/embeddingSimilarity", value=0.5, low=0.4, high=0.6, n=4)
+
+
+def test_figures_of_another_job_are_paired_where_it_was_asked_the_same(storage: Storage) -> None:
+    """Three of the four cases are the other's too; it knows two of these answers, this job all."""
+    publish_other(
+        storage, results=(JUDGED, EvaluationResult(metric="test/loss", value=1.25), EvaluationResult(metric="task/f1", value=None))
+    )
+    cases = [Case(f"{place}", f"r{place}", prompt=f"p{place}") for place in range(4)]
+    leave(
+        storage,
+        [Case(f"x{place}", f"r{place}", prompt=f"p{place}") for place in (2, 1, 0)],
+        [Answered("x2", "wrong", 1.0, 4, 1), Answered("x1", "r1", 1.0, 4, 3), Answered("x0", "wrong", 1.0, 2, 1)],
+    )
+    (other,) = find_others(storage, this_job("support-bot-v1"))
+    theirs = reached(other, [(TASK, cases)], 0.95)
+    assert {each.metric: (each.value, each.n) for each in theirs} == {
+        "task/embeddingSimilarity": (0.5, 4),
+        "test/loss": (1.25, 0),
+        "task/exactMatch": (pytest.approx(1 / 3), 3),
+        "task/tokenAccuracy": (0.5, 3),
+    }
+    mine = measured(
+        TASK, cases, [Answered(case.id, case.reference, 1.0, 1, 1) for case in cases], 0.95, {"embeddingSimilarity": [0.9, 0.9, 0.7, 0.7]}
+    )
+    differences = changes(mine, theirs, 0.95)
+    known = {each.metric: (each.value, each.paired) for each in differences}
+    # Over the three cases that both know, this job is right in all of them.
+    assert known["task/exactMatch"] == (pytest.approx(2 / 3), True)
+    assert known["task/embeddingSimilarity"] == (pytest.approx(0.3), False)
+    told = {each.metric: each.compared for each in beside(results(mine, (), ()), {other.name: theirs}, {other.name: differences})}
+    (compared,) = told["task/exactMatch"]
+    assert (compared.other, compared.value) == ("support-bot-v1", pytest.approx(1 / 3))
+    assert compared.difference is not None
+    assert compared.difference.value == pytest.approx(2 / 3)
+
+
+def test_what_the_other_was_not_measured_by_is_not_beside() -> None:
+    known = EvaluationResult(metric="task/f1", value=0.5)
+    theirs = {"other": [Measured("task/f1", None), Measured("task/bleu", 3.0)], "another": [Measured("task/f1", 0.25)]}
+    (told,) = beside([known], theirs, {})
+    assert told.compared == (ComparedResult(other="another", value=0.25),)

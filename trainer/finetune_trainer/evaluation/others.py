@@ -2,23 +2,25 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from finetune_api.evaluation import BASELINE
+from finetune_api.evaluation import BASELINE, JUDGED_METRICS, Suite
 from finetune_api.reasons import Reason
-from finetune_api.status import Evaluation, EvaluationResult
+from finetune_api.status import ComparedResult, Evaluation, EvaluationResult
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Answered, Case, read
 from finetune_trainer.evaluation.evidence import RESULTS, report_folder
+from finetune_trainer.evaluation.scores import Change, Measured, measured, published, told
 from finetune_trainer.manifest import read_manifest
 from finetune_trainer.storage import Storage
 
 Value = TypeVar("Value", Case, Answered)
+_SCORED_BY_MODELS = (*JUDGED_METRICS, "embeddingSimilarity")
 _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
 
 
@@ -64,6 +66,38 @@ def find_others(storage: Storage, job: FineTuneJob) -> tuple[OtherJob, ...]:
     Raises JobError (ComparisonNotFound) where one has left no results.
     """
     return tuple(_find(storage, job, name) for name in job.spec.evaluation.compare_with if name != BASELINE)
+
+
+def reached(other: OtherJob, suites: Iterable[tuple[Suite, Sequence[Case]]], confidence: float) -> tuple[Measured, ...]:
+    """The other's figures, as `changes` takes them: by its answers where it was asked the same, else as its report tells them.
+
+    `suites` are this job's, with their cases. What a judge or an encoder says of the other's answers is taken from its report.
+    """
+    found = {result.metric: published(result) for result in other.evaluation.results if result.value is not None}
+    for suite, cases in suites:
+        by_text = tuple(metric for metric in suite.metrics if metric not in _SCORED_BY_MODELS)
+        answers = {each.id: each for each in other.answers(suite.name, cases)} if by_text else {}
+        asked = [case for case in cases if case.id in answers]
+        if asked:
+            own = measured(suite.model_copy(update={"metrics": by_text}), asked, answers.values(), confidence)
+            found |= {each.metric: each for each in own}
+    return tuple(found.values())
+
+
+def beside(
+    results: Iterable[EvaluationResult], others: Mapping[str, Sequence[Measured]], differences: Mapping[str, Sequence[Change]]
+) -> tuple[EvaluationResult, ...]:
+    """The results with those of the other jobs beside them; both are by the other job's name, `differences` this job's less the other's."""
+
+    def compared(metric: str, name: str) -> ComparedResult | None:
+        theirs = next((each for each in others[name] if each.metric == metric and each.value is not None), None)
+        change = next((each for each in differences.get(name, ()) if each.metric == metric), None)
+        return ComparedResult(other=name, value=theirs.value, difference=change and told(change)) if theirs else None
+
+    return tuple(
+        result.model_copy(update={"compared": tuple(each for name in others if (each := compared(result.metric, name)) is not None)})
+        for result in results
+    )
 
 
 def _find(storage: Storage, job: FineTuneJob, name: str) -> OtherJob:

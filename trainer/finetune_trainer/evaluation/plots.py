@@ -293,11 +293,13 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _figure(height: float) -> "Iterator[Figure]":
-    """An empty figure, so many inches high; the library's own state is as it was afterwards."""
+    """An empty figure, so many inches high. A user's own settings do not count, and are as they were afterwards."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
         yield Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
 
 

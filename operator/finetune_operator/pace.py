@@ -22,7 +22,8 @@ _OTHERS_MUST_ACT = (
     Reason.FORBIDDEN,
     Reason.STORAGE_UNAVAILABLE,
 )
-_QUIET = ("message", "progress", "metrics", "usage", "checkpoints")
+_QUIET = ("message", "progress", "metrics", "usage", "checkpoints", "search")
+_LONG_STAGES = ("Search", "Train")
 
 
 def paced(before: Status, after: Status, settings: Settings, now: datetime) -> Status:
@@ -87,7 +88,7 @@ def _interval(status: Status, observed: Observed, settings: Settings) -> float |
     head, workers = observed.head(attempt.number), observed.workers(attempt.number)
     making = head is None or len(workers) < status.workers_wanted
     # What becomes of a pod that exists is told by its watch; what a head says has to be asked for.
-    talking = head is not None and head.phase == "Running" and current_stage(status.stages) != "Train"
+    talking = head is not None and head.phase == "Running" and current_stage(status.stages) not in _LONG_STAGES
     return soon if (making or talking) and not stuck else settings.poll_seconds
 
 

@@ -191,7 +191,7 @@ class _Run:
             parts = summary(name, status, job.spec.model.source, self._here)
         elif status.phase == "Failed":
             pod = f"{name}-{status.attempt.number}-head"
-            parts = failure(name, status, self._state.log(pod), self._cluster.log_tail(pod))
+            parts = failure(name, status, self._state.log(pod), self._cluster.log_tail(pod), self._here)
         else:
             self._view.note(
                 f"{name} is {'suspended' if status.phase == 'Suspended' else 'ended'}; the same command goes on from the last checkpoint"

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from finetune_api.reasons import ADVICE, Reason
 from finetune_api.status import Status
+from finetune_operator.local.measured import measured
 
 PERCENT_STEP = 5
 _NUMBER = re.compile(r"[0-9]+([.,][0-9]+)*")
@@ -122,8 +123,9 @@ def summary(name: str, status: Status, model_source: str, place: Callable[[str],
     took = f" after {duration(_seconds(status))}" if status.start_time and status.completion_time else ""
     trained = f" ({status.progress.step} steps, {status.progress.epoch:g} epochs)" if status.progress else ""
     yield Text(f"\n{name} is complete{took}{trained}.", "bold green")
-    if status.evaluation and status.evaluation.results:
-        yield comparison(status)
+    if any(condition.reason == Reason.BASELINE_SUFFICIENT for condition in status.conditions):
+        yield Text(f"Nothing was trained: {status.message or 'a prompt alone is good enough'}")
+    yield from measured(status, place)
     for artifact in status.artifacts:
         here = place(artifact.uri)
         yield Text(f"\n{artifact.kind}: {here or artifact.uri}  ({artifact.bytes / 1e6:.1f} MB)")
@@ -150,23 +152,17 @@ _LOAD_MODEL = """\
   model = AutoModelForCausalLM.from_pretrained({model!r})"""
 
 
-def comparison(status: Status) -> Table:
-    """The untuned and the tuned model side by side."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("")
-    for title in ("before", "after"):
-        table.add_column(title, justify="right")
-    for result in status.evaluation.results if status.evaluation else ():
-        table.add_row(result.metric, *("" if value is None else f"{value:.4f}" for value in (result.baseline, result.value)))
-    return table
-
-
 _IN_A_CLUSTER, _HERE = " and apply the job under a new name", ", and run it again"
 """What a job that failed needs: here it may keep its name."""
 
 
-def failure(name: str, status: Status, log: Path | None, tail: str) -> Iterator[RenderableType]:
-    """Why a job failed, what to change, and the last lines of the log."""
+_JUDGED = (Reason.GATES_NOT_PASSED, Reason.GATES_INCONCLUSIVE)
+
+
+def failure(
+    name: str, status: Status, log: Path | None, tail: str, place: Callable[[str], Path | None] = lambda _: None
+) -> Iterator[RenderableType]:
+    """Why a job failed, what to change, and the last lines of the log; of a model that is not good enough, what was measured instead."""
     what = status.failure
     where = f" in {what.stage}" if what and what.stage else ""
     condition = next((condition for condition in status.conditions if condition.type == "Failed" and condition.status == "True"), None)
@@ -178,6 +174,9 @@ def failure(name: str, status: Status, log: Path | None, tail: str) -> Iterator[
     hint = (what.hint if what else None) or (ADVICE[Reason(reason)].hint if reason in set(Reason) else None)
     if hint:
         yield Text(f"  Hint: {hint.replace(_IN_A_CLUSTER, _HERE)}")
+    if reason in _JUDGED:
+        yield from measured(status, place)
+        return
     if log is not None and log.exists():
         yield Text(f"  Log: {log}")
         yield Text("\n".join(f"    | {line}" for line in tail.splitlines()[-15:]), "dim")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune_operator.local.inputs import Given, InputError, missing_files, place, read_inputs, with_absolute_files
+from finetune_operator.local.state import State
 
 JOB = """\
 apiVersion: finetune.dev/v1alpha1
@@ -50,8 +51,9 @@ def test_what_a_suite_lacks_is_told_with_its_line(path) -> None:
     assert secret == f"{path}: there is no Secret judge here; add it to the file, or set OPENAI_API_KEY in the environment"
 
 
-def test_a_suites_file_that_is_not_there_is_told_before_the_start(path, state) -> None:
+def test_a_suites_file_that_is_not_there_is_told_before_the_start(path) -> None:
     inputs = read_inputs(path, Given(), ENV)
+    state = State(path.parent / "state")
     place(inputs, Given(), state)
     (state.claim("disk") / "model").mkdir()
     (path.parent / "train.jsonl").touch()

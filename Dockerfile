@@ -12,7 +12,7 @@ COPY pyproject.toml /src/
 RUN python -c "import pathlib, tomllib; \
     project = tomllib.loads(pathlib.Path('/src/pyproject.toml').read_text())['project']; \
     [pathlib.Path(f'/src/{extra}.txt').write_text('\n'.join(project['dependencies'] + project['optional-dependencies'][extra])) \
-     for extra in ('operator', 'trainer', 'quantization')]" \
+     for extra in ('operator', 'trainer', 'quantization', 'lm-eval')]" \
     && touch --date=@0 /src/*.txt
 
 
@@ -66,6 +66,10 @@ RUN pip --python /opt/venv/bin/python install --no-cache-dir -c /opt/finetune/co
 ARG QUANTIZATION=""
 COPY --from=requirements /src/quantization.txt /opt/finetune/
 RUN test -z "${QUANTIZATION}" || pip --python /opt/venv/bin/python install --no-cache-dir -c /opt/finetune/constraints.txt -r /opt/finetune/quantization.txt
+# --build-arg LM_EVAL=1 for evaluation.suites[].lmEval.
+ARG LM_EVAL=""
+COPY --from=requirements /src/lm-eval.txt /opt/finetune/
+RUN test -z "${LM_EVAL}" || pip --python /opt/venv/bin/python install --no-cache-dir -c /opt/finetune/constraints.txt -r /opt/finetune/lm-eval.txt
 COPY --from=wheel /dist /opt/finetune/
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps /opt/finetune/*.whl
 USER 10001:10001

@@ -1,0 +1,134 @@
+"""The model as lm-evaluation-harness asks it: any method's, whole or sharded, computed as everywhere here.
+
+Imported only where lm-eval is installed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from finetune_api.reasons import Reason
+from finetune_trainer.data.examples import Examples, join
+from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation.answered import Answered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEW_TOKENS = 256
+"""Tokens of an answer where a task does not say how many, as the harness has it."""
+LONGEST = 2048
+"""Tokens of an example where the model does not say how many it takes, as the harness has it."""
+
+
+class Saying(Protocol):
+    """An answer to a prompt."""
+
+    @property
+    def text(self) -> str:
+        """What is said."""
+
+
+class Asked(Protocol):
+    """Whoever computes: generation.Speaker."""
+
+    def replies(self, prompts: Sequence[Sequence[int]], most: int) -> Sequence[Saying]:
+        """What the model says to each prompt, at most so many tokens."""
+
+    def measured(self, examples: Examples) -> list[Answered]:
+        """Of each example the summed loss of its labels, their number, and how many of them are the most probable."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens of which the last `labels` are asked for."""
+
+    tokens: tuple[int, ...]
+    labels: int
+
+
+class HarnessModel(TemplateLM):
+    """What `lm_eval.evaluator.evaluate` takes. Answers are greedy, also where a task would sample."""
+
+    def __init__(self, asked: Asked, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> None:
+        """`context` is how many tokens a prompt and its answer may have together; what is longer loses its beginning."""
+        super().__init__()
+        self._asked, self.tokenizer, self._context = asked, tokenizer, context or LONGEST
+        if tokenizer.eos_token_id is None:
+            raise JobError(Reason.MODEL_INVALID, "the model's tokenizer has no token that ends a text, which lm-eval needs")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is conditioned on."""
+        begin = self.tokenizer.bos_token_id
+        return int(begin) if begin is not None else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ANN401 - the harness's
+        """The tokens of a text, with those that the tokenizer puts before any text, but not twice."""
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        special = not string.startswith(begin) if add_special_tokens is None else add_special_tokens
+        tokens: list[int] = self.tokenizer.encode(string, add_special_tokens=special)
+        while special and len(tokens) > 1 and tokens[-1] == self.eot_token_id:  # some tokenizers end every text
+            tokens.pop()
+        return tokens
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The logarithm of each text's probability, from its first token to its last, as far back as the model sees."""
+        texts = [self._windows(self.tok_encode(request.args[0])) for request in requests]
+        found = iter(self._scores([window for windows in texts for window in windows]))
+        return [sum(next(found)[0] for _ in windows) for windows in texts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model says to each context, up to the first of the texts that end it."""
+        asked = [(request.args[0], normalize_gen_kwargs(request.args[1], NEW_TOKENS)) for request in requests]
+        made = [""] * len(asked)
+        for most in sorted({int(settings["max_gen_toks"]) for _, settings in asked}):
+            places = [place for place, (_, settings) in enumerate(asked) if settings["max_gen_toks"] == most]
+            room = max(1, self._context - most)
+            replies = self._asked.replies([self.tok_encode(asked[place][0])[-room:] for place in places], most)
+            for place, reply in zip(places, replies, strict=True):
+                made[place] = until(reply.text, asked[place][1])
+        return made
+
+    def _windows(self, tokens: list[int]) -> list[Scored]:
+        cut = get_rolling_token_windows(token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self._context - 1, context_len=1)
+        return [Scored((*before, *after), len(after)) for before, after in map(make_disjoint_window, cut)]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        **_: Any,  # noqa: ANN401 - the harness's
+    ) -> list[tuple[float, bool]]:
+        return self._scores([Scored((*before, *after)[-self._context :], len(after)) for _, before, after in requests])
+
+    def _scores(self, asked: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """The logarithm of the probability of what is asked for, and whether it is what the model would say."""
+        if not asked:
+            return []
+        examples = join([(np.array(each.tokens, np.int32), labelled(each)) for each in asked])
+        return [(-found.loss, found.correct == found.labels) for found in self._asked.measured(examples)]
+
+
+def labelled(asked: Scored) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """[T]: which tokens are asked for; never the first, which nothing foretells."""
+    places = np.arange(len(asked.tokens))
+    found: np.ndarray[Any, np.dtype[np.bool_]] = places >= max(1, len(places) - asked.labels)
+    return found
+
+
+def until(text: str, settings: Mapping[str, Any]) -> str:
+    """A text up to the first of those that end it."""
+    for end in settings.get("until") or ():
+        if end:
+            text = text.split(end, maxsplit=1)[0]
+    return text

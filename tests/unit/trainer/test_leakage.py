@@ -120,7 +120,7 @@ def by_definition(train: Documents, held: Documents) -> list[int]:
 pieces = st.lists(st.integers(0, 3), max_size=4).map(lambda numbers: [token for number in numbers for token in text(number, 9)])
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(pieces, max_size=6), st.lists(pieces, min_size=1, max_size=4), st.integers(5, 60))
 def test_the_definition(tmp_path_factory: pytest.TempPathFactory, train: Documents, held: Documents, at_once: int) -> None:
     """Of examples that are short enough every run is known, so what is found is exact; parts of any size give the same."""

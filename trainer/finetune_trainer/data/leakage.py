@@ -27,7 +27,7 @@ COMMON = 10
 SKETCH = 32
 _LEAST, _MOST = 4, 1 << 21
 """Runs of an example that are kept where there are many, and runs in all unless that takes more."""
-_SAMPLED = 1 << 22
+_SAMPLED = 1 << 20
 """Tokens of each split in which common runs are looked for before the sketch is drawn, so that it holds few of them."""
 _COUNTERS = 22
 """Bits of a hash that choose its counter."""
@@ -113,7 +113,11 @@ def _sketched(folder: Path, some: Some, size: int, common: npt.NDArray[np.bool_]
 
 
 def _smallest(hashes: Hashes, owners: Indices, size: int) -> tuple[Hashes, Indices]:
-    """Of each owner the smallest hashes, each once."""
+    """Of each owner the smallest hashes, each once. The owners are in their order."""
+    counts = np.bincount(owners, minlength=1)
+    # The hashes are spread evenly, so that of a long example most need not be sorted: as many as are wanted are far below this.
+    below = (hashes >> np.uint64(32)).astype(np.int64) * counts[owners] <= (2 * size + 32) << 32
+    hashes, owners = hashes[below], owners[below]
     order = np.lexsort((hashes, owners))
     hashes, owners = hashes[order], owners[order]
     new = np.ones(len(hashes), np.bool_)
@@ -146,7 +150,7 @@ class _Sketch:
         owners = np.concatenate([owner + first for (_, owner, _), first in zip(parts, firsts, strict=False)])
         order = np.argsort(hashes, kind="stable")
         runs, starts = np.unique(hashes[order], return_index=True)
-        bits = min(24, max(16, (16 * len(runs)).bit_length()))
+        bits = min(24, max(16, (8 * len(runs)).bit_length()))
         may_be = np.zeros(1 << bits, np.bool_)
         may_be[_first_bits(runs, bits)] = True
         return cls(runs, np.append(starts, len(hashes)), owners[order], np.concatenate([wholes for _, _, wholes in parts]), may_be)

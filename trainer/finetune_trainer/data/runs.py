@@ -19,6 +19,8 @@ Hashes = npt.NDArray[np.uint64]
 Lengths = npt.NDArray[np.int64]
 AT_ONCE = 1 << 17
 """Tokens that are worked on at a time: their hashes stay in the processor's cache."""
+_VOCABULARY = 1 << 18
+"""Tokens whose mixed values are looked up: 2 MiB."""
 _BASE = 0x9E3779B97F4A7C15
 _FIRST_MIX, _SECOND_MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -42,14 +44,26 @@ def token_parts(folder: Path, split: str, group: int = 1, most: int | None = Non
 
 def prefix_sums(tokens: npt.NDArray[np.int32]) -> Hashes:
     """uint64 [T + 1]: what the hashes of all runs in so many tokens [T] follow from."""
-    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _FIRST_MIX
-    mixed ^= mixed >> np.uint64(29)
-    mixed *= _SECOND_MIX
+    largest = int(tokens.max(initial=0))
+    mixed = _mixed_up_to(1 << largest.bit_length())[tokens] if largest < _VOCABULARY else _mixed(tokens)
     mixed *= _powers(len(tokens))[0][: len(tokens)]
     sums = np.empty(len(tokens) + 1, np.uint64)
     sums[0] = 0
     np.cumsum(mixed, out=sums[1:])
     return sums
+
+
+def _mixed(tokens: npt.NDArray[np.int32]) -> Hashes:
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _FIRST_MIX
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= _SECOND_MIX
+    return mixed
+
+
+@lru_cache(maxsize=18)
+def _mixed_up_to(size: int) -> Hashes:
+    """Of each token of a vocabulary whose size is a power of two."""
+    return _mixed(np.arange(size, dtype=np.int32))
 
 
 def runs_of(sums: Hashes, length: int) -> Hashes:

@@ -104,7 +104,7 @@ def list_jobs(
         async with connect() as cluster:
             return await cluster.jobs(None if everywhere else namespace)
 
-    table = Table("NAMESPACE", "NAME", "PHASE", "PROGRESS", "LOSS", "ATTEMPT", "MESSAGE", box=None, header_style="bold")
+    table = Table("NAMESPACE", "NAME", "PHASE", "PROGRESS", "LOSS", "GATES", "ATTEMPT", "MESSAGE", box=None, header_style="bold")
     for job in ask(read()):
         status = Status.model_validate(job.get("status") or {})
         table.add_row(
@@ -113,6 +113,7 @@ def list_jobs(
             status.phase or "",
             f"{status.progress.percent}%" if status.progress else "",
             next((f"{metric.value:.4g}" for metric in status.metrics if metric.name == "train/loss"), ""),
+            gates.status if (gates := status.condition("GatesPassed")) else "",
             str(status.attempt.number),
             status.message or "",
         )

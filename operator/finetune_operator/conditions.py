@@ -97,11 +97,17 @@ def _truth(value: bool) -> Literal["True", "False"]:
     return "True" if value else "False"
 
 
+_HELD_BACK = (Reason.GATES_NOT_PASSED, Reason.GATES_INCONCLUSIVE)
+
+
 def _stage_fact(kind: ConditionType, name: StageName, status: Status, summary: Summary) -> _Fact:
     """What a stage has achieved stays achieved: a later attempt goes through it again, but from what was saved."""
     stage = next((stage for stage in status.stages if stage.name == name), None)
     before = status.condition(kind)
     failed = status.failure if summary.phase == "Failed" else None
+    if failed and failed.reason in _HELD_BACK and name in ("Evaluate", "Publish"):
+        # The model was measured, and that is why it is not published.
+        return _Fact(kind, "True", Reason.SUCCEEDED) if name == "Evaluate" else _Fact(kind, "False", failed.reason, failed.message)
     if failed and failed.stage == name:
         return _Fact(kind, "False", failed.reason, failed.message)
     if (stage and stage.state == "Succeeded") or (before and before.status == "True"):

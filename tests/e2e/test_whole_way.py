@@ -69,7 +69,7 @@ def test_quickstart_from_manifest_to_tuned_answers(release: Kubectl, kubectl: Ku
     assert status["artifacts"][0]["kind"] == "adapter"
 
     header, row = kubectl("get", "ftj", name).strip().splitlines()
-    assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "AGE"]
+    assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "GATES", "AGE"]
     assert row.split()[:3] == [name, "Complete", "100"]
     assert "ATTEMPT" in kubectl("get", "ftj", name, "--output", "wide")
 

@@ -19,6 +19,15 @@ STATUS = {
     "attempt": {"number": 2},
     "progress": {"percent": 33},
     "metrics": [{"name": "validation/loss", "value": 1.31}, {"name": "train/loss", "value": 1.18}],
+    "conditions": [
+        {
+            "type": "GatesPassed",
+            "status": "Unknown",
+            "observedGeneration": 1,
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "reason": "Pending",
+        }
+    ],
 }
 
 
@@ -39,7 +48,7 @@ def kubectl(stage: Stage, server: ApiServer, tmp_path: Path):
 
 
 def _table(text: str) -> list[list[str]]:
-    return [line.split(maxsplit=4) for line in text.splitlines()]
+    return [line.split(maxsplit=5) for line in text.splitlines()]
 
 
 def test_the_quickstart_is_applied_and_its_columns_follow_its_status(kubectl):
@@ -50,7 +59,7 @@ def test_the_quickstart_is_applied_and_its_columns_follow_its_status(kubectl):
     assert stored["spec"]["training"]["seed"] is not None
     kubectl("patch", "ftj", job, "--subresource=status", "--type=merge", "-p", json.dumps({"status": STATUS}))
     head, row = _table(kubectl("get", "ftj"))
-    assert [*head, *row] == ["NAME", "PHASE", "PROGRESS", "LOSS", "AGE", job, "Training", "33", "1.18", row[-1]]
+    assert [*head, *row] == ["NAME", "PHASE", "PROGRESS", "LOSS", "GATES", "AGE", job, "Training", "33", "1.18", "Unknown", row[-1]]
     wide = kubectl("get", "ftj", "-o", "wide")
     assert "ATTEMPT" in wide
     assert "step 420 of 1260" in wide

@@ -37,13 +37,14 @@ def prepare(folder: Path) -> Table:
     table = Table(
         title=f"Preparing data with the quickstart's tokenizer, {os.cpu_count()} cores: millions of tokens/s", title_justify="left"
     )
-    for column in ("data", "tokens", "read and check", "tokenise", "write", "pack", "all, as a job", "memory, peak", "before"):
+    checks = ("leakage", "near duplicates")
+    for column in ("data", "tokens", "read and check", "tokenise", "write", *checks, "pack", "all, as a job", "memory, peak", "before"):
         table.add_column(column, justify="left" if column == "data" else "right", no_wrap=column == "data")
     runs = {"texts, a quarter": quarter, "texts": whole, "texts, from the cache": whole, "conversations, a quarter": chats}
     for name, path in runs.items():
         print(f"data: {name}", flush=True)
         figures = _run(path)
-        parts = [f"{figures[part] / 1e6:,.2f}" if part in figures else "" for part in ("read", "tokenise", "write", "pack")]
+        parts = [f"{figures[part] / 1e6:,.2f}" if part in figures else "" for part in ("read", "tokenise", "write", *checks, "pack")]
         memory = [f"{figures[key] / 2**20:.0f} MiB" for key in ("peak", "before")]
         table.add_row(name, f"{figures['tokens']:,}", *parts, f"{figures['tokens'] / figures['seconds'] / 1e6:,.2f}", *memory)
     return table
@@ -134,7 +135,25 @@ def _parts(job: Any, mounts: Any, tokenizer: Any, folder: Path) -> dict[str, flo
     lengths = np.diff(np.load(folder / "train-offsets.npy"))
     begun = time.perf_counter()
     pack(lengths, LENGTH)
-    return {name: sample / value for name, value in seconds.items()} | {"pack": int(lengths.sum()) / (time.perf_counter() - begun)}
+    packed = int(lengths.sum()) / (time.perf_counter() - begun)
+    return {name: sample / value for name, value in seconds.items()} | {"pack": packed, **_checks(folder, int(lengths.sum()))}
+
+
+def _checks(folder: Path, tokens: int) -> dict[str, float]:
+    """Tokens per second of the checks that compare examples: of all training examples with what is held out, and of the held-out ones."""
+    import numpy as np
+
+    from finetune_trainer.data.duplicates import duplicates
+    from finetune_trainer.data.leakage import Some, leaks
+    from finetune_trainer.data.writing import examples_in, tokens_in
+
+    train, held = (Some(split, np.ones(examples_in(folder, split), np.bool_)) for split in ("train", "validation"))
+    begun = time.perf_counter()
+    leaks(folder, train, [held])
+    leakage = time.perf_counter() - begun
+    begun = time.perf_counter()
+    duplicates(folder, "validation", "near")
+    return {"leakage": tokens / leakage, "near duplicates": tokens_in(folder, "validation") / (time.perf_counter() - begun)}
 
 
 def _peak() -> int:

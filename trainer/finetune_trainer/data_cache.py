@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -85,11 +86,15 @@ def find_or_prepare(
             return Entry(name, manifest, is_new=False)
         storage.remove(name)
     with storage.shared_folder(name, owner=job.metadata.uid) as folder:
+        left_out = Location(LocalFileSystem(), str(folder / REJECTS), f"file://{folder / REJECTS}")
         try:
             manifest = write_data(folder, job, inputs, tokenizer, longest, teacher)
-        finally:
-            if (left_out := folder / REJECTS).exists():
-                _keep_rejects(storage, job, Location(LocalFileSystem(), str(left_out), f"file://{left_out}"))
+        except JobError:
+            with suppress(JobError, FileNotFoundError):
+                _keep_rejects(storage, job, left_out)
+            raise
+        if REJECTS in manifest["bytes"]:
+            _keep_rejects(storage, job, left_out)
         for split, source in inputs.items():  # else the key would promise what the folder does not hold
             check_unchanged(before[split], source.state(), field_of(split))
     # Another job may have been first, and a teacher does not say the same to both.

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer.data import encoding
 from finetune_trainer.data.cases import Case, read_cases
 from finetune_trainer.data.examples import Examples, Prepared, open_prepared
 from finetune_trainer.data.inputs import Input
@@ -95,6 +96,12 @@ def test_rows_that_cannot_be_used_are_left_out_up_to_a_share(prepare: Prepare, v
     reason = "the column completion is missing; the row has prompt"
     where = {"data": "data.train", "file": f"file://{tmp_path}/train.jsonl"}
     assert prepare.rejects() == [{**where, "line": line, "reason": reason} for line in (9, 10)]
+
+
+def test_a_share_is_met_by_as_many(prepare: Prepare, validation: dict[str, str]) -> None:
+    """0.29 * 100 is a little less than 29."""
+    prepare(faulty(71, 29), validation=validation, preparation={"maxRejectedFraction": 0.29})
+    assert prepare.summary("rejected") == (29,)
 
 
 def test_more_of_them_are_an_error_that_names_the_first(prepare: Prepare, validation: dict[str, str], tmp_path: Path) -> None:
@@ -330,6 +337,22 @@ def test_what_is_made_may_be_all_and_needs_no_group(prepare: Prepare, validation
     prepared = prepare(None, made=made, preparation={"contentPoints": POINTS}, groupBy="customer", validation={"fraction": 0.2})
     assert (len(prepared.train), len(prepared.validation)) == (4, 1)
     assert MADE not in prepare.manifest["splits"]
+
+
+def test_where_nothing_was_made_there_is_nothing_to_train_on(prepare: Prepare, validation: dict[str, str]) -> None:
+    with pytest.raises(JobError, match=r"data: there is no example to train on") as caught:
+        prepare(None, made=Counted(0, {}), preparation={"contentPoints": POINTS}, validation=validation)
+    assert caught.value.reason == Reason.DATASET_INVALID
+
+
+def test_the_texts_are_not_held(prepare: Prepare, validation: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a chunk that is read, one that is cut into tokens, one that is written."""
+    monkeypatch.setattr(encoding, "CHUNK", 10)
+    made = Counted(1000, {"prompt": "Write. ", "completion": "Warm."})
+    spec = {"evaluation": {"suites": [SUITE]}}
+    prepare(None, spec=spec, made=made, preparation={"contentPoints": POINTS}, test={"fraction": 0.2}, validation=validation)
+    assert 10 < made.most <= 3 * 10 + 1
+    assert len(prepare.cases("test")) == 200
 
 
 def test_how_long_the_training_examples_are(prepare: Prepare, validation: dict[str, str]) -> None:

@@ -6,8 +6,8 @@
     or hub      prompt, text   them are        split          digest           which worker     boundaries
     data set                   labels
 
-`prepare` is the way from the first to the examples; `reading` takes each row along it. `inputs` has the rows of files from `rows` (JSON from
-`json_values`), those of a hub data set from `hub`; `encoding` has the tokenizer's own part in `tokenising`.
+`prepare` is the way from the first to the examples; `reading` takes each row along it. `inputs` has the rows of files from `rows` (JSON
+from `json_values`), those of a hub data set from `hub`; `encoding` has the tokenizer's own part in `tokenising`.
 
 What is left out stands in `left_out`; what is held out of the training data is chosen in `held_out`. `duplicates` and `leakage` compare
 examples by the hashes of `runs` of their tokens. `cases` are the texts of what is measured, as it is asked.

@@ -29,7 +29,7 @@ _LEAST, _MOST = 4, 1 << 21
 """Runs of an example that are kept where there are many, and runs in all unless that takes more."""
 _SAMPLED = 1 << 20
 """Tokens of each split in which common runs are looked for before the sketch is drawn, so that it holds few of them."""
-_COUNTERS = 22
+_COUNTERS = 21
 """Bits of a hash that choose its counter."""
 
 Indices = npt.NDArray[np.int64]

@@ -143,6 +143,8 @@ def _written(reading: Reading, inputs: Mapping[str, Input], teacher: ExampleTeac
     sources = [Source(field_of("train"), inputs["train"], teacher)] if "train" in inputs else []
     sources += [Source(field_of(MADE), inputs[MADE], teacher, kind="made")] if MADE in inputs else []
     train = reading.write(target, sources, _group_of(job), cases=shows_examples(job) or (cases and bool(fractions_of(job))))
+    if not len(train.places):
+        raise JobError(Reason.DATASET_INVALID, "data: there is no example to train on: set data.train, or let data.preparation make some")
     limits = {f"{SUITE}{suite.name}": suite.limit for suite in job.spec.evaluation.suites}
     others = {}
     for split in (name for name in inputs if name not in ("train", MADE)):

@@ -32,6 +32,8 @@ SHOWN_FAULTS = 5
 
 SHOWN_SAMPLES, SAMPLE_CHARACTERS = 3, 400
 """Made examples that the status shows, and how much of prompt and answer."""
+_ROUNDING = 1e-6
+"""29 of 100 rows are a share of 0.29, though 0.29 * 100 is a little less."""
 
 log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
@@ -184,7 +186,7 @@ class _Seen:
         `most` is the share of rows that may be unusable.
         """
         rows = self.kept + self.rejected + self.faulty
-        if self.faults and (self.faulty > most * rows or self.faulty == rows):
+        if self.faults and (self.faulty > most * rows + _ROUNDING or self.faulty == rows):
             raise JobError(Reason.DATASET_INVALID, _faults_message(self.name, self.faults, self.faulty, most, rows))
         if self.first_over is not None:
             raise JobError(

@@ -79,8 +79,8 @@ def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *,
         def close(self) -> None:
             """Nothing is open."""
 
-    def fit(compute: Any, config: dict[str, Any], *_: Any) -> None:
-        worker_group._train_on_worker(config)
+    def fit(compute: Any, config: dict[str, Any], name: str, scratch: Path, on_worker: Any = None) -> None:
+        (on_worker or worker_group._train_on_worker)(config)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "driver", lambda _: nullcontext())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -27,7 +28,7 @@ from finetune_trainer.manifest import digest_of
 from finetune_trainer.search_space import trials_of, with_values
 from finetune_trainer.storage import Storage
 from finetune_trainer.suggestion import suggested
-from finetune_trainer.trial_run import LOSS, Measure, Searching, run_trial, share_of
+from finetune_trainer.trial_run import LOSS, Measure, ReportDesk, Searching, run_trial, share_of
 from finetune_trainer.trials import Trial, Trials, best_of
 
 ON_HEAD = {"node:__internal_head__": 0.001}
@@ -102,8 +103,8 @@ class Search:
         """
         if not self.over:
             compute, parallel = share_of(self._job, nodes)
-            asha = self.plan.pruning == "asha"
-            searching = Searching(self._config, compute, attempt, asha, measure)
+            desk = None if self.plan.pruning == "none" else ray.remote(ReportDesk).options(num_cpus=0, resources=ON_HEAD).remote()
+            searching = Searching(self._config, compute, attempt, desk, measure)
             self._fit(searching, parallel, str(scratch_folder(self._job.metadata.uid, environment.attempt) / "tune"), tell)
         for trial in self.trials.all():
             with suppress(JobError):  # not worth failing for
@@ -126,7 +127,7 @@ class Search:
                 num_samples=self.total,
                 max_concurrent_trials=parallel,
                 # A driver imports for seconds. One whose trial is ended early goes, since its workers go with it.
-                reuse_actors=not searching.watched,
+                reuse_actors=searching.desk is None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
@@ -147,6 +148,10 @@ class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
         self._begun = [trial for trial in search.trials.all() if not trial.ended]
         self._numbers: dict[str, int] = {}
         self._broken = False
+
+    def __reduce__(self) -> tuple[type[Searcher], tuple[()]]:
+        """Ray Tune pickles it, for whoever would go on from Ray's own files: nobody does."""
+        return Searcher, ()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial, as the driver takes it."""

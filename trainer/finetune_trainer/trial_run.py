@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.reasons import Reason
@@ -48,6 +47,8 @@ OWN_FAULTS = frozenset(
 )
 """What may come of a trial's values. Anything else (the workers, the storage, a teacher) would befall any trial, and ends the attempt."""
 LOSS = "validation/loss"
+LOOK_SECONDS = 0.5
+"""How often a driver looks for reports."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Searching:
     """spec.compute of each trial: its share of the workers."""
     attempt: str
     """Name of the attempt: no two runs of Ray Train may have the same."""
-    watched: bool = False
-    """Whether a trial's losses on the way can end it."""
+    desk: Any = None
+    """A ReportDesk's handle, where a trial's losses on the way can end it."""
     measure: Measure | None = None
     """Measures the goal where the loop does not."""
 
@@ -88,21 +89,18 @@ def run_trial(number: int, values: Values, searching: Searching) -> dict[str, An
 
 def trained(trial: FineTuneJob, which: Mapping[str, Any], environment: Environment, folder: Storage, searching: Searching) -> Result:
     """The result of the trial's training: what is there, or what the workers make of it."""
-    from ray.util.queue import Queue
-
     from finetune_trainer.worker_group import fit
 
     config = {**searching.config, "config": config_of(searching.config["config"], trial)}
     config["trial"] = {**which, "compute": dict(searching.compute)}
     if (known := read_result(folder, config["config"])) is not None:
         return known
-    if searching.watched:
-        config["reports"] = Queue(actor_options={"num_cpus": 0})
+    config["desk"] = searching.desk
     scratch = scratch_folder(trial.metadata.uid, environment.attempt)
     for group in range(MAX_GROUPS):
         name = f"{searching.attempt}-trial-{which['number']}-{group}"
         call = partial(fit, trial.spec.compute, config, name, scratch, train_on_worker)
-        reporting(call, config["reports"]) if searching.watched else call()
+        call() if searching.desk is None else reporting(call, searching.desk, which["number"])
         if (result := read_result(folder, config["config"])) is not None:
             return result
     raise JobError(Reason.WORKERS_LOST, f"trial {which['number']}: its workers were taken away {MAX_GROUPS} times before its end")
@@ -121,11 +119,12 @@ def goal_value(job: FineTuneJob, trial: FineTuneJob, result: Result, folder: Sto
     return value
 
 
-def reporting(call: Callable[[], None], reports: Any) -> None:  # noqa: ANN401 - Ray has no types
+def reporting(call: Callable[[], None], desk: Any, number: int) -> None:  # noqa: ANN401 - Ray has no types
     """Make the call in another thread, and pass on to Ray Tune what the workers report meanwhile. Raises what the call raises.
 
     Where Ray Tune ends the trial early, this process ends, and with it the trial's workers.
     """
+    import ray
     from ray import tune
 
     raised: list[BaseException] = []
@@ -138,14 +137,30 @@ def reporting(call: Callable[[], None], reports: Any) -> None:  # noqa: ANN401 -
 
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()
-    while thread.is_alive() or not reports.empty():
-        try:
-            report = reports.get(timeout=0.5)
-        except Empty:
-            continue
-        tune.report(report)
+    while True:
+        over = not thread.is_alive()
+        for report in ray.get(desk.take.remote(number)):
+            tune.report(report)
+        if over:
+            break
+        thread.join(timeout=LOOK_SECONDS)
     if raised:
         raise raised[0]
+
+
+class ReportDesk:
+    """Where workers leave their reports for the drivers of their trials; one actor for all of a search."""
+
+    def __init__(self) -> None:
+        self._reports: dict[int, list[dict[str, float]]] = {}
+
+    def put(self, number: int, report: dict[str, float]) -> None:
+        """Leave a report of a trial."""
+        self._reports.setdefault(number, []).append(report)
+
+    def take(self, number: int) -> list[dict[str, float]]:
+        """A trial's reports since the last time, in order."""
+        return self._reports.pop(number, [])
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
@@ -153,11 +168,11 @@ def train_on_worker(config: dict[str, Any]) -> None:
     from finetune_trainer.worker_group import Assignment, Silent, job_of, this_worker, train_on
 
     environment = environment_from(os.environ)
-    reports, worker = config.get("reports"), this_worker()
-    assignment = Assignment(environment, job_of(environment, config), config, f"{FOLDER}/{config['trial']['number']}", exports=False)
-    if reports is not None:
+    desk, number, worker = config["desk"], config["trial"]["number"], this_worker()
+    assignment = Assignment(environment, job_of(environment, config), config, f"{FOLDER}/{number}", exports=False)
+    if desk is not None:
         assignment = replace(assignment, adapted=measured_often)
-    train_on(worker, assignment, Reports(reports) if reports is not None and worker.leads else Silent())
+    train_on(worker, assignment, Reports(desk, number) if desk is not None and worker.leads else Silent())
 
 
 def measured_often(job: FineTuneJob, data: "Prepared") -> FineTuneJob:
@@ -176,8 +191,8 @@ class Reports:
     stop_requested = False
     regroup_requested = False
 
-    def __init__(self, reports: Any) -> None:  # noqa: ANN401 - Ray has no types
-        self._reports, self._told = reports, 0
+    def __init__(self, desk: Any, number: int) -> None:  # noqa: ANN401 - Ray has no types
+        self._desk, self._number, self._told = desk, number, 0
 
     def post(self, progress: "WorkerProgress") -> None:
         """Take the newest state; it is not waited for that it is taken."""
@@ -185,7 +200,7 @@ class Reports:
             step = metric.step or 0
             if metric.name == LOSS and self._told < step < progress.total_steps:
                 self._told = step
-                self._reports.actor.put_nowait.remote({"share": step / progress.total_steps, LOSS: metric.value})
+                self._desk.put.remote(self._number, {"share": step / progress.total_steps, LOSS: metric.value})
 
 
 def share_of(job: FineTuneJob, nodes: int) -> tuple[dict[str, Any], int]:

@@ -1,4 +1,4 @@
-"""Measure and print: the trainer beside TRL, preparing data, a teacher's kept answers, API requests of a job, many jobs.
+"""Measure and print: training beside TRL, preparing data, retrieval, answering, a teacher's kept answers, API requests of a job, many jobs.
 
 python -m tests.bench                        # all
 python -m tests.bench training --pairs 5     # one of them
@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from tests.bench import control_plane, data, distillation, training
+from tests.bench import control_plane, data, distillation, generation, retrieval, training
 from tests.integration.api.apiserver import NoApiServerError
 
-PARTS = ("training", "data", "distillation", "life", "jobs")
+PARTS = ("training", "data", "retrieval", "generation", "distillation", "life", "jobs")
 
 
 def main() -> None:
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--pairs", type=int, default=3, help="training: runs of each variant, taken in turn (default: %(default)s)")
     parser.add_argument("--size", choices=tuple(training.SUBJECTS), help="training: the model (default: small, or 0.5B on a GPU)")
+    parser.add_argument("--encoder", type=Path, help="retrieval: folder of an encoder (default: one of random weights, for its speed)")
     parser.add_argument("--jobs", type=int, default=1000, help="jobs: how many at the API server (default: %(default)s)")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
@@ -33,6 +34,10 @@ def main() -> None:
             console.print(training.compare(arguments.pairs, Path(folder) / "training", arguments.size))
         if "data" in parts:
             console.print(data.prepare(Path(folder) / "data"))
+        if "retrieval" in parts:
+            console.print(retrieval.compare(Path(folder) / "retrieval", arguments.encoder))
+        if "generation" in parts:
+            console.print(generation.answer(Path(folder) / "generation"))
         if "distillation" in parts:
             console.print(distillation.compare(Path(folder) / "distillation"))
         try:

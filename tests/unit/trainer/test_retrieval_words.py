@@ -1,6 +1,8 @@
 """Words as retrieval compares them, and whether a passage supports a sentence."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finetune_trainer.retrieval.grounding import Grounding
 from finetune_trainer.retrieval.words import Language, language_of, terms
@@ -28,6 +30,11 @@ POLISH = "Narzędzia trzymamy w magazynie; nie wolno ich zostawiać na deszczu."
 )
 def test_terms(text: str, found: list[str]) -> None:
     assert terms(text) == found
+
+
+@given(st.text(st.sampled_from("aZ09.,:_'- \n\t"), max_size=40))
+def test_terms_of_plain_text_are_those_that_any_text_has(text: str) -> None:
+    assert terms(text + " ü") == [*terms(text), "ü"]
 
 
 @pytest.mark.parametrize(

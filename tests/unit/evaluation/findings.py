@@ -23,6 +23,7 @@ from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.evaluation.history import Course, Point
 from finetune_trainer.evaluation.markdown import Findings
 from finetune_trainer.evaluation.samples import Sample
+from finetune_trainer.trials import Trial
 
 UID = "5f7c0e2e-0000-4000-8000-000000000001"
 
@@ -148,11 +149,23 @@ SAMPLE = Sample(
 )
 
 
+SEARCH = {"parameters": {"training.learningRate": {"logUniform": [1e-5, 1e-3]}, "method.lora.rank": {"choice": [8, 16]}}}
+TRIALS = (
+    Trial(1, {"training.learningRate": 2e-5, "method.lora.rank": 16}, "Completed", 1.8),
+    Trial(2, {"training.learningRate": 5e-5, "method.lora.rank": 8}, "Completed", 1.45),
+    Trial(3, {"training.learningRate": 1e-4, "method.lora.rank": 16}, "Completed", 1.2),
+    Trial(4, {"training.learningRate": 0.000177828, "method.lora.rank": 8}, "Completed", 1.05),
+    Trial(5, {"training.learningRate": 2e-4, "method.lora.rank": 16}, "Completed", 0.91),
+    Trial(6, {"training.learningRate": 9e-4, "method.lora.rank": 8}, "Completed", 1.1),
+    Trial(7, {"training.learningRate": 1e-3, "method.lora.rank": 8}, "Failed", reason="TrainingDiverged"),
+)
+
+
 def findings(**changes: Any) -> Findings:
     """All of the above; `changes` replaces fields of the report, of the evaluation where it is one of its own, or of the findings."""
-    spec = changes.pop("spec", {})
+    spec = {"search": SEARCH, **changes.pop("spec", {})}
     of_evaluation = {name: changes.pop(name) for name in list(changes) if name in Evaluation.model_fields}
     of_report = {name: changes.pop(name) for name in list(changes) if name in Report.model_fields}
     evaluation = EVALUATION.model_copy(update=of_evaluation)
     report = REPORT.model_copy(update={"evaluation": evaluation, **of_report})
-    return Findings(**{"job": job(**spec), "report": report, "course": course(), "samples": (SAMPLE,), **changes})
+    return Findings(**{"job": job(**spec), "report": report, "course": course(), "samples": (SAMPLE,), "trials": TRIALS, **changes})

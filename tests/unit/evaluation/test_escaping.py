@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -47,16 +47,19 @@ def as_one_line(text: str) -> str:
     return " ".join(re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text).split())
 
 
+@settings(deadline=None)
 @given(words)
 def test_text_within_a_line_is_read_as_it_was(text: str) -> None:
     assert text_of(f"x {inline(text)} y").split() == ["x", *as_one_line(text).split(), "y"]
 
 
+@settings(deadline=None)
 @given(words)
 def test_a_name_as_code_is_read_as_it_was(text: str) -> None:
     assert text_of(f"x {code(text)} y").split() == ["x", *as_one_line(text).split(), "y"]
 
 
+@settings(deadline=None)
 @given(words, words)
 def test_a_cell_stays_a_cell(first: str, second: str) -> None:
     tokens = READER.parse(f"| a | b |\n| --- | --- |\n| x {inline(first)} | x {code(second)} |")
@@ -65,6 +68,7 @@ def test_a_cell_stays_a_cell(first: str, second: str) -> None:
     assert {child.type for token in cells for child in token.children or []} <= {"text", "text_special", "code_inline"}
 
 
+@settings(deadline=None)
 @given(words)
 def test_a_block_holds_the_text_and_ends_where_it_ends(text: str) -> None:
     tokens = READER.parse(f"before\n\n{block(text)}\n\nafter")

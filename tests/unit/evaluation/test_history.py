@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.evaluation.history import HISTORY, POINTS_MAX, Course, History, Point, Thinned, read_history
@@ -89,6 +89,7 @@ def test_a_stride_that_misses_every_step_still_leaves_the_ends() -> None:
     assert [point.step for point in series.points] == [1, 99]
 
 
+@settings(deadline=None)
 @given(steps=st.integers(1, 400), most=st.integers(3, 40), kills=st.lists(st.integers(1, 60), max_size=6))
 def test_killed_anywhere_it_ends_as_undisturbed(steps: int, most: int, kills: list[int]) -> None:
     """A kill loses what came after the last file that was written; that may be later than the checkpoint that is gone on from."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.unit.evaluation.findings import BASELINES, EVALUATION, RESULTS, UID, course, findings, job
+from tests.unit.evaluation.findings import BASELINES, EVALUATION, RESULTS, SEARCH, TRIALS, UID, course, findings, job
 
 from finetune_api.reasons import Reason
 from finetune_api.status import ComparedResult, EvaluationResult
@@ -41,8 +41,8 @@ def this_job(*names: str) -> FineTuneJob:
 
 def publish_other(storage: Storage, **changes: Any) -> str:
     """With one picture: drawing takes a while."""
-    less = {"results": RESULTS[2:3], "baseline": (), "course": Course(), **changes}
-    return publish_report(storage, findings(job=job("support-bot-v1", OTHER_UID), **less))
+    less = {"results": RESULTS[2:3], "baseline": (), "course": Course(), "trials": (), **changes}
+    return publish_report(storage, findings(job=job("support-bot-v1", OTHER_UID, search=SEARCH), **less))
 
 
 def not_found(storage: Storage, name: str = "support-bot-v1") -> str:
@@ -54,11 +54,11 @@ def not_found(storage: Storage, name: str = "support-bot-v1") -> str:
 
 
 def test_a_report_is_in_its_place_with_a_manifest_of_its_files(storage: Storage) -> None:
-    uri = publish_other(storage, course=course(), baseline=BASELINES)
+    uri = publish_other(storage, course=course(), baseline=BASELINES, trials=TRIALS)
     assert uri == report_uri(storage, job("support-bot-v1")) == storage.locate(f"{FOLDER}/report.md")
     manifest = read_manifest(storage, FOLDER) or {}
     assert manifest["job"] == {"namespace": "team-a", "name": "support-bot-v1", "uid": OTHER_UID}
-    assert sorted(manifest["files"]) == ["loss.svg", "metrics-1.svg", "prompts.svg", "report.md", "results.json"]
+    assert sorted(manifest["files"]) == ["loss.svg", "metrics-1.svg", "prompts.svg", "report.md", "results.json", "search.svg"]
     with storage.folder(FOLDER) as folder:
         assert damage(folder, manifest) is None
         assert (folder / "report.md").read_text().startswith("# support-bot-v1: held back")

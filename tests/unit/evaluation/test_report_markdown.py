@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from tests.unit.evaluation.findings import EVALUATION, REPORT, findings, job, result
+from tests.unit.evaluation.findings import EVALUATION, REPORT, SEARCH, findings, job, result
 
 from finetune_api.status import Evaluation, EvaluationResult, GateResult, Health
 from finetune_trainer.evaluation.answered import Answered, Case
@@ -17,9 +17,10 @@ from finetune_trainer.evaluation.evidence import files_of
 from finetune_trainer.evaluation.history import Course
 from finetune_trainer.evaluation.markdown import Findings, markdown
 from finetune_trainer.evaluation.samples import Sample, asked, samples_of
+from finetune_trainer.trials import Trial
 
 READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-PICTURES = ("metrics-1.svg", "loss.svg", "prompts.svg")
+PICTURES = ("metrics-1.svg", "loss.svg", "prompts.svg", "search.svg")
 GATE = GateResult(metric="task/f1", verdict="Passed", observed=0.9, required="at least 0.8")
 
 
@@ -56,7 +57,11 @@ def test_everything_that_was_found_has_its_section() -> None:
         "| `validation/loss` | 2.410 | 0.880 | \u2013 | \u22121.530 | \u2013 |  | \u2013 |",
         "| `task/exactMatch` | `support-bot-v1` | 0.810 | 0.770 | +0.0400 | +0.0100 to +0.0700 |",
         "| `rag` | base model | `task/f1` | 0.610 | 0.570 to 0.640 | **best** |",
-        "8 trials: 6 completed, 1 stopped early, 1 failed.",
+        "8 trials: 6 completed, 1 stopped early, 1 failed.\nThe best is trial 5 with `validation/loss` 0.910; its values",
+        "| `method.lora.rank` | 16 |",
+        "| 5 | 0.910 | Completed | `method.lora.rank` 16, `training.learningRate` 0.0002 |\n"
+        "| 4 | 1.050 | Completed | `method.lora.rank` 8, `training.learningRate` 0.0001778 |\n",
+        "| 7 | \u2013 | Failed: TrainingDiverged | `method.lora.rank` 8, `training.learningRate` 0.001 |",
         "| left out: duplicates | 57 |",
         "> Warning: 2 training examples stand in the test data too: see rejects.jsonl",
     ):
@@ -97,13 +102,24 @@ def test_forty_metrics_have_a_row_each_and_all_their_pictures() -> None:
     files = files_of(findings(results=results))
     text = files["report.md"].decode()
     assert all(text.count(f"| `suite-{place}/f1` |") == 1 for place in range(40))
-    assert re.findall(r"\]\((.*?\.svg)\)", text) == ["metrics-1.svg", "metrics-2.svg", "loss.svg", "prompts.svg"]
-    assert {name for name in files if name.endswith(".svg")} == {"metrics-1.svg", "metrics-2.svg", "loss.svg", "prompts.svg"}
+    assert re.findall(r"\]\((.*?\.svg)\)", text) == ["metrics-1.svg", "metrics-2.svg", "loss.svg", "prompts.svg", "search.svg"]
+    assert {name for name in files if name.endswith(".svg")} == {"metrics-1.svg", "metrics-2.svg", "loss.svg", "prompts.svg", "search.svg"}
 
 
 def test_an_inconclusive_gate_is_explained() -> None:
     assert "Inconclusive: the bound lies within the interval." in markdown(findings(), ())
     assert "Inconclusive:" not in markdown(findings(gates=(GATE,)), ())
+
+
+def test_of_many_trials_the_best_are_told() -> None:
+    trials = tuple(Trial(place, {"training.learningRate": 1e-4}, "Completed", float(place)) for place in range(1, 61))
+    for mode, told, left_out in (("min", 50, 51), ("max", 11, 10)):
+        search = {**SEARCH, "goal": {"metric": "task/f1", "mode": mode}} if mode == "max" else SEARCH
+        suites = {"evaluation": {"suites": [{"name": "task", "source": "test", "metrics": ["f1"]}]}}
+        text = markdown(findings(trials=trials, spec={"search": search, **suites}), ())
+        assert f"\n| {told} | " in text
+        assert f"\n| {left_out} | " not in text
+        assert "\n10 more trials are left out.\n" in text
 
 
 def test_the_confidence_is_the_jobs() -> None:
@@ -136,7 +152,7 @@ HOSTILE = [
 hostile = st.one_of(st.sampled_from(HOSTILE), st.text(alphabet="`~<>|\\[]()!*_&#;:/ \n\r\t-+=ab1.\x1b\u2028\u202e", max_size=60))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(hostile, hostile, hostile)
 def test_nothing_hostile_becomes_markup(first: str, second: str, third: str) -> None:
     """The same findings with harmless texts have the same structure: only contents differ."""

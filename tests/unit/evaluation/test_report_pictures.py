@@ -10,11 +10,14 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.evaluation.findings import BASELINES, RESULTS, course, result
+from tests.unit.evaluation.findings import BASELINES, RESULTS, TRIALS, course, result
 
 from finetune_api.status import BaselineResult, Difference, EvaluationResult
+from finetune_trainer.evaluation.drawing import TUNED, UNTUNED
 from finetune_trainer.evaluation.history import Course, Point
-from finetune_trainer.evaluation.plots import ROWS_MAX, TUNED, UNTUNED, gaps, loss_curves, metric_bars, strategies
+from finetune_trainer.evaluation.plots import ROWS_MAX, gaps, loss_curves, metric_bars, strategies
+from finetune_trainer.evaluation.search_plots import search_picture
+from finetune_trainer.trials import Trial
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -143,6 +146,27 @@ def test_prompts_stand_beside_one_another_where_there_are_two() -> None:
     assert [word for word in ("zero-shot", "few-shot", "rag  (best)", "zero-shot (bigger)", "0.610") if word not in told] == []
     assert strategies(BASELINES[:2]) is None  # none of them is the best
     assert strategies(BASELINES[2:3]) is None
+
+
+def test_a_search_has_a_panel_for_each_field() -> None:
+    told = words(search_picture(TRIALS, 5, "validation/loss") or b"")
+    for word in ("validation/loss", "method.lora.rank", "training.learningRate", "8", "16", "0.0001", "a trial", "the best"):
+        assert word in told, told
+    assert "the best" not in words(search_picture(TRIALS, None, "validation/loss") or b"")
+
+
+def test_a_search_over_words_has_them_below() -> None:
+    trials = [
+        Trial(place, {"training.scheduler": word, "training.packing": place == 1}, "Completed", 1.0)
+        for place, word in ((1, "cosine"), (2, "linear"))
+    ]
+    assert {"cosine", "linear", "True", "False"} <= set(words(search_picture(trials, 1, "validation/loss") or b""))
+
+
+def test_a_search_of_fewer_than_two_values_has_no_picture() -> None:
+    assert search_picture(TRIALS[:1], 1, "validation/loss") is None
+    assert search_picture(TRIALS[-1:], None, "validation/loss") is None
+    assert search_picture((), None, "validation/loss") is None
 
 
 def test_hostile_names_are_drawn_and_nothing_else() -> None:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from finetune_api.v1alpha1 import FineTuneJob
-from finetune_trainer.evaluation.markdown import LOSSES, PROMPTS, Findings, markdown, metrics_picture
+from finetune_trainer.evaluation.markdown import LOSSES, PROMPTS, SEARCH, Findings, markdown, metrics_picture
 from finetune_trainer.evaluation.plots import loss_curves, metric_bars, strategies
+from finetune_trainer.evaluation.search_plots import search_picture
 from finetune_trainer.manifest import describe_files, write_manifest
 from finetune_trainer.storage import Storage
 
@@ -62,6 +63,14 @@ def _pictures(findings: Findings) -> Iterator[tuple[str, bytes]]:
         yield LOSSES, curves
     if prompts := _drawn(lambda: strategies(findings.report.baseline)):
         yield PROMPTS, prompts
+    if search := _drawn(lambda: _search(findings)):
+        yield SEARCH, search
+
+
+def _search(findings: Findings) -> bytes | None:
+    plan, summary = findings.job.spec.search, findings.report.search
+    best = summary.best.trial if summary and summary.best else None
+    return search_picture(findings.trials, best, plan.goal.metric) if plan else None
 
 
 def _drawn(draw: Callable[[], T]) -> T | None:

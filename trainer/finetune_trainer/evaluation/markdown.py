@@ -4,7 +4,7 @@ It is read in browsers and printed. What users and models have written is quoted
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,8 +15,11 @@ from finetune_trainer.evaluation.escaping import block, code, inline
 from finetune_trainer.evaluation.figures import ABSENT, change_of, interval, kind_of, number, signed, signed_interval
 from finetune_trainer.evaluation.history import Course
 from finetune_trainer.evaluation.samples import Sample
+from finetune_trainer.evaluation.search_section import search_section
+from finetune_trainer.evaluation.tables import table
+from finetune_trainer.trials import Trial
 
-LOSSES, PROMPTS = "loss.svg", "prompts.svg"
+LOSSES, PROMPTS, SEARCH = "loss.svg", "prompts.svg", "search.svg"
 Ending = Literal["passed", "published", "held", "failed", "sufficient"]
 
 
@@ -29,6 +32,8 @@ class Findings:
     """What was counted and measured."""
     course: Course = field(default_factory=Course)
     samples: tuple[Sample, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    """Of the search."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -63,7 +68,7 @@ def markdown(findings: Findings, pictures: Sequence[str]) -> str:
         _health(findings),
         _training(findings, pictures),
         _prompts(findings, pictures),
-        _search(findings),
+        _search(findings, pictures),
         _data(findings),
         _samples(findings),
         _origin(findings),
@@ -108,7 +113,7 @@ def _gates(findings: Findings) -> Iterator[str]:
         return
     yield "## Gates"
     yield ""
-    yield from _table(
+    yield from table(
         ("verdict", "metric", "required", "observed", _interval_title(findings)),
         (
             (
@@ -138,7 +143,7 @@ def _results(findings: Findings, pictures: Sequence[str]) -> Iterator[str]:
             yield f"![The untuned and the tuned model's metrics, with intervals; the table below has the same figures]({name})"
             yield ""
     title = _interval_title(findings)
-    yield from _table(
+    yield from table(
         ("metric", "untuned", "tuned", title, "change", title, "", "examples"), (_result_row(result) for result in results), "lrrrrrlr"
     )
 
@@ -175,14 +180,14 @@ def _others(findings: Findings) -> Iterator[str]:
         yield "## Beside other jobs"
         yield ""
         title = _interval_title(findings)
-        yield from _table(("metric", "other job", "this job", "the other", "difference", title), rows, "llrrrr")
+        yield from table(("metric", "other job", "this job", "the other", "difference", title), rows, "llrrrr")
 
 
 def _health(findings: Findings) -> Iterator[str]:
     if findings.evaluation.health:
         yield "## Health"
         yield ""
-        yield from _table(
+        yield from table(
             ("check", "suite", "verdict", "why"),
             (
                 (item.name, code(item.suite) if item.suite else "", f"**{item.verdict}**", inline(item.message, 600))
@@ -211,7 +216,7 @@ def _prompts(findings: Findings, pictures: Sequence[str]) -> Iterator[str]:
     if PROMPTS in pictures:
         yield f"![What each prompt reaches, with intervals; the table below has the same figures]({PROMPTS})"
         yield ""
-    yield from _table(
+    yield from table(
         ("prompt", "model", "metric", "value", _interval_title(findings), ""),
         (
             (
@@ -228,20 +233,10 @@ def _prompts(findings: Findings, pictures: Sequence[str]) -> Iterator[str]:
     )
 
 
-def _search(findings: Findings) -> Iterator[str]:
-    search = findings.report.search
-    if search is None:
-        return
-    yield "## Search"
-    yield ""
-    counts = {"completed": search.completed, "stopped early": search.pruned, "failed": search.failed}
-    yield f"{search.trials} trials: {', '.join(f'{count} {what}' for what, count in counts.items() if count) or 'none ended'}."
-    if search.best is not None:
-        plan = findings.job.spec.search
-        goal = f" with {code(plan.goal.metric)} {number(search.best.value)}" if plan else ""
-        yield f"The best is trial {search.best.trial}{goal}; its values were trained to the end:"
-        yield ""
-        yield from _table(("field", "value"), ((code(path), inline(str(value))) for path, value in search.best.parameters.items()), "lr")
+def _search(findings: Findings, pictures: Sequence[str]) -> Iterator[str]:
+    plan, summary = findings.job.spec.search, findings.report.search
+    if plan is not None and summary is not None:
+        yield from search_section(plan.goal, summary, findings.trials, SEARCH if SEARCH in pictures else None)
 
 
 def _data(findings: Findings) -> Iterator[str]:
@@ -250,7 +245,7 @@ def _data(findings: Findings) -> Iterator[str]:
         return
     yield "## Data"
     yield ""
-    yield from _table(("", "examples"), _data_rows(data), "lr")
+    yield from table(("", "examples"), _data_rows(data), "lr")
     if length := data.tokens_per_example:
         yield ""
         yield (
@@ -312,7 +307,7 @@ def _origin(findings: Findings) -> Iterator[str]:
         ("data digest", code(resolved.data_digest or "") if resolved else ""),
         ("configuration digest", code(resolved.config_digest or "") if resolved else ""),
     ]
-    yield from _table(("", ""), ((name, value) for name, value in rows if value), "ll")
+    yield from table(("", ""), ((name, value) for name, value in rows if value), "ll")
     yield ""
     yield block(json.dumps(_settings(job), indent=2), 6000, "json")
 
@@ -347,11 +342,3 @@ def _interval_title(findings: Findings) -> str:
 
 def _percent(findings: Findings) -> str:
     return f"{100 * findings.job.spec.evaluation.confidence:g} %"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> Iterator[str]:
-    """A table; `align` has a letter for each column, l or r."""
-    yield f"| {' | '.join(head)} |"
-    yield f"| {' | '.join({'l': ':--', 'r': '--:'}[letter] for letter in align)} |"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"

@@ -1,59 +1,33 @@
-"""The pictures of a report: what was measured, as SVG. Pure: the same values give the same bytes.
+"""The pictures of a report: what was measured, as SVG. Pure: the same values give the same bytes."""
 
-Every picture says with shapes and words what it says with colours, which colour-blind readers and printers on grey can tell apart. Text is
-drawn as outlines, so a picture looks alike everywhere.
-"""
-
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.status import BaselineResult, EvaluationResult
+from finetune_trainer.evaluation.drawing import BETTER, FAINT, HELD_OUT, INK, TUNED, UNCLEAR, UNTUNED, WORSE, figure_of, svg_of
+from finetune_trainer.evaluation.escaping import clipped
 from finetune_trainer.evaluation.figures import Kind, change_of, kind_of, largest, number, signed
 from finetune_trainer.evaluation.history import Course, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-WIDTH = 7.5
-"""Of every picture, in inches: a page's text."""
 ROWS_MAX = 20
 """Metrics in one picture, so that it fits a page."""
 WINDOWS = 20
 """A moving average is over so many parts of a curve."""
 LOG_FROM = 30
 """Ratio of the largest loss to the smallest from which on the scale is logarithmic."""
-TUNED, UNTUNED, HELD_OUT = "#0072B2", "#B3B3B3", "#D55E00"
-BETTER, WORSE, UNCLEAR, INK, FAINT = "#009E73", "#D55E00", "#555555", "#222222", "#E6E6E6"
-"""Blue, vermilion and green of the palette that Okabe and Ito have made for all kinds of sight; greys for the rest."""
 _KINDS: dict[Kind, dict[str, Any]] = {
     "better": {"color": BETTER, "marker": "o"},
-    "worse": {"color": WORSE, "marker": "X"},
+    "worse": {"color": WORSE, "marker": "X", "markeredgewidth": 0.3},
     "not clear": {"color": UNCLEAR, "marker": "o", "markerfacecolor": "white"},
     "no interval": {"color": UNCLEAR, "marker": "D", "markerfacecolor": "white", "linestyle": ""},
 }
 """How a change is drawn."""
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with the library
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#888888",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "hatch.linewidth": 0.6,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "finetune",
-    "path.simplify": True,
-    "text.parse_math": False,  # a dollar sign is a dollar sign
-}
 
 
 def loss_curves(course: Course, marked: int | None = None) -> bytes | None:
@@ -72,7 +46,7 @@ def loss_curves(course: Course, marked: int | None = None) -> bytes | None:
         panels.append((1.1, lambda axes: _draw_gap(axes, gap)))
     if len(rate) > 1:
         panels.append((0.8, lambda axes: _draw_rate(axes, rate)))
-    with _figure(sum(height for height, _ in panels) + 0.5) as figure:
+    with figure_of(sum(height for height, _ in panels) + 0.5) as figure:
         stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[height for height, _ in panels])[:, 0]
         for axes, (_, draw) in zip(stack, panels, strict=True):
             draw(axes)
@@ -81,7 +55,7 @@ def loss_curves(course: Course, marked: int | None = None) -> bytes | None:
         stack[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         stack[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         figure.align_ylabels(stack)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def metric_bars(results: Sequence[EvaluationResult]) -> list[bytes]:
@@ -102,7 +76,7 @@ def strategies(entries: Sequence[BaselineResult]) -> bytes | None:
     rows = [entry for entry in entries if best is not None and entry.metric == best.metric]
     if best is None or len(rows) < 2:
         return None
-    with _figure(0.9 + 0.3 * len(rows)) as figure:
+    with figure_of(0.9 + 0.3 * len(rows)) as figure:
         axes = figure.subplots()
         for place, entry in enumerate(rows):
             colour = TUNED if entry.best else UNCLEAR
@@ -111,7 +85,7 @@ def strategies(entries: Sequence[BaselineResult]) -> bytes | None:
             axes.plot((low, high), (place, place), color=colour, linewidth=1.4, solid_capstyle="butt")
             axes.plot(entry.value, place, marker="D" if entry.best else "o", color=colour, markersize=5.5 if entry.best else 4.5)
             axes.annotate(number(entry.value), (high, place), (6, 0), textcoords="offset points", va="center", fontsize=7.5)
-        names = [_clipped(f"{entry.prompt}{f' ({entry.model})' if entry.model else ''}", 40) for entry in rows]
+        names = [clipped(f"{entry.prompt}{f' ({entry.model})' if entry.model else ''}", 40) for entry in rows]
         axes.set_yticks(range(len(rows)), [f"{name}  (best)" if row.best else name for name, row in zip(names, rows, strict=True)])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -119,7 +93,7 @@ def strategies(entries: Sequence[BaselineResult]) -> bytes | None:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.12)
         axes.set_xlabel(f"{best.metric} of the untuned model")
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def gaps(course: Course) -> list[tuple[int, float]]:
@@ -183,7 +157,7 @@ def _bars(results: Sequence[EvaluationResult]) -> bytes:
     """One picture: bars on the left, the change on the right."""
     from matplotlib.patches import Patch
 
-    with _figure(0.9 + 0.46 * len(results)) as figure:
+    with figure_of(0.9 + 0.46 * len(results)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
         suites = [result.metric.rpartition("/")[0] for result in results]
         for place, result in enumerate(results):
@@ -214,7 +188,7 @@ def _bars(results: Sequence[EvaluationResult]) -> bytes:
             frameon=False,
             fontsize=8,
         )
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def _draw_row(axes: "Axes", place: int, result: EvaluationResult) -> None:
@@ -273,11 +247,7 @@ def _scale(metric: str, values: Sequence[float]) -> tuple[float, float]:
 
 def _row_name(metric: str) -> str:
     suite, _, name = metric.rpartition("/")
-    return f"{_clipped(suite, 28)}\n{_clipped(name, 28)}" if suite else _clipped(name, 28)
-
-
-def _clipped(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return f"{clipped(suite, 28)}\n{clipped(name, 28)}" if suite else clipped(name, 28)
 
 
 def _series(points: Sequence[Point], name: str) -> list[tuple[int, float]]:
@@ -289,22 +259,3 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     reach, sums = len(values) // (2 * WINDOWS), [0.0, *itertools.accumulate(values)]
     ends = [(max(0, place - reach), min(len(values), place + reach + 1)) for place in range(len(values))]
     return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
-
-
-@contextmanager
-def _figure(height: float) -> "Iterator[Figure]":
-    """An empty figure, so many inches high. A user's own settings do not count, and are as they were afterwards."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
-        yield Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
-
-
-def _svg(figure: "Figure") -> bytes:
-    """The file, without a time or a version in it."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return file.getvalue()

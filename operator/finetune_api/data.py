@@ -73,10 +73,16 @@ _SOMETHING_TO_TRAIN_ON = rule(
 )
 
 
+_SOMETHING_IS_LEFT = rule(
+    "!has(self.validation.fraction) || !has(self.test) || !has(self.test.fraction) || self.validation.fraction + self.test.fraction < 1.0",
+    "the fractions of validation and test leave nothing to train on",
+)
+
+
 class Data(SpecModel):
     """The examples: to train on, to validate while training, to test before and after."""
 
-    model_config = ConfigDict(json_schema_extra=rules(_COLUMNS_FIT_FORMAT, _SOMETHING_TO_TRAIN_ON))
+    model_config = ConfigDict(json_schema_extra=rules(_COLUMNS_FIT_FORMAT, _SOMETHING_TO_TRAIN_ON, _SOMETHING_IS_LEFT))
 
     train: DataSource | None = None
     """Examples to train on. What preparation.contentPoints and preparation.questions make is added to them; with one of those it may
@@ -106,6 +112,8 @@ class Data(SpecModel):
     @model_validator(mode="after")
     def _something_to_train_on(self) -> Self:
         check(self.train is not None or self.preparation.makes_examples, _SOMETHING_TO_TRAIN_ON["message"])
+        held_out = (self.validation.fraction or 0.0) + ((self.test and self.test.fraction) or 0.0)
+        check(held_out < 1, _SOMETHING_IS_LEFT["message"])
         return self
 
     def sources(self) -> dict[str, DataSource]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -176,10 +177,15 @@ _PATHS_EXIST = rule(
 )
 
 
+def _meant(path: str) -> str:
+    near = get_close_matches(path, SEARCHABLE, n=1)
+    return f"; {near[0]} would be one" if near else ""
+
+
 def _check_parameters(parameters: dict[str, SearchRange]) -> dict[str, SearchRange]:
     """Every path names a field, which takes every value. Raises ValueError."""
     for path, values in parameters.items():
-        check(path in SEARCHABLE, f"{path}: {_PATHS_EXIST['message']}")
+        check(path in SEARCHABLE, f"{path}: {_PATHS_EXIST['message']}{_meant(path)}")
         for value in values.values:
             refusal = SEARCHABLE[path].refusal(value)
             check(refusal is None, f"{path} does not take {value}: {refusal}")

@@ -129,6 +129,11 @@ def test_a_path_that_does_not_exist_is_told_with_what_exists():
     assert complaint.startswith("spec.search.parameters: training.momentum: every key must be the path of a number or a choice in training")
 
 
+def test_a_path_that_is_misspelt_is_told_with_what_may_be_meant():
+    assert refusal(**search("training.learning_rate", {"uniform": [0.1, 1]})).endswith("; training.learningRate would be one")
+    assert "would be one" not in refusal(**search("something.else.entirely", {"uniform": [0.1, 1]}))
+
+
 def test_ends_that_are_whole_numbers_are_integers():
     parameters = {"training.globalBatchSize": {"uniform": [8, 64.0]}, "training.warmupRatio": {"uniform": [0, 0.5]}}
     ranges = spec_of(search={"parameters": parameters}).search.parameters

@@ -67,6 +67,8 @@ def test_the_reference_names_every_field_and_every_reason():
     text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
     assert "| `learningRate` | number | `0.0002` | > 0, ≤ 1 | Peak learning rate of AdamW. |" in text
     assert "### spec.compute.tolerations[]" in text
+    assert "### spec.search.parameters.*" in text
+    assert "`method.lora.rank`, " in text.split("### Fields that spec.search can try")[1].split("## status")[0]
     rows = re.findall(r"^\| `(\w+)` \| (yes|no|-) \| (.+) \|$", text.split("## Reasons")[1], re.MULTILINE)
     assert sorted(reason for reason, _, _ in rows) == sorted(Reason)
     for reason, retried, words in rows:

@@ -174,6 +174,18 @@ def test_a_stage_ends_those_before_it() -> None:
     assert (reporter.report.workers_wanted, reporter.report.revision, reporter.report.outcome) == (0, 4, "Failed")
 
 
+def test_a_job_that_asks_for_more_stages_has_them_in_their_order() -> None:
+    reporter = Reporter("u", 1, stages=("Prepare", "Search", "Train", "Evaluate", "Publish"), clock=lambda: "2026-01-01T00:00:00Z")
+    reporter.start_stage("Search", "", workers_wanted=2)
+    assert [(stage.name, stage.state) for stage in reporter.report.stages[:3]] == [
+        ("Prepare", "Succeeded"),
+        ("Search", "Running"),
+        ("Train", "Pending"),
+    ]
+    reporter.start_stage("Train", "", workers_wanted=2)
+    assert [stage.state for stage in reporter.report.stages] == ["Succeeded", "Succeeded", "Running", "Pending", "Pending"]
+
+
 def test_an_interrupted_stage_has_no_end() -> None:
     reporter = Reporter("u", 1, clock=lambda: "2026-01-01T00:00:00Z")
     reporter.start_stage("Train", "", workers_wanted=2)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tests.unit.evaluation.findings import BASELINES, RESULTS, TRIALS, course, result
 
 from finetune_api.status import BaselineResult, Difference, EvaluationResult
+from finetune_trainer.evaluation import plots
 from finetune_trainer.evaluation.drawing import TUNED, UNTUNED
 from finetune_trainer.evaluation.history import Course, Point
-from finetune_trainer.evaluation.plots import ROWS_MAX, gaps, loss_curves, metric_bars, strategies
+from finetune_trainer.evaluation.plots import gaps, loss_curves, metric_bars, strategies
 from finetune_trainer.evaluation.search_plots import search_picture
 from finetune_trainer.trials import Trial
 
@@ -38,8 +39,9 @@ def bars(picture: bytes, colour: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("metrics", "pictures"), [(0, 0), (1, 1), (ROWS_MAX, 1), (ROWS_MAX + 1, 2), (40, 2)])
-def test_any_number_of_metrics(metrics: int, pictures: int) -> None:
+@pytest.mark.parametrize(("metrics", "pictures"), [(0, 0), (1, 1), (3, 1), (4, 2), (7, 3)])
+def test_any_number_of_metrics(metrics: int, pictures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "ROWS_MAX", 3)
     results = [result(f"suite-{place}/f1", 0.5, 0.6, 0.05) for place in range(metrics)]
     drawn = metric_bars(results)
     assert len(drawn) == pictures

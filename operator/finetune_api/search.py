@@ -185,7 +185,8 @@ def _meant(path: str) -> str:
 def _check_parameters(parameters: dict[str, SearchRange]) -> dict[str, SearchRange]:
     """Every path names a field, which takes every value. Raises ValueError."""
     for path, values in parameters.items():
-        check(path in SEARCHABLE, f"{path}: {_PATHS_EXIST['message']}{_meant(path)}")
+        if path not in SEARCHABLE:
+            raise ValueError(f"{path}: {_PATHS_EXIST['message']}{_meant(path)}")
         for value in values.values:
             refusal = SEARCHABLE[path].refusal(value)
             check(refusal is None, f"{path} does not take {value}: {refusal}")

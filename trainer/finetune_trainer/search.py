@@ -25,7 +25,7 @@ from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import digest_of
-from finetune_trainer.search_space import trials_of, with_values
+from finetune_trainer.search_space import check_comparable, told, trials_of, with_values
 from finetune_trainer.storage import Storage
 from finetune_trainer.suggestion import suggested
 from finetune_trainer.trial_run import LOSS, Measure, ReportDesk, Searching, run_trial, share_of
@@ -59,8 +59,10 @@ class Search:
     """The search of one job. `config` is the worker group's for the job without the search; `own` is the job's folder of output.storage."""
 
     def __init__(self, job: FineTuneJob, config: Mapping[str, Any], own: Storage) -> None:
+        """Read what is known of it. Raises JobError (InvalidSpec) where trials could not be compared."""
         assert job.spec.search is not None  # noqa: S101 - there is nothing to search for
         self.plan: SearchPlan = job.spec.search
+        check_comparable(self.plan)
         self.total = trials_of(self.plan)
         self._job, self._config = job, config
         plan = self.plan.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"parallel"})
@@ -92,6 +94,15 @@ class Search:
             why = f"; the first one's reason: {first.reason}: {first.message}" if first else ""
             raise JobError(Reason.SEARCH_FAILED, f"none of the {len(trials)} trials of search.parameters was completed{why}")
         return SearchResult(trials, best)
+
+    def tidy(self, ended: int) -> None:
+        """Remove what a trial that has ended leaves, but for the best one's. It is not worth failing for."""
+        trials = self.trials.all()
+        best, before = (best_of(known, self.plan.goal.mode) for known in (trials, [each for each in trials if each.number != ended]))
+        for trial in trials:
+            if trial.ended and trial != best and (trial.number == ended or trial == before):
+                with suppress(JobError):
+                    self.trials.clear(trial.number)
 
     def run(
         self, environment: Environment, nodes: int, attempt: str, tell: Callable[[SearchSummary], None], measure: Measure | None = None
@@ -139,6 +150,15 @@ class Search:
             raise errors[0]
 
 
+def line(summary: SearchSummary, metric: str) -> str:
+    """How far a search is, for people: 3 of 8 trials have ended (1 failed); best so far: validation/loss 1.234 with ..."""
+    ended = summary.completed + summary.failed + summary.pruned
+    others = ", ".join(f"{count} {what}" for count, what in ((summary.failed, "failed"), (summary.pruned, "early")) if count)
+    text = f"{ended} of {summary.trials} trials have ended{f' ({others})' if others else ''}"
+    best = summary.best
+    return text if best is None else f"{text}; best so far: {metric} {best.value:.4g} with {told(best.parameters)}"
+
+
 class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
     """Says which trial comes next, first those that an earlier attempt had begun, and writes down what becomes of each."""
 
@@ -179,6 +199,7 @@ class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
             self._search.trials.changed(number, state="Failed", reason=result["reason"], message=result["message"])
         elif not self._broken:
             self._search.trials.changed(number, state="Pruned")
+        self._search.tidy(number)
         self._changed()
 
     def _new(self) -> Trial | None:

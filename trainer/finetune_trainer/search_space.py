@@ -123,6 +123,25 @@ def trial_job(job: FineTuneJob, values: Values, compute: Mapping[str, Any] | Non
     return whole if compute is None else with_values(whole, {}, {"compute": dict(compute)})
 
 
+def roomiest(job: FineTuneJob) -> FineTuneJob:
+    """The job with the most virtual tokens that its search may try: the prepared examples, which all trials share, leave room for them."""
+    parameters = job.spec.search.parameters if job.spec.search else {}
+    most = {path: max(map(float, values.values)) for path, values in parameters.items() if path.endswith(".numVirtualTokens")}
+    return with_values(job, {path: int(value) for path, value in most.items()}) if most else job
+
+
+def check_comparable(plan: SearchPlan) -> None:
+    """Raise JobError (InvalidSpec) where the trials' values would not be values of the same measure."""
+    changed = [path for path in sorted(plan.parameters) if path.startswith("objective.dpo.")]
+    if changed and plan.goal.metric.endswith("/loss") and plan.goal.metric.split("/")[0] in ("validation", "test"):
+        what, remedy = f"search.goal.metric: {plan.goal.metric} is another measure with each {changed[0]}", "choose a suite's metric"
+        raise JobError(Reason.INVALID_SPEC, f"{what}, so trials cannot be compared by it: {remedy}")
+    if changed and plan.pruning == "asha":
+        raise JobError(
+            Reason.INVALID_SPEC, f"search.pruning: the validation loss is another measure with each {changed[0]}: leave asha out"
+        )
+
+
 def told(values: Values) -> str:
     """Values for people: training.learningRate 0.0002, method.lora.rank 8."""
     return ", ".join(f"{path} {value:.4g}" if isinstance(value, float) else f"{path} {value}" for path, value in sorted(values.items()))

@@ -10,7 +10,17 @@ from finetune_api.reasons import Reason
 from finetune_api.search import SearchPlan
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.errors import JobError
-from finetune_trainer.search_space import Dimension, config_of, space_of, told, trial_job, trials_of, with_values
+from finetune_trainer.search_space import (
+    Dimension,
+    check_comparable,
+    config_of,
+    roomiest,
+    space_of,
+    told,
+    trial_job,
+    trials_of,
+    with_values,
+)
 
 
 def plan(**given: Any) -> SearchPlan:
@@ -101,3 +111,40 @@ def test_the_configuration_follows_the_values_and_keeps_what_trials_share() -> N
 
 def test_values_are_told_in_few_digits() -> None:
     assert told({"training.learningRate": 0.000123456, "method.lora.rank": 8}) == "method.lora.rank 8, training.learningRate 0.0001235"
+
+
+def test_examples_leave_room_for_the_most_virtual_tokens_that_are_tried() -> None:
+    path = "method.promptTuning.numVirtualTokens"
+    manifest = raw_job(method={"promptTuning": {}}, search={"parameters": {path: {"choice": [10, 50, 30]}}})
+    job = parse_job({key: value for key, value in manifest.items() if key != "status"})
+    found = roomiest(job).spec.method.prompt_tuning
+    assert found is not None
+    assert found.num_virtual_tokens == 50
+    assert roomiest(a_job()) == a_job()
+
+
+@pytest.mark.parametrize(
+    ("path", "goal", "pruning", "refused"),
+    [
+        (
+            "objective.dpo.beta",
+            {"metric": "validation/loss", "mode": "min"},
+            "none",
+            "goal.metric: validation/loss is another measure",
+        ),
+        ("objective.dpo.beta", {"metric": "test/loss", "mode": "min"}, "none", "goal.metric: test/loss is another measure"),
+        ("objective.dpo.labelSmoothing", {"metric": "task/f1", "mode": "max"}, "asha", "search.pruning: the validation loss is another"),
+        ("objective.dpo.beta", {"metric": "task/f1", "mode": "max"}, "none", None),
+        ("training.learningRate", {"metric": "validation/loss", "mode": "min"}, "asha", None),
+        ("objective.distillation.labelWeight", {"metric": "validation/loss", "mode": "min"}, "asha", None),
+    ],
+)
+def test_trials_are_compared_by_one_measure(path: str, goal: dict[str, str], pruning: str, refused: str | None) -> None:
+    """What a preference costs is scaled by beta: the largest beta would always win. What distillation is measured by has no weights."""
+    asked = plan(parameters={path: {"uniform": [0.1, 0.4]}}, goal=goal, pruning=pruning)
+    if refused is None:
+        assert check_comparable(asked) is None
+    else:
+        with pytest.raises(JobError, match=refused) as failed:
+            check_comparable(asked)
+        assert failed.value.reason == Reason.INVALID_SPEC

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from tests.unit.evaluation.findings import EVALUATION, REPORT, SEARCH, findings, job, result
+from tests.unit.evaluation.findings import EVALUATION, REPORT, SEARCH, UID, findings, job, result
 
 from finetune_api.status import Evaluation, EvaluationResult, GateResult, Health
 from finetune_trainer.evaluation.answered import Answered, Case
@@ -49,7 +49,8 @@ def test_everything_that_was_found_has_its_section() -> None:
         "Origin",
         "How to read this",
     ]
-    assert text.startswith("# support-bot: held back\n\n**1 of 3 gates is passed: nothing is published, the artifacts are kept aside.**\n")
+    assert text.startswith("# support-bot: held back\n\n**1 of 3 gates is passed: nothing is published, the artifacts are kept aside in ")
+    assert f" in `.finetune/{UID}/held` of output.storage.**\n" in text
     for row in (
         "| **Failed** | `retention/loss` | larger by at most 0.05 than `baseline` | 0.140 | 0.0950 to 0.185 |",
         "| `task/f1` | 0.410 | 0.880 | 0.859 to 0.901 | +0.470 | +0.439 to +0.502 | better | 500 |",

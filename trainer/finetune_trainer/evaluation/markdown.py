@@ -19,6 +19,8 @@ from finetune_trainer.evaluation.search_section import search_section
 from finetune_trainer.evaluation.tables import table
 from finetune_trainer.trials import Trial
 
+HELD = "held"
+"""Where artifacts that are held back stand, in the job's own folder of output.storage."""
 LOSSES, PROMPTS, SEARCH = "loss.svg", "prompts.svg", "search.svg"
 Ending = Literal["passed", "published", "held", "failed", "sufficient"]
 
@@ -99,7 +101,8 @@ def _summary(findings: Findings) -> Iterator[str]:
     elif ending == "passed":
         yield f"**{count}: the result is published.**"
     else:
-        kept = "the artifacts are kept aside" if ending == "held" else "the artifacts are not kept"
+        aside = code(f".finetune/{findings.job.metadata.uid}/{HELD}")
+        kept = f"the artifacts are kept aside in {aside} of output.storage" if ending == "held" else "the artifacts are not kept"
         yield f"**{count}: nothing is published, {kept}.**"
     if findings.evaluation.candidate is not None:
         yield f"What was measured is the model after step {findings.evaluation.candidate:,}."

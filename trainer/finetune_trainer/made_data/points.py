@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 from finetune_api.preparation import ContentPoints
+from finetune_trainer.completions import Messages
 from finetune_trainer.data.inputs import Input
 from finetune_trainer.data.rows import Fault, Place, Row, kind_of
 from finetune_trainer.made_data.made import Means, Shape, Tally
 from finetune_trainer.made_data.texts import filled, numbered, points_in
-from finetune_trainer.made_data.writer import BATCH, Desk, Messages, Writer
+from finetune_trainer.made_data.writer import BATCH, Desk, Writer
 from finetune_trainer.retrieval import Knowledge, Passage, open_knowledge, read_passages
 from finetune_trainer.retrieval.documents import KnowledgeFiles
 from finetune_trainer.retrieval.embedding import Embedder

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from finetune_api.preparation import Questions
+from finetune_trainer.completions import Messages
 from finetune_trainer.data.rows import Fault, Place, Row
 from finetune_trainer.made_data.made import Means, Shape, Tally
 from finetune_trainer.made_data.texts import Pair, filled, pairs_in
-from finetune_trainer.made_data.writer import BATCH, Desk, Messages, Writer
+from finetune_trainer.made_data.writer import BATCH, Desk, Writer
 from finetune_trainer.retrieval import Passage, read_passages
 from finetune_trainer.retrieval.documents import KnowledgeFiles
 from finetune_trainer.retrieval.grounding import Grounding

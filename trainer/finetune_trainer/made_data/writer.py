@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from finetune_api.reasons import Reason
+from finetune_trainer.completions import Messages
 from finetune_trainer.data.shelf import Shelf
 from finetune_trainer.data_cache import mark_used
 from finetune_trainer.errors import JobError
@@ -26,8 +27,6 @@ BATCH = 256
 """Prompts that a generator is given at a time."""
 SAVE_SECONDS = 20.0
 """Work that a killed process loses at most, unless the generator gives its texts in larger portions."""
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 class Generator(Protocol):

@@ -64,6 +64,18 @@ def test_a_measurement_that_is_repeated_stands_once(storage: Storage) -> None:
     assert read_history(storage).held_out == (Point(4, {"validation/loss": 1.0}),)
 
 
+def test_the_untuned_models_losses_may_be_told_at_every_start(storage: Storage) -> None:
+    history = History(storage)
+    history.held_out(0, {"validation": 3.0})
+    history.held_out(4, {"validation": 2.0})
+    history.keep()
+    resumed = History(storage, 4)
+    resumed.held_out(0, {"validation": 3.0})
+    resumed.held_out(8, {"validation": 1.0})
+    resumed.keep()
+    assert [(point.step, point.values["validation/loss"]) for point in read_history(storage).held_out] == [(0, 3.0), (4, 2.0), (8, 1.0)]
+
+
 def test_what_is_no_number_is_left_out(storage: Storage) -> None:
     history = History(storage)
     history.train(1, {"train/loss": math.nan, "train/gradNorm": 1.0})

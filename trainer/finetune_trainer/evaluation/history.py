@@ -47,8 +47,10 @@ class Thinned:
         self.points, self.stride, self._most = list(points), stride, most
 
     def add(self, point: Point) -> None:
-        """One more. What was there of this step and of later ones goes."""
-        self.forget_after(point.step - 1)
+        """One more; in place of the one of its step, where that was measured before."""
+        if self.points and point.step <= self.points[-1].step:
+            self.points = [point if each.step == point.step else each for each in self.points]
+            return
         if len(self.points) > 1 and self.points[-1].step % self.stride:
             self.points.pop()  # it stood there as the latest
         self.points.append(point)

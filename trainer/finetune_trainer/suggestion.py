@@ -44,8 +44,8 @@ def _at_random(space: SearchSpace, seed: int) -> Values:
 def _by_estimator(plan: SearchPlan, space: SearchSpace, seed: int, earlier: Sequence[Trial]) -> Values:
     """By the tree-structured Parzen estimator (Bergstra et al. 2011), all parameters together (Falkner et al. 2018, BOHB).
 
-    Its state is made anew from the trials each time. Trials that still run count as if they came to little, so that their neighbourhood is
-    left alone; so do failed ones, after all others.
+    Its state is made anew from the trials each time. Trials that failed or still run count as the worst, so that their neighbourhood is
+    left alone.
     """
     import optuna
 

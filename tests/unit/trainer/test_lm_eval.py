@@ -2,7 +2,9 @@
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +26,21 @@ from tuned import shake
 from finetune_api.evaluation import Suite
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import parse_job
+from finetune_trainer.data.examples import Examples
 from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation.answered import Answered
 from finetune_trainer.evaluation.harness_model import HarnessModel, Scored, labelled, until
-from finetune_trainer.evaluation.lm_eval import TaskResult, check_tasks, measured_tasks, task_results
+from finetune_trainer.evaluation.lm_eval import Candidate, TaskResult, check_tasks, measured_tasks, task_results
 from finetune_trainer.generation import Speaker, Voice
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import load_model, load_tokenizer
 from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.worker import Worker
 
 MODEL = Path(__file__).parents[3] / "examples" / "models" / "tiny-llama"
 WHERE = "evaluation.suites[1]"
+JOB = parse_job(job_manifest(method={"lora": {"rank": 4}}), local=True)
 DOCS = [
     {"question": "The colour of the sky is", "choices": ["blue", "seven", "under it"], "label": 0, "answer": "blue"},
     {"question": "Two and two make", "choices": ["a horse", "four"], "label": 1, "answer": "four"},
@@ -115,15 +121,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Voice, HFLM]:
     """A tuned model as the trainer has it, and what is published of it as the harness takes it."""
     made = tmp_path_factory.mktemp("adapter")
-    files = ModelFiles(MODEL, BaseModel("tests/tiny", None, "float32"), "sha256:0", ("model.safetensors",))
-    job = parse_job(job_manifest(method={"lora": {"rank": 4}}), local=True)
-    model = load_model(files, job, torch.device("cpu"))
-    shake(model.module, 0.05)
-    method_for(job.spec.method).export(model.module, made, BaseModel(str(MODEL), None, "float32"), "adapter")
+    voice = tuned()
+    method_for(JOB.spec.method).export(voice.model.module, made, BaseModel(str(MODEL), None, "float32"), "adapter")
     published = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), str(made)).merge_and_unload()
-    tokenizer = load_tokenizer(files)
-    theirs = HFLM(pretrained=published, tokenizer=tokenizer, batch_size=2, device="cpu", max_length=1024)
-    return Voice(model, tokenizer, 1024), theirs
+    return voice, HFLM(pretrained=published, tokenizer=voice.tokenizer, batch_size=2, device="cpu", max_length=1024)
+
+
+def tuned() -> Voice:
+    files = ModelFiles(MODEL, BaseModel("tests/tiny", None, "float32"), "sha256:0", ("model.safetensors",))
+    model = load_model(files, JOB, torch.device("cpu"))
+    shake(model.module, 0.05)
+    return Voice(model, load_tokenizer(files), 1024)
 
 
 def suite(*tasks: str, few_shot: int = 0, **fields: Any) -> Suite:
@@ -132,7 +140,7 @@ def suite(*tasks: str, few_shot: int = 0, **fields: Any) -> Suite:
 
 
 def ours(voice: Voice, asked: Suite, folder: Path) -> dict[str, TaskResult]:
-    results = task_results(asked, Speaker(voice), voice.tokenizer, voice.context, WHERE, folder)
+    results = task_results(asked, Candidate(Speaker(voice), voice.tokenizer, voice.context), WHERE, folder)
     return {result.task: result for result in results}
 
 
@@ -186,8 +194,66 @@ def test_what_the_model_computes_is_what_the_harness_computes(
 def test_whole_texts_have_the_harnesss_likelihood(pair: tuple[Voice, HFLM]) -> None:
     voice, model = pair
     requests = [SimpleNamespace(args=(text,)) for text in ("The sky is blue.", "a", "word " * 300)]
-    mine = HarnessModel(Speaker(voice), voice.tokenizer, 1024).loglikelihood_rolling(requests)
+    mine = HarnessModel(Speaker(voice), voice.tokenizer, 1024, Worker()).loglikelihood_rolling(requests)
     np.testing.assert_allclose(mine, model.loglikelihood_rolling(requests), rtol=1e-4)
+
+
+class Table:
+    """Workers in threads: each adds what it has, and all take the sum."""
+
+    def __init__(self, seats: int) -> None:
+        self._sum: torch.Tensor | None = None
+        self._lock, self._all = threading.Lock(), threading.Barrier(seats, timeout=60)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        with self._lock:
+            self._sum = tensor.clone() if self._sum is None else self._sum + tensor
+        self._all.wait()
+        assert self._sum is not None
+        tensor.copy_(self._sum)
+        if self._all.wait() == 0:
+            self._sum = None
+        self._all.wait()
+
+
+class Reader:
+    """Says back what it was asked; the loss of a text is the sum of its labelled tokens."""
+
+    def __init__(self) -> None:
+        self.asked = self.finished = 0
+
+    def replies(self, prompts: Any, most: int) -> Any:
+        self.asked += len(prompts)
+        return [SimpleNamespace(text=f"é{most}:{list(prompt)}") for prompt in prompts]
+
+    def measured(self, examples: Examples) -> list[Answered]:
+        self.asked += len(examples)
+        rows = [examples.example(place) for place in range(len(examples))]
+        return [Answered("", loss=float(tokens[labels].sum()), labels=1, correct=len(tokens) % 2) for tokens, labels in rows]
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_workers_share_out_what_is_asked_and_tell_one_another(pair: tuple[Voice, HFLM]) -> None:
+    """Three of them, and two or five requests: each answers some, and all know all."""
+    tokenizer, table = pair[0].tokenizer, Table(3)
+    texts = [SimpleNamespace(args=(text, {"max_gen_toks": most})) for text, most in zip("abcde", (4, 4, 9, 4, 9), strict=True)]
+    pairs = [SimpleNamespace(args=("The", f" {word}")) for word in ("sky", "sea")]
+
+    def work(rank: int) -> tuple[Reader, list[str], list[tuple[float, bool]]]:
+        reader = Reader()
+        model = HarnessModel(reader, tokenizer, 64, Worker(rank=rank, world=3, all_reduce=table.all_reduce))
+        return reader, model.generate_until(texts), model.loglikelihood(pairs, disable_tqdm=True)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(work, range(3)))
+    alone = HarnessModel(Reader(), tokenizer, 64, Worker())
+    assert all(said == alone.generate_until(texts) for _, said, _ in found)
+    assert all(scores == alone.loglikelihood(pairs, disable_tqdm=True) for *_, scores in found)
+    assert found[0][1][2].startswith("é9:[")
+    assert [reader.asked for reader, *_ in found] == [3, 3, 1]
+    assert [reader.finished for reader, *_ in found] == [2, 2, 2]
 
 
 def test_as_many_examples_as_the_suite_wants(pair: tuple[Voice, HFLM], folder: Path) -> None:
@@ -261,4 +327,4 @@ def test_where_the_harness_is_not_installed(folder: Path, monkeypatch: pytest.Mo
 def test_a_tokenizer_without_an_end(pair: tuple[Voice, HFLM], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(JobError, match="no token that ends a text"):
-        task_results(suite("choose"), Speaker(pair[0]), tokenizer, 1024, WHERE, folder)
+        task_results(suite("choose"), Candidate(Speaker(pair[0]), tokenizer, 1024), WHERE, folder)

@@ -1,13 +1,17 @@
 """The model as lm-evaluation-harness asks it: any method's, whole or sharded, computed as everywhere here.
 
-Imported only where lm-eval is installed.
+Every worker runs the harness over all examples, so that the same are shown before a question however many workers there are; what the
+model is asked they share out, and tell one another. Imported only where lm-eval is installed.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -16,6 +20,7 @@ from finetune_api.reasons import Reason
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Answered
+from finetune_trainer.worker import Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +48,9 @@ class Asked(Protocol):
     def measured(self, examples: Examples) -> list[Answered]:
         """Of each example the summed loss of its labels, their number, and how many of them are the most probable."""
 
+    def finish(self) -> None:
+        """Let other workers end what they compute, where the model is sharded."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -55,10 +63,10 @@ class Scored:
 class HarnessModel(TemplateLM):
     """What `lm_eval.evaluator.evaluate` takes. Answers are greedy, also where a task would sample."""
 
-    def __init__(self, asked: Asked, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> None:
+    def __init__(self, asked: Asked, tokenizer: "PreTrainedTokenizerBase", context: int | None, worker: Worker) -> None:
         """`context` is how many tokens a prompt and its answer may have together; what is longer loses its beginning."""
         super().__init__()
-        self._asked, self.tokenizer, self._context = asked, tokenizer, context or LONGEST
+        self._asked, self.tokenizer, self._context, self._worker = asked, tokenizer, context or LONGEST, worker
         if tokenizer.eos_token_id is None:
             raise JobError(Reason.MODEL_INVALID, "the model's tokenizer has no token that ends a text, which lm-eval needs")
 
@@ -91,14 +99,17 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model says to each context, up to the first of the texts that end it."""
         asked = [(request.args[0], normalize_gen_kwargs(request.args[1], NEW_TOKENS)) for request in requests]
-        made = [""] * len(asked)
+        made: dict[int, str] = {}
         for most in sorted({int(settings["max_gen_toks"]) for _, settings in asked}):
-            places = [place for place, (_, settings) in enumerate(asked) if settings["max_gen_toks"] == most]
+            places = [place for place in self._own(len(asked)) if asked[place][1]["max_gen_toks"] == most]
+            if not places:
+                continue
             room = max(1, self._context - most)
             replies = self._asked.replies([self.tok_encode(asked[place][0])[-room:] for place in places], most)
-            for place, reply in zip(places, replies, strict=True):
-                made[place] = until(reply.text, asked[place][1])
-        return made
+            made |= {place: until(reply.text, asked[place][1]) for place, reply in zip(places, replies, strict=True)}
+        self._asked.finish()
+        everyones = {int(place): text for part in self._told(json.dumps(made)) for place, text in json.loads(part).items()}
+        return [everyones[place] for place in range(len(asked))]
 
     def _windows(self, tokens: list[int]) -> list[Scored]:
         cut = get_rolling_token_windows(token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self._context - 1, context_len=1)
@@ -113,10 +124,35 @@ class HarnessModel(TemplateLM):
 
     def _scores(self, asked: Sequence[Scored]) -> list[tuple[float, bool]]:
         """The logarithm of the probability of what is asked for, and whether it is what the model would say."""
-        if not asked:
-            return []
-        examples = join([(np.array(each.tokens, np.int32), labelled(each)) for each in asked])
-        return [(-found.loss, found.correct == found.labels) for found in self._asked.measured(examples)]
+        own, found = self._own(len(asked)), list[Answered]()
+        if own:
+            examples = join([(np.array(asked[place].tokens, np.int32), labelled(asked[place])) for place in own])
+            found = self._asked.measured(examples)
+        self._asked.finish()
+        sums = torch.zeros(len(asked), 2, dtype=torch.float64)
+        for place, each in zip(own, found, strict=True):
+            sums[place] = torch.tensor([-each.loss, float(each.correct == each.labels)])
+        sums = sums.to(self._worker.device)
+        self._worker.all_reduce(sums)
+        return [(value, bool(greedy)) for value, greedy in sums.tolist()]
+
+    def _own(self, count: int) -> range:
+        """Places of the requests that this worker answers."""
+        return range(self._worker.rank, count, self._worker.world)
+
+    def _told(self, text: str) -> list[str]:
+        """What every worker says, by its rank."""
+        content = np.frombuffer(text.encode(), np.uint8)
+        sizes = torch.zeros(self._worker.world, dtype=torch.float64, device=self._worker.device)
+        sizes[self._worker.rank] = len(content)
+        self._worker.all_reduce(sizes)
+        ends = np.cumsum([0, *map(int, sizes.tolist())])
+        whole = torch.zeros(int(ends[-1]), dtype=torch.uint8)
+        whole[ends[self._worker.rank] : ends[self._worker.rank + 1]] = torch.from_numpy(content.copy())
+        whole = whole.to(self._worker.device)
+        self._worker.all_reduce(whole)
+        told = whole.cpu().numpy().tobytes()
+        return [told[start:end].decode() for start, end in pairwise(ends.tolist())]
 
 
 def labelled(asked: Scored) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +19,7 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.intervals import intervals_of, mean_of
 from finetune_trainer.evaluation.scores import SHARE, Measured
 from finetune_trainer.sources import explained
+from finetune_trainer.worker import Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,13 +63,22 @@ def check_tasks(suite: Suite, where: str, folder: Path | None = None) -> None:
             _metric(name, loaded, where)
 
 
-def task_results(
-    suite: Suite, asked: "Asked", tokenizer: "PreTrainedTokenizerBase", context: int | None, where: str, folder: Path | None = None
-) -> tuple[TaskResult, ...]:
-    """What the model reaches in each of the suite's tasks, in their order. Of sharded models, every other worker follows meanwhile.
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is asked."""
 
-    `asked` computes (generation.Speaker), `context` is how many tokens a prompt and its answer may have. Raises JobError as check_tasks
-    does, and EvaluationFailed where the harness fails.
+    asked: "Asked"
+    """What computes: generation.Speaker."""
+    tokenizer: "PreTrainedTokenizerBase"
+    context: int | None
+    """Tokens that a prompt and its answer may have together; None where the model does not say."""
+    worker: Worker = field(default_factory=Worker)
+
+
+def task_results(suite: Suite, candidate: Candidate, where: str, folder: Path | None = None) -> tuple[TaskResult, ...]:
+    """What the model reaches in each of the suite's tasks, in their order. Every worker calls it and gets the same.
+
+    Raises JobError as check_tasks does, EvaluationFailed where the harness fails, and what computing raises.
     """
     _check_installed(where)
     from lm_eval.evaluator import evaluate
@@ -76,8 +86,8 @@ def task_results(
     from finetune_trainer.evaluation.harness_model import HarnessModel
 
     with _without_foreign_code(where):
-        loaded = _loaded(suite, where, folder)
-        model, found = HarnessModel(asked, tokenizer, context), []
+        loaded, found = _loaded(suite, where, folder), []
+        model = HarnessModel(candidate.asked, candidate.tokenizer, candidate.context, candidate.worker)
         for name, tasks in loaded.items():
             metric = _metric(name, tasks, where)
             for task in tasks["tasks"].values():

@@ -171,6 +171,8 @@ def test_texts_are_saved_while_the_generator_writes(site: Site, monkeypatch: pyt
     monkeypatch.setattr(Storage, "write_json", write)
     assert len(site.rows(site.job(), Author(SAYS))) == 2
     assert [number for number in saved if number] == [1, 1]
+    told = [line.partition(", ")[0] for line in site.said if "written" in line]
+    assert told[:2] == [f"data.preparation.contentPoints.generator: {number} texts are written" for number in (1, 2)]
 
 
 def test_empty_texts_are_asked_for_again_and_half_characters_are_no_obstacle(site: Site) -> None:

@@ -100,7 +100,7 @@ def test_a_model_of_this_process_writes(model_files: ModelFiles, tokenizer: PreT
 
     storage = Storage(MemoryFileSystem(), "/made-test", "s3://bucket/out")
     prompts = [({"role": "user", "content": HANDBOOK[:40]},), ({"role": "user", "content": "Short."},)]
-    with Desk(Writer({"name": "tiny"}, open_model), 4, storage, "field") as desk:
+    with Desk(Writer({"name": "tiny"}, open_model), 4, storage, "field", print) as desk:
         texts = desk.write(prompts)
     assert len(texts) == 2
 
@@ -108,7 +108,7 @@ def test_a_model_of_this_process_writes(model_files: ModelFiles, tokenizer: PreT
         raise AssertionError("what is kept is not written again")
 
     said = [prompt for prompt, text in zip(prompts, texts, strict=True) if text.strip()]
-    with Desk(Writer({"name": "tiny"}, refuse), 4, storage, "field") as desk:
+    with Desk(Writer({"name": "tiny"}, refuse), 4, storage, "field", print) as desk:
         assert desk.write(said) == [text for text in texts if text.strip()]
     assert any(text.strip() for text in texts)
 

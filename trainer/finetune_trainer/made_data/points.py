@@ -71,7 +71,7 @@ class PointRows:
         knowledge = self._knowledge()
         grounding = Grounding(language_of([passage.shown for passage in knowledge.passages]), self.spec.min_support)
         tally = Tally(FIELD, "golden output", "point")
-        with Desk(self.writer, self.spec.max_new_tokens, self.means.storage, f"{FIELD}.generator") as desk:
+        with Desk(self.writer, self.spec.max_new_tokens, self.means.storage, f"{FIELD}.generator", self.means.say) as desk:
             golden = self.golden.rows()
             while rows := list(islice(golden, BATCH)):
                 read = [self._golden(row) if isinstance(row, Row) else row for row in rows]

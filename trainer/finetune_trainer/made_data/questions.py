@@ -51,7 +51,7 @@ class QuestionRows:
         grounding = Grounding(language_of([passage.shown for passage in passages]), self.spec.min_support)
         asked = sorted((passage for passage in passages if len(terms(passage.text)) >= SHORTEST), key=_shuffled)
         tally, seen, left = Tally(FIELD, "passage", "answer"), set[str](), self.spec.limit
-        with Desk(self.writer, self.spec.max_new_tokens, self.means.storage, f"{FIELD}.generator") as desk:
+        with Desk(self.writer, self.spec.max_new_tokens, self.means.storage, f"{FIELD}.generator", self.means.say) as desk:
             at = 0
             while at < len(asked) and left > 0:
                 batch = asked[at : at + min(BATCH, -(-left // self.spec.per_passage))]

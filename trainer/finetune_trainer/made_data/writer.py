@@ -23,6 +23,7 @@ from finetune_trainer.storage import Storage, storage_errors
 
 FOLDER = ".finetune/cache/made"
 FORMAT = 1
+Say = Callable[[str], None]
 BATCH = 256
 """Prompts that a generator is given at a time."""
 SAVE_SECONDS = 20.0
@@ -52,14 +53,15 @@ class Writer:
 class Desk:
     """A writer at work: texts from the storage, else from the generator. A context."""
 
-    def __init__(self, writer: Writer, max_new_tokens: int, storage: Storage, field: str) -> None:
+    def __init__(self, writer: Writer, max_new_tokens: int, storage: Storage, field: str, say: Say) -> None:
         """`storage` is output.storage; `field` is the generator's in the spec, for messages."""
-        self._writer, self._most, self._field = writer, max_new_tokens, field
+        self._writer, self._most, self._field, self._say = writer, max_new_tokens, field, say
         key = digest_of({"format": FORMAT, "generator": dict(writer.identity), "maxNewTokens": max_new_tokens})[7:39]
         self._outer, self._name = storage, f"{FOLDER}/{key}"
         self._open = ExitStack()
         self._generator: Generator | None = None
         self._shelf: Shelf | None = None
+        self._number, self._seconds = 0, 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +88,7 @@ class Desk:
             self._shelf = self._open.enter_context(Shelf())
             mark_used(self._outer, self._name)
             for digest, text in _read(self._outer.at(self._name)):
-                self._shelf.put(digest.encode(), text.encode())
+                self._shelf.put(digest.encode(), text.encode(errors="replace"))
         content = self._shelf.get(name.encode())
         return None if content is None else content.decode()
 
@@ -95,7 +97,7 @@ class Desk:
         if self._generator is None:
             self._generator = self._open.enter_context(self._writer.open())
         names, texts, kept = list(new), dict[str, str](), 0
-        saved = time.monotonic()
+        begun = saved = time.monotonic()
         try:
             for text in self._generator.generate(list(new.values()), self._most):
                 if len(texts) < len(names):
@@ -103,12 +105,19 @@ class Desk:
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self._keep(dict(list(texts.items())[kept:]))
                     kept, saved = len(texts), time.monotonic()
+                    self._tell(self._number + kept, self._seconds + saved - begun)
         finally:
             self._keep(dict(list(texts.items())[kept:]))
+        self._number, self._seconds = self._number + len(texts), self._seconds + time.monotonic() - begun
         if len(texts) < len(names):
             problem = f"{self._field}: the generator has written {len(texts):,} texts for {len(names):,} prompts"
             raise JobError(Reason.GENERATOR_UNAVAILABLE, problem)
         return texts
+
+    def _tell(self, number: int, seconds: float) -> None:
+        """Say how far it is; a generator that keeps its answers says so itself."""
+        if not self._writer.keeps:
+            self._say(f"{self._field}: {number:,} texts are written, {number / max(seconds, 1e-9):.1f} a second")
 
     def _keep(self, texts: Mapping[str, str]) -> None:
         """Keep texts for other attempts, those that say something: another time an empty one may be another."""

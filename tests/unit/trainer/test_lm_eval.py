@@ -14,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from lm_eval import evaluator
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -30,12 +31,21 @@ from finetune_trainer.data.examples import Examples
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Answered
 from finetune_trainer.evaluation.harness_model import HarnessModel, Scored, labelled, until
-from finetune_trainer.evaluation.lm_eval import Candidate, TaskResult, check_tasks, measured_tasks, task_results
+from finetune_trainer.evaluation.lm_eval import (
+    Candidate,
+    TaskResult,
+    answer_tasks,
+    check_tasks,
+    measured_tasks,
+    read_results,
+    task_results,
+)
 from finetune_trainer.generation import Speaker, Voice
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import load_model, load_tokenizer
 from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
 
 MODEL = Path(__file__).parents[3] / "examples" / "models" / "tiny-llama"
@@ -196,6 +206,24 @@ def test_whole_texts_have_the_harnesss_likelihood(pair: tuple[Voice, HFLM]) -> N
     requests = [SimpleNamespace(args=(text,)) for text in ("The sky is blue.", "a", "word " * 300)]
     mine = HarnessModel(Speaker(voice), voice.tokenizer, 1024, Worker()).loglikelihood_rolling(requests)
     np.testing.assert_allclose(mine, model.loglikelihood_rolling(requests), rtol=1e-4)
+
+
+def test_what_was_measured_is_not_measured_again(
+    pair: tuple[Voice, HFLM], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voice, asked = pair[0], suite("choose", limit=3)
+    storage = Storage(LocalFileSystem(), str(tmp_path), f"file://{tmp_path}")
+    candidate = Candidate(Speaker(voice), voice.tokenizer, voice.context)
+    assert read_results(storage, "step-4", asked) is None
+    answer_tasks(asked, "step-4", candidate, WHERE, storage, folder)
+    found = read_results(storage, "step-4", asked)
+    assert found == task_results(asked, candidate, WHERE, folder)
+    assert read_results(storage, "baseline", asked) is None
+    assert read_results(storage, "step-4", suite("choose", limit=4)) is None  # another question
+    monkeypatch.setattr("finetune_trainer.evaluation.lm_eval.task_results", None)
+    answer_tasks(asked, "step-4", candidate, WHERE, storage, folder)
+    (tmp_path / "answers/step-4/general.tasks.json").write_text('{"asked": {}, "results": 7}')
+    assert read_results(storage, "step-4", asked) is None
 
 
 class Table:

@@ -1,5 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness as metrics of a suite, where lm-eval is installed (the extra `lm-eval`).
 
+    answers/<candidate>/<suite>.tasks.json    what a candidate reaches, in the job's own folder
+
 A task's value is that of its first metric that rises as a model gets better. Its data comes from the hub, as the harness's task says. No
 code does: tasks that run what a model writes are refused, and metrics that are programs on the hub are not fetched.
 """
@@ -19,6 +21,7 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.intervals import intervals_of, mean_of
 from finetune_trainer.evaluation.scores import SHARE, Measured
 from finetune_trainer.sources import explained
+from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
 
 if TYPE_CHECKING:
@@ -100,6 +103,39 @@ def task_results(suite: Suite, candidate: Candidate, where: str, folder: Path | 
                 raise JobError(Reason.EVALUATION_FAILED, f"{where}.lmEval: the task {name}: {_first_line(error)}") from error
             found.append(_result(name, metric, made))
     return tuple(found)
+
+
+def answer_tasks(suite: Suite, name: str, candidate: Candidate, where: str, storage: Storage, folder: Path | None = None) -> None:
+    """Leave a candidate's results in the job's own folder, unless they are there. Every worker calls it. Raises JobError as task_results.
+
+    `name` is the candidate's, as in its answers.
+    """
+    worker = candidate.worker
+    if worker.agree(int(worker.leads and read_results(storage, name, suite) is not None)):
+        return
+    results = task_results(suite, candidate, where, folder)
+    if worker.leads:
+        storage.write_json(results_file(name, suite), {"asked": _asked(suite), "results": [each.to_json() for each in results]})
+    worker.sum(0.0)
+
+
+def read_results(storage: Storage, name: str, suite: Suite) -> tuple[TaskResult, ...] | None:
+    """What `answer_tasks` has left; None where it has not, or the suite was another one. Raises JobError."""
+    found = storage.read_json(results_file(name, suite))
+    try:
+        return tuple(TaskResult.of_json(each) for each in found["results"]) if found["asked"] == _asked(suite) else None  # type: ignore[index]
+    except (TypeError, KeyError):
+        return None
+
+
+def results_file(name: str, suite: Suite) -> str:
+    """Name of a candidate's results."""
+    return f"answers/{name}/{suite.name}.tasks.json"
+
+
+def _asked(suite: Suite) -> dict[str, Any]:
+    """What the results follow from, but for the model."""
+    return {"lmEval": suite.lm_eval.model_dump(mode="json", by_alias=True) if suite.lm_eval else None, "limit": suite.limit}
 
 
 def measured_tasks(suite: Suite, results: Sequence[TaskResult], confidence: float) -> tuple[Measured, ...]:

@@ -79,13 +79,16 @@ def test_jobs_of_one_name_in_two_namespaces_have_a_report_each(storage: Storage)
     assert [other.evaluation.gates for other in find_others(storage, this_job("support-bot-v1"))] == [EVALUATION.gates]
 
 
-def test_a_picture_that_cannot_be_drawn_is_left_out(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_cannot_be_drawn_is_left_out_and_told_of(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails(*_: object) -> bytes:
         raise RuntimeError("no font")
 
     monkeypatch.setattr(evidence, "loss_curves", fails)
     publish_other(storage, course=course())
     assert "loss.svg" not in (read_manifest(storage, FOLDER) or {})["files"]
+    assert "no font" in caplog.text
     assert "loss.svg" not in (storage.read_text(f"{FOLDER}/report.md") or "loss.svg")
 
 

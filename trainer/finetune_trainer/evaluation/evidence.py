@@ -9,6 +9,7 @@ It stands outside the artifacts, since it is there also when nothing is publishe
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -77,6 +78,7 @@ def _drawn(draw: Callable[[], T]) -> T | None:
     try:
         return draw()
     except Exception:
+        logging.getLogger(__name__).warning("a picture of the report could not be drawn", exc_info=True)
         return None
 
 

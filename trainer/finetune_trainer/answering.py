@@ -120,7 +120,7 @@ def read_cases(storage: Storage, file: str) -> list[Case]:
     text = storage.read_text(file)
     if text is None:
         raise FileNotFoundError(storage.locate(file))
-    return list(read(text.splitlines(), Case))
+    return list(read(_lines(text), Case))
 
 
 def read_answers(storage: Storage, candidate: str, questions: Questions) -> tuple[Answered, ...] | None:
@@ -238,10 +238,15 @@ def _characters(case: Case) -> int:
     return len(case.prompt or "") + len(case.reference) + sum(len(str(message.get("content"))) for message in case.messages)
 
 
+def _lines(text: str) -> list[str]:
+    """The lines of a file of JSON: a text in it may hold what else ends a line elsewhere (U+2028)."""
+    return [line for line in text.split("\n") if line]
+
+
 def _read(storage: Storage, name: str) -> list[Answered] | None:
     """The answers of a file; None where it is absent or not as it was written."""
     try:
         text = storage.read_text(name)
-        return None if text is None else list(read(text.splitlines(), Answered))
+        return None if text is None else list(read(_lines(text), Answered))
     except (ValueError, TypeError, KeyError):
         return None

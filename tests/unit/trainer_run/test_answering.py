@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ModelSource, parse_job
 from finetune_trainer import answering
-from finetune_trainer.answering import Asking, Candidate, Questions, Told, answer, outstanding, read_answers, write_cases
+from finetune_trainer.answering import Asking, Candidate, Questions, Told, answer, outstanding, read_answers, read_cases, write_cases
 from finetune_trainer.candidates import Candidates
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Answered, Case
@@ -134,6 +134,14 @@ def test_what_is_not_as_it_was_written_is_answered_again(storage: Storage, tmp_p
     assert read_answers(storage, "prompt-short", QUESTIONS) == expected()
     write_cases(storage, "suites/task.jsonl", CASES[:-1])
     assert read_answers(storage, "prompt-short", QUESTIONS) is None
+
+
+def test_a_text_may_hold_what_ends_a_line_elsewhere(storage: Storage) -> None:
+    odd = [Case("0", "a\u2028b\x85c\nd", prompt="\u2029")]
+    write_cases(storage, "suites/task.jsonl", odd)
+    assert read_cases(storage, "suites/task.jsonl") == odd
+    ask(storage, Parrot())
+    assert read_answers(storage, "prompt-short", QUESTIONS) == (Answered("0", "0 \u2029"),)
 
 
 def test_a_suite_without_cases_is_answered(storage: Storage) -> None:

@@ -25,11 +25,11 @@ from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import digest_of
-from finetune_trainer.search_space import check_comparable, told, trials_of, with_values
+from finetune_trainer.search_space import check_comparable, trials_of, with_values
 from finetune_trainer.storage import Storage
 from finetune_trainer.suggestion import suggested
-from finetune_trainer.trial_run import LOSS, Measure, ReportDesk, Searching, run_trial, share_of
-from finetune_trainer.trials import Trial, Trials, best_of
+from finetune_trainer.trial_run import LOSS, Measure, Searching, run_trial, share_of
+from finetune_trainer.trials import ReportDesk, Trial, Trials, best_of
 
 ON_HEAD = {"node:__internal_head__": 0.001}
 """What a trial's driver asks of Ray: a place on the head's node, which Ray marks so, and no CPU."""
@@ -148,15 +148,6 @@ class Search:
         errors = tuner.fit().errors
         if errors:
             raise errors[0]
-
-
-def line(summary: SearchSummary, metric: str) -> str:
-    """How far a search is, for people: 3 of 8 trials have ended (1 failed); best so far: validation/loss 1.234 with ..."""
-    ended = summary.completed + summary.failed + summary.pruned
-    others = ", ".join(f"{count} {what}" for count, what in ((summary.failed, "failed"), (summary.pruned, "early")) if count)
-    text = f"{ended} of {summary.trials} trials have ended{f' ({others})' if others else ''}"
-    best = summary.best
-    return text if best is None else f"{text}; best so far: {metric} {best.value:.4g} with {told(best.parameters)}"
 
 
 class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types

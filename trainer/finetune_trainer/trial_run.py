@@ -148,21 +148,6 @@ def reporting(call: Callable[[], None], desk: Any, number: int) -> None:  # noqa
         raise raised[0]
 
 
-class ReportDesk:
-    """Where workers leave their reports for the drivers of their trials; one actor for all of a search."""
-
-    def __init__(self) -> None:
-        self._reports: dict[int, list[dict[str, float]]] = {}
-
-    def put(self, number: int, report: dict[str, float]) -> None:
-        """Leave a report of a trial."""
-        self._reports.setdefault(number, []).append(report)
-
-    def take(self, number: int) -> list[dict[str, float]]:
-        """A trial's reports since the last time, in order."""
-        return self._reports.pop(number, [])
-
-
 def train_on_worker(config: dict[str, Any]) -> None:
     """What each worker process of a trial runs."""
     from finetune_trainer.worker_group import Assignment, Silent, job_of, this_worker, train_on

@@ -89,6 +89,21 @@ class Trials:
         return trial_from(self._storage.read_json(f"{name}/{RECORD}"), self._search)
 
 
+class ReportDesk:
+    """Where workers leave their losses for the drivers of their trials: an actor of Ray, one for all of a search."""
+
+    def __init__(self) -> None:
+        self._reports: dict[int, list[dict[str, float]]] = {}
+
+    def put(self, number: int, report: dict[str, float]) -> None:
+        """Leave a report of a trial."""
+        self._reports.setdefault(number, []).append(report)
+
+    def take(self, number: int) -> list[dict[str, float]]:
+        """A trial's reports since the last time, in order."""
+        return self._reports.pop(number, [])
+
+
 def trial_folder_in(trials: Storage, number: int) -> Storage:
     """A trial's own folder below that of all trials."""
     return trials.at(str(number))

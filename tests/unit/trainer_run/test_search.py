@@ -10,10 +10,10 @@ from fsspec.implementations.local import LocalFileSystem
 from tests.builders import raw_job
 
 from finetune_api.reasons import Reason
-from finetune_api.status import SearchBest, SearchSummary
+from finetune_api.status import SearchSummary
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.errors import JobError
-from finetune_trainer.search import NextTrial, Search, SearchResult, best_job, line, scheduler_of
+from finetune_trainer.search import NextTrial, Search, SearchResult, best_job, scheduler_of
 from finetune_trainer.search_space import Values
 from finetune_trainer.sources import Location
 from finetune_trainer.storage import Storage, storage_at
@@ -163,16 +163,6 @@ def test_what_an_ended_trial_leaves_is_removed_but_for_the_best_ones(own: Storag
         left.append(sorted(path.parent.name for path in folder.glob("*/checkpoints")))
     assert left == [["1"], ["1"], ["3"]]
     assert sorted(path.name for path in (folder / "2").iterdir()) == ["trial.json"]
-
-
-def test_how_far_a_search_is_is_told_in_a_line() -> None:
-    begun = SearchSummary(trials=8)
-    assert line(begun, "validation/loss") == "0 of 8 trials have ended"
-    best = SearchBest(trial=2, value=1.23456, parameters={RATE: 0.00042, "method.lora.rank": 8})
-    later = SearchSummary(trials=8, completed=2, failed=1, pruned=3, best=best)
-    values = "method.lora.rank 8, training.learningRate 0.00042"
-    expected = f"6 of 8 trials have ended (1 failed, 3 early); best so far: validation/loss 1.235 with {values}"
-    assert line(later, "validation/loss") == expected
 
 
 def test_the_best_of_equal_trials_is_the_first_and_one_without_a_value_is_none() -> None:

@@ -136,9 +136,9 @@ def test_vectors_are_kept_part_by_part_and_again_computed_where_they_are_damaged
         storage.fs.rm(storage.root, recursive=True)
     texts = ["red", "fox", "hen", "goose", "red fox"]
     with pytest.raises(JobError, match="on the way"):
-        vectors_of(texts, Axes(fails_at="goose"), storage, said.append)
+        vectors_of(texts, Axes(fails_at="goose"), "team", storage, said.append)
     embedder = Axes()
-    vectors = vectors_of(texts, embedder, storage, said.append)
+    vectors = vectors_of(texts, embedder, "team", storage, said.append)
     assert [text for text, _ in embedder.seen] == ["hen", "goose", "red fox"]
     assert {purpose for _, purpose in embedder.seen} == {"document"}
     assert np.array_equal(vectors, Axes().embed(texts))
@@ -147,20 +147,20 @@ def test_vectors_are_kept_part_by_part_and_again_computed_where_they_are_damaged
     files = [path for path in storage.fs.find(storage.root) if path.endswith("000001/vectors.npy")]
     storage.fs.pipe_file(files[0], storage.fs.cat_file(files[0])[:-4] + b"\1\2\3\4")
     embedder = Axes()
-    assert np.array_equal(vectors_of(texts, embedder, storage, said.append), vectors)
+    assert np.array_equal(vectors_of(texts, embedder, "team", storage, said.append), vectors)
     assert [text for text, _ in embedder.seen] == ["hen", "goose"]
     embedder = Axes()
-    assert np.array_equal(vectors_of(texts, embedder, storage, said.append), vectors)
+    assert np.array_equal(vectors_of(texts, embedder, "team", storage, said.append), vectors)
     assert embedder.seen == []
 
 
-def test_other_texts_and_other_encoders_have_vectors_of_their_own(tmp_path: Path) -> None:
+def test_other_texts_encoders_and_places_have_vectors_of_their_own(tmp_path: Path) -> None:
     storage = storage_at(tmp_path)
-    vectors_of(["red"], Axes(), storage, print)
-    for texts, name in ((["fox"], "axes"), (["red"], "other")):
+    vectors_of(["red"], Axes(), "team", storage, print)
+    for texts, name, where in ((["fox"], "axes", "team"), (["red"], "other", "team"), (["red"], "axes", "another team")):
         embedder = Axes()
         embedder.identity = name
-        vectors_of(texts, embedder, storage, print)
+        vectors_of(texts, embedder, where, storage, print)
         assert len(embedder.seen) == 1
 
 
@@ -179,7 +179,7 @@ def test_a_retriever_finds_as_its_kind_says(tmp_path: Path, kind: str, loads: in
         return embedder
 
     retriever = Retriever.model_construct(kind=kind, passages=2, encoder=None)
-    knowledge = open_knowledge(PASSAGES, retriever, load, storage_at(tmp_path), print)
+    knowledge = open_knowledge(PASSAGES, retriever, load, storage_at(tmp_path), print, namespace="team")
     assert [passage.place for passage in knowledge.retrieve(["grey fox"], 2)[0]] == found
     assert len(loaded) == loads
 

@@ -91,7 +91,7 @@ class PointRows:
             assert encoder is not None  # noqa: S101 - the spec's own rule
             return self.means.encoder_of(encoder, field)
 
-        return open_knowledge(passages, retriever, load, self.means.storage, self.means.say)
+        return open_knowledge(passages, retriever, load, self.means.storage, self.means.say, self.means.namespace)
 
     def _golden(self, row: Row) -> Golden | Fault:
         """The golden output of a row, or what is wrong with it."""

@@ -43,7 +43,7 @@ class Writer:
     """A generator that is loaded when there is something to write."""
 
     identity: Mapping[str, Any]
-    """What its texts follow from, but for what it is told; any JSON."""
+    """What its texts follow from, but for what it is told, and where it is: who can write there is to deceive nobody else. Any JSON."""
     open: Callable[[], AbstractContextManager[Generator]]
     """Load it, for as long as the context lasts. Raises JobError."""
     keeps: bool = False

@@ -2,8 +2,8 @@
 
     .finetune/cache/vectors/<key>/<part>/    vectors.npy, float32 [PART, H], and manifest.json, in output.storage
 
-The key covers the encoder and all texts, so that a retry, and another job with the same knowledge base, does not embed it again; a killed
-process loses one part at most. Keys that no job has begun with for long are removed (see data_cache.mark_used).
+The key covers the encoder, where it is, and all texts, so that a retry, and another job with the same knowledge base, does not embed it
+again; a killed process loses one part at most. Keys that no job has begun with for long are removed (see data_cache.mark_used).
 """
 
 import hashlib
@@ -73,12 +73,17 @@ class MeaningIndex:
             yield tuple(Hit(int(place[hit.number]), hit.score) for hit in best(score, most))
 
 
-def vectors_of(texts: Sequence[str], embedder: Embedder, storage: Storage | None, say: Say) -> Vectors:
-    """The texts' vectors, [N, H]: from output.storage, else computed and put there. Raises JobError (StorageFull, StorageUnavailable)."""
+def vectors_of(texts: Sequence[str], embedder: Embedder, where: str, storage: Storage | None, say: Say) -> Vectors:
+    """The texts' vectors, [N, H]: from output.storage, else computed and put there.
+
+    `where` tells the encoder's place: who can write there is to deceive nobody who loads from elsewhere. Raises JobError (StorageFull,
+    StorageUnavailable).
+    """
     if storage is None:
         return embedder.embed(texts, "document")
     texts_digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
-    key = f"{FOLDER}/{digest_of({'format': FORMAT, 'encoder': embedder.identity, 'texts': texts_digest})[7:39]}"
+    follows = {"format": FORMAT, "encoder": embedder.identity, "where": where, "texts": texts_digest}
+    key = f"{FOLDER}/{digest_of(follows)[7:39]}"
     mark_used(storage, key)
     parts = []
     for number, start in enumerate(range(0, len(texts), PART)):

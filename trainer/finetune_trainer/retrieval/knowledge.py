@@ -55,15 +55,21 @@ def _counted(number: int, what: str) -> str:
 
 
 def open_knowledge(
-    passages: tuple[Passage, ...], retriever: Retriever, load: Callable[[], Embedder], storage: Storage | None, say: Say
+    passages: tuple[Passage, ...],
+    retriever: Retriever,
+    load: Callable[[], Embedder],
+    storage: Storage | None,
+    say: Say,
+    namespace: str = "",
 ) -> Knowledge:
     """The passages, indexed. `load` loads the retriever's encoder, where it has one; `storage` is output.storage, which keeps vectors.
 
-    Raises JobError: what `load` raises, and StorageFull, StorageUnavailable.
+    `namespace` is the job's, whose claims are its own. Raises JobError: what `load` raises, and StorageFull, StorageUnavailable.
     """
     shown = [passage.shown for passage in passages]
     if retriever.kind == "bm25":
         return Knowledge(passages, WordIndex(shown))
     embedder = load()
-    meaning = MeaningIndex(embedder, vectors_of(shown, embedder, storage, say))
+    where = f"{namespace} {retriever.encoder.model_dump_json(by_alias=True) if retriever.encoder else ''}"
+    meaning = MeaningIndex(embedder, vectors_of(shown, embedder, where, storage, say))
     return Knowledge(passages, meaning if retriever.kind == "embedding" else HybridIndex([WordIndex(shown), meaning]))

@@ -1,0 +1,94 @@
+"""Two workers of which each holds a part of every layer answer as one that holds all, whatever share of the cases each has."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from fsspec.implementations.local import LocalFileSystem
+from tests.tiny_llama import make_tiny_llama
+from tests.unit.trainer_run.test_loop import CONFIG, DATA, Listener, manifest_with
+
+from finetune_api.v1alpha1 import ModelSource, parse_job
+from finetune_trainer import answering
+from finetune_trainer.answering import Candidate, Questions, answer, read_answers, write_cases
+from finetune_trainer.candidates import Candidates
+from finetune_trainer.evaluation.answered import Answered, Case
+from finetune_trainer.loop import Models, Task, train
+from finetune_trainer.model import load_model
+from finetune_trainer.model_files import ModelFiles, fetch_model
+from finetune_trainer.sources import Mounts
+from finetune_trainer.storage import Storage
+from finetune_trainer.worker import Worker
+
+QUESTIONS = Questions("task", max_new_tokens=6)
+CASES = [Case(str(number), "yes" * (1 + number % 3), prompt="ab" * (1 + number)) for number in range(7)]
+METHODS: dict[str, dict[str, Any]] = {"lora": {"lora": {"rank": 2}}, "prompt": {"promptTuning": {"numVirtualTokens": 3}}}
+"""The second one computes with the embeddings itself."""
+
+
+def place(root: Path, name: str) -> Storage:
+    return Storage(LocalFileSystem(), str(root / name), f"file://{root}/{name}")
+
+
+def ask(root: Path, manifest: dict[str, Any], name: str, worker: Worker) -> bool:
+    """Have the untuned model and a checkpoint answer. Returns whether it was sharded."""
+    job = parse_job(manifest, local=True)
+    mounts = Mounts(root, local=True)
+
+    def fetch(source: ModelSource, revision: str | None) -> ModelFiles:
+        return fetch_model(source, mounts, root / "cache", weights=True, revision=revision)
+
+    answering.ROUND = 2
+    revision = fetch(job.spec.model, None).revision
+    candidates = Candidates(job, revision, CONFIG, place(root, name), fetch, worker)
+    sharded = []
+    for candidate in (Candidate("baseline", (QUESTIONS,)), Candidate("step-3", (QUESTIONS,), step=3)):
+        asking = candidates.asking(candidate)
+        sharded.append(asking.speaker.voice.model.sharded)
+        answer(asking, candidate, place(root, name), worker, lambda told: None)
+    return all(sharded)
+
+
+def _work(rank: int, root: Path, manifests: dict[str, dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root / 'rendezvous'}", rank=rank, world_size=2)
+    worker = Worker(rank=rank, world=2, all_reduce=dist.all_reduce)
+    assert all(ask(root, manifest, name, worker) for name, manifest in manifests.items())
+    dist.destroy_process_group()
+
+
+def answers(root: Path, name: str) -> dict[str, tuple[Answered, ...]]:
+    found = {candidate: read_answers(place(root, name), candidate, QUESTIONS) for candidate in ("baseline", "step-3")}
+    assert all(each is not None for each in found.values())
+    return found  # type: ignore[return-value]
+
+
+def test_workers_that_share_every_layer_answer_as_one_alone(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "model", width=16)
+    manifests, alone = {}, {}
+    for name, method in METHODS.items():
+        manifest = manifest_with(tmp_path / "model", method, learningRate=0.05)
+        job = parse_job(manifest, local=True)
+        files = fetch_model(job.spec.model, Mounts(tmp_path, local=True), tmp_path / "cache", weights=True)
+        task = Task(job, files.base, CONFIG, place(tmp_path, name))
+        train(task, Models(load_model(files, job, torch.device("cpu"))), DATA, Worker(), Listener(stop_after=3))
+        write_cases(place(tmp_path, name), QUESTIONS.file, CASES)
+        assert not ask(tmp_path, manifest, name, Worker())
+        alone[name] = answers(tmp_path, name)
+        (tmp_path / name / "answers").rename(tmp_path / f"{name}-alone")
+        manifest["spec"]["compute"] = {"strategy": "fsdp"}
+        manifests[name] = json.loads(json.dumps(manifest))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    processes.spawn(_work, (tmp_path, manifests), nprocs=2)
+    for name in METHODS:
+        together = answers(tmp_path, name)
+        assert alone[name]["baseline"] != alone[name]["step-3"]
+        for candidate, expected in alone[name].items():
+            found = together[candidate]
+            assert [each.text for each in found] == [each.text for each in expected]
+            assert [(each.id, each.labels, each.correct) for each in found] == [(each.id, each.labels, each.correct) for each in expected]
+            torch.testing.assert_close(torch.tensor([each.loss for each in found]), torch.tensor([each.loss for each in expected]))

@@ -1,5 +1,8 @@
 """Examples that are made of documents: what is asked, what is kept of the answers, and what a killed process has paid for."""
 
+import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +245,24 @@ def test_questions_are_asked_as_often_as_the_limit_needs(site: Site) -> None:
     assert author.told[0].endswith(tuple(f"{line}\n" for line in HANDBOOK.splitlines()))
     more = Author({"Loans": "no pair", "Fees": "none", "Depots": "Q: Where are trailers lent?\nA: At the south depot."})
     assert len(site.rows(site.job(questions={"limit": 1, "perPassage": 1}), more, name="another")) == 1
+
+
+def test_more_passages_are_asked_about_by_what_came_of_the_first(site: Site) -> None:
+    """100 passages, half of which give a question: of 10 come 5, so 10 more are asked for the other 5, but 16 are the least."""
+    rows = [{"text": f"Item {number} costs {number} euros and stands on the long shelf.", "title": f"{number}"} for number in range(100)]
+    (site.folder / "kb" / "handbook.md").unlink()
+    (site.folder / "kb" / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes: list[int] = []
+
+    class Shop(Author):
+        def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> Iterator[str]:
+            sizes.append(len(prompts))
+            for place, messages in enumerate(prompts):
+                number = re.search(r"Item (\d+)", messages[0]["content"])[1]  # type: ignore[index]
+                yield f"Q: What costs item {number}?\nA: {number if place % 2 else 7777} euros" if len(sizes) < 3 else ""
+
+    assert len(site.rows(site.job(questions={"limit": 10, "perPassage": 1}), Shop({}))) == 10
+    assert sizes == [10, 16]
 
 
 def test_short_passages_are_not_asked_about_and_nothing_made_is_told(site: Site) -> None:

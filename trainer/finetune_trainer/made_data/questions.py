@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from finetune_trainer.retrieval.grounding import Grounding
 from finetune_trainer.retrieval.words import language_of, terms
 
 FIELD = "data.preparation.questions"
+LEAST = 16
+"""Passages that are asked about together at least, once some were not enough."""
 SHORTEST = 8
 """Words of a passage that something can be asked about."""
 
@@ -50,19 +53,23 @@ class QuestionRows:
         passages = read_passages(self.spec.knowledge_base, self.files, self.means.say)
         grounding = Grounding(language_of([passage.shown for passage in passages]), self.spec.min_support)
         asked = sorted((passage for passage in passages if len(terms(passage.text)) >= SHORTEST), key=_shuffled)
-        tally, seen, left = Tally(FIELD, "passage", "answer"), set[str](), self.spec.limit
+        tally, seen, at = Tally(FIELD, "passage", "answer"), set[str](), 0
         with Desk(self.writer, self.spec.max_new_tokens, self.means.storage, f"{FIELD}.generator", self.means.say) as desk:
-            at = 0
-            while at < len(asked) and left > 0:
-                batch = asked[at : at + min(BATCH, -(-left // self.spec.per_passage))]
+            while at < len(asked) and tally.made < self.spec.limit:
+                batch = asked[at : at + self._next(tally)]
                 at += len(batch)
-                texts = desk.write([self._asked(passage) for passage in batch])
-                rows = [
+                texts, left = desk.write([self._asked(passage) for passage in batch]), self.spec.limit - tally.made
+                made = [
                     row for passage, text in zip(batch, texts, strict=True) for row in self._rows(passage, text, grounding, seen, tally)
                 ]
-                yield from rows[:left]
-                left -= len(rows)
+                yield from made[:left]
         tally.finish(self.means.say, "take a larger generator, or lower minSupport")
+
+    def _next(self, tally: Tally) -> int:
+        """Passages to ask about at once: as many as are likely to be needed, by what came of those before."""
+        left = self.spec.limit - tally.made
+        each = max(tally.made / tally.texts, 0.1) if tally.texts else self.spec.per_passage
+        return min(BATCH, max(math.ceil(left / each), LEAST if tally.texts else 1))
 
     def _asked(self, passage: Passage) -> Messages:
         values = {"passages": passage.shown, "count": str(self.spec.per_passage)}

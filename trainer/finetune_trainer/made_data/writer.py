@@ -24,8 +24,8 @@ from finetune_trainer.storage import Storage, storage_errors
 FOLDER = ".finetune/cache/made"
 FORMAT = 1
 Say = Callable[[str], None]
-BATCH = 256
-"""Prompts that a generator is given at a time."""
+BATCH = 4096
+"""Prompts that a generator is given at a time: many, since for each batch the job's workers may have to be started."""
 SAVE_SECONDS = 20.0
 """Work that a killed process loses at most, unless the generator gives its texts in larger portions."""
 

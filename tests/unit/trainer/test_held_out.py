@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.reasons import Reason
@@ -70,6 +70,7 @@ def test_where_all_are_too_large_it_is_the_smallest() -> None:
     assert counts(held_out(90, {1: 0.1}, 1, keys(40, 20, 30))) == [70, 20, 0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=3, max_size=30), st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.integers(0, 5))
 def test_whatever_the_groups_every_side_has_some_and_none_is_divided(sizes: list[int], one: float, other: float, seed: int) -> None:
     grouped = keys(*sizes)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.data import runs
@@ -26,12 +26,14 @@ def array(tokens: list[int]) -> np.ndarray:
     return np.array(tokens, np.int32)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**31 - 1), max_size=40), st.integers(1, 10))
 def test_a_run_is_its_polynomial(tokens: list[int], length: int) -> None:
     expected = [polynomial(tokens[start : start + length]) for start in range(len(tokens) - length + 1)]
     assert runs_of(prefix_sums(array(tokens)), length).tolist() == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 300), max_size=9), max_size=8))
 def test_a_whole_example_is_its_polynomial(documents: list[list[int]]) -> None:
     tokens = [token for document in documents for token in document]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.format import open_memmap
 
@@ -46,6 +46,7 @@ def test_the_header_has_room_for_any_number(tmp_path: Path) -> None:
     assert large.offset == empty
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.sampled_from([-1, 0, 1, 2])), max_size=30),
     st.integers(1, 20),

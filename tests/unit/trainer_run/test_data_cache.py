@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer import data_cache
+from finetune_trainer.data.cases import read_cases
 from finetune_trainer.data.examples import open_prepared
 from finetune_trainer.data.inputs import Files
 from finetune_trainer.data.rows import Place, Row
@@ -218,15 +219,6 @@ def test_also_where_there_are_too_many(storage: Storage, train: Path, tokenizer:
         find(storage, job(train), tokenizer)
     assert rejects(storage) == [4, 5]
     assert not [name for name in storage.folders(FOLDER) if not name.startswith(".")]
-
-
-def test_in_an_object_store_as_well(train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    store = Storage(MemoryFileSystem(), f"/{train.parent.name}", f"memory://{train.parent.name}")
-    with train.open("a") as file:
-        file.write('{"prompt": 1}\n')
-    for uid in ("u1", "u2"):
-        find(store, of(job(train, preparation={"maxRejectedFraction": 0.5}), uid=uid), tokenizer)
-        assert rejects(store, uid) == [4]
 
 
 def test_what_is_never_drawn_makes_no_difference(storage: Storage, train: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -460,3 +452,18 @@ def test_a_storage_that_is_full_does_not_keep_a_job_from_its_data(storage: Stora
     monkeypatch.setattr(Storage, "write_json", full)
     mark_used(storage, f"{FOLDER}/mine")
     assert storage.folders(FOLDER) == []
+
+
+def test_texts_suites_and_what_was_left_out_are_found_in_an_object_store(
+    bucket: Storage, train: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with train.open("a") as file:
+        file.write('{"prompt": 1}\n')
+    write(tmp_path / "task.jsonl", "Two\u2028AA.", "None.")
+    spec = job(train, preparation={"maxRejectedFraction": 0.5}, suites=[suite(tmp_path / "task.jsonl")])
+    for uid in ("u1", "u2"):
+        entry = find(bucket, of(spec, uid=uid), tokenizer)
+        assert rejects(bucket, uid) == [4]
+    assert [case.reference for case in read_cases(bucket.location(entry.name), "suite-task")] == ["Two\u2028AA.", "None."]
+    assert len(read_cases(bucket.location(entry.name), "validation")) == 1
+    assert len(open_prepared(bucket.location(entry.name), tmp_path / "cache").suites["task"]) == 2

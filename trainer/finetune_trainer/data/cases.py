@@ -4,7 +4,6 @@ A folder of prepared data has `<split>-cases.jsonl` for the splits that are aske
 a baseline; and TRAIN_CASES of the training examples where a baseline's prompt shows some.
 """
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -141,7 +140,7 @@ def read_cases(folder: Location, split: str) -> list[Case]:
     path, uri = f"{folder.path}/{cases_file(split)}", f"{folder.uri}/{cases_file(split)}"
     try:
         with patiently(lambda: folder.filesystem.open(path, "rb")) as file:
-            return list(read(io.TextIOWrapper(file, encoding="utf-8"), Case))
+            return list(read(file.read().decode().splitlines(), Case))
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError) as error:

@@ -152,7 +152,7 @@ def _bounds(schema: dict[str, Any]) -> Iterator[str]:
     if len(schema.get("pattern", "")) in range(1, 80):
         yield f"matches `{schema['pattern']}`"
     for key, unit in (("Length", "characters"), ("Items", "items"), ("Properties", "entries")):
-        if f"max{key}" in schema:
+        if f"max{key}" in schema and "enum" not in schema:
             yield f"{schema.get(f'min{key}', 0)} to {schema[f'max{key}']} {unit}"
     inner = schema.get("items") or schema.get("additionalProperties")
     if inner and "properties" not in inner:

@@ -1,6 +1,6 @@
 """How the tuned model is measured beside the untuned one, and what it must reach to be published."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -73,6 +73,8 @@ GENERATED_METRICS: tuple[SuiteMetric, ...] = (
 )
 """Metrics of a generated answer; the higher the better."""
 JUDGED_METRICS: tuple[SuiteMetric, ...] = ("judgeScore", "judgeWinRate")
+_SHORT = Field(json_schema_extra={"maxLength": max(len(metric) for metric in get_args(SuiteMetric))})
+"""For API servers that do not conclude it from the words, and count CEL's cost by it."""
 LOWER_IS_BETTER = ("loss", "perplexity", "gap")
 """Metrics, after the suite's name, that improve by falling; all others improve by rising."""
 OWN_SUITES = ("validation", "test", "train", "baseline")
@@ -169,7 +171,9 @@ class Suite(SpecModel):
     role: Literal["task", "forgetting"] = "task"
     """task: what the model is tuned for; forgetting: what it should still do as well as before."""
     metrics: Annotated[
-        tuple[SuiteMetric, ...], Field(max_length=15, json_schema_extra={"x-kubernetes-list-type": "set"}), AfterValidator(check_distinct)
+        tuple[Annotated[SuiteMetric, _SHORT], ...],
+        Field(max_length=15, json_schema_extra={"x-kubernetes-list-type": "set"}),
+        AfterValidator(check_distinct),
     ] = ()
     """What is measured. loss, perplexity and tokenAccuracy are of the golden answer's own tokens; all others are of a generated answer:
     exactMatch, f1 (words, as SQuAD's), rouge1, rouge2, rougeL, bleu, chrf, jsonValidity, regex, embeddingSimilarity (cosine with the golden

@@ -7,6 +7,7 @@ compared themselves, so none is left out wrongly, and of those that are just at 
 In memory are 16 bytes for an example, with near duplicates 8 more for each band: some 150 bytes.
 """
 
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,8 @@ PERMUTATIONS = 128
 """Values of a signature: its estimate of the Jaccard similarity has a standard error of 0.035 at NEAR."""
 _WEIGHTS = (0.05, 0.95)
 """How bad it is to compare two in vain, and to overlook two: 16 bands of 8 values."""
+_KNOWN = 64
+"""Examples whose shingles are kept: where many are alike it is the same few that they are compared with."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -66,6 +69,7 @@ def _first_of_its_kind(values: Hashes) -> Indices:
 
 def _add_near(examples: Examples, repeats: Indices) -> None:
     """Mark those that nearly repeat one that is kept: of each band the first one that agrees is looked at."""
+    known = lru_cache(maxsize=_KNOWN)(partial(shingles, examples))
     firsts = _bands(examples)
     for band in range(firsts.shape[1]):
         firsts[:, band] = _first_of_its_kind(firsts[:, band]).view(np.uint64)
@@ -75,7 +79,7 @@ def _add_near(examples: Examples, repeats: Indices) -> None:
         earlier = {int(first) for first in firsts[index] if first < index}
         kept = sorted({int(repeats[first]) if repeats[first] >= 0 else first for first in earlier})
         own = shingles(examples, index)
-        repeats[index] = next((first for first in kept if jaccard(own, shingles(examples, first)) >= NEAR), -1)
+        repeats[index] = next((first for first in kept if jaccard(own, known(first)) >= NEAR), -1)
 
 
 def _bands(examples: Examples) -> Hashes:

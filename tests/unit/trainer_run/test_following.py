@@ -133,6 +133,17 @@ def test_only_the_gpus_of_those_that_take_part_are_counted(monkeypatch: pytest.M
     assert head.following.processes == 2
 
 
+def test_workers_that_answer_change_nothing_that_is_known_of_the_training() -> None:
+    head = Head()
+    head.hear("a", 0, 57, trained_tokens=570)
+    known = head.report
+    words, warning = "step-57, suite task: 3 of 9 answered", "suite task: 1 of 9 prompts leave no room for an answer"
+    told = WorkerProgress(group="b", stage="Evaluate", message=words, answered=3, cases=9, warnings=(warning,))
+    assert head.following.take(told) == Answer()
+    assert (head.report.message, head.report.warnings) == (words, (warning,))
+    assert (head.report.progress, head.report.metrics, head.report.lost_steps) == (known.progress, known.metrics, 0)
+
+
 def test_metrics_of_earlier_progress_stay() -> None:
     head = Head()
     head.hear("a", 0, 10, metrics=(Metric(name="validation/loss", value=2.0, step=10),))

@@ -1,4 +1,4 @@
-"""The command line: `finetune operator | local | validate | list | status | compare`."""
+"""The command line: `finetune operator | local | chat | validate | list | status | compare`."""
 
 from pathlib import Path
 from typing import Annotated, Any

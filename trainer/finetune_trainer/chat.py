@@ -1,6 +1,6 @@
 """`python -m finetune_trainer chat`: the base and the tuned model answer the same prompts, side by side, on this machine.
 
-The tuned model of a job is what it has published; before that, what is held back or waits to be published; before that, its newest
+The tuned model of a job is what it has published; before that, what waits to be, or was not let through by a gate; before that, its newest
 checkpoint. That of an adapter's or a model's folder is what stands there.
 """
 
@@ -41,8 +41,6 @@ from finetune_trainer.storage import Storage, storage_at
 
 Say = Callable[[str], str]
 """From a prompt to an answer."""
-HELD = "held"
-"""Folder of the job's own folder where artifacts are that were not let through."""
 KINDS = ("adapter", "model", "merged")
 
 
@@ -124,7 +122,7 @@ def _of_job(job: FineTuneJob, mounts: Mounts) -> tuple[str, Path | int]:
     storage = storage_of(job, mounts)
     own = storage.at(f".finetune/{job.metadata.uid}")
     if storage.is_local:
-        for words, place in (("published", storage), ("held back", own.at(HELD)), ("not published yet", own.at(RESULT))):
+        for words, place in (("published", storage), ("not published", own.at(RESULT))):
             for kind in KINDS:
                 folder = Path(place.location(kind).path)
                 if _is_there(place, kind, job, published=place is storage) and folder.is_dir():

@@ -81,7 +81,7 @@ def expected(job: Path) -> list[str]:
 def test_a_job_that_has_not_published_answers_with_what_waits(job: Path) -> None:
     code, shown = asked("--job", str(job / "job.json"))
     assert code == 0
-    assert "tuned (not published yet)" in shown
+    assert "tuned (not published)" in shown
     assert PROMPT.strip() in shown
     assert cells(shown) == expected(job)
 
@@ -98,7 +98,7 @@ def test_a_job_that_trains_answers_with_its_newest_checkpoint(job: Path) -> None
     assert cells(shown) == expected(job)
 
 
-@pytest.mark.parametrize(("owner", "words"), [("u", "tuned (published)"), ("another", "tuned (not published yet)")])
+@pytest.mark.parametrize(("owner", "words"), [("u", "tuned (published)"), ("another", "tuned (not published)")])
 def test_what_is_published_is_the_jobs_where_it_is_its_own(job: Path, owner: str, words: str) -> None:
     folder = job / "out/adapter"
     folder.mkdir(exist_ok=True)

@@ -145,9 +145,8 @@ class Search:
                 name=searching.attempt, storage_path=folder, verbose=0, failure_config=tune.FailureConfig(fail_fast=True)
             ),
         )
-        errors = tuner.fit().errors
-        if errors:
-            raise errors[0]
+        for error in tuner.fit().errors:
+            raise error if isinstance(error, Exception) else JobError(Reason.INTERNAL_ERROR, f"the driver of a trial failed: {error}")
 
 
 class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
@@ -174,11 +173,12 @@ class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
         return {"number": trial.number, "values": dict(trial.values)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Write down a loss on the way."""
+        """Write down a loss on the way. One that goes on from a checkpoint comes by the same place again."""
         if "share" in result:
             number = self._numbers[trial_id]
             course = next(trial for trial in self._search.trials.all() if trial.number == number).course
-            self._search.trials.changed(number, course=(*course, (result["share"], result[LOSS])))
+            before = (point for point in course if point[0] < result["share"])
+            self._search.trials.changed(number, course=(*before, (result["share"], result[LOSS])))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Write down how it ended. An error is none of the trial's: it ends the attempt, and the trials that run are run again."""

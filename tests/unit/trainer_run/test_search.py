@@ -95,6 +95,14 @@ def test_what_an_earlier_attempt_had_begun_is_run_again_first_and_what_had_ended
     assert tune.suggest("f") == "FINISHED"
 
 
+def test_a_trial_that_goes_on_from_a_checkpoint_has_each_loss_once(own: Storage) -> None:
+    tune, _ = following(Search(a_job(), CONFIG, own))
+    tune.suggest("a")
+    for share, loss in ((0.1, 5.0), (0.2, 4.0), (0.3, 3.0), (0.2, 4.5), (0.3, 3.5)):
+        tune.on_trial_result("a", {"share": share, "validation/loss": loss})
+    assert Search(a_job(), CONFIG, own).trials.all()[0].course == ((0.1, 5.0), (0.2, 4.5), (0.3, 3.5))
+
+
 def suggested_values(number: int) -> Values | None:
     plan = a_job(algorithm="random").spec.search
     assert plan is not None

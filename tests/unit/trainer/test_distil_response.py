@@ -183,8 +183,10 @@ def test_a_micro_batch_without_labels_has_no_loss() -> None:
 
 
 def test_a_large_vocabulary_is_computed_a_few_positions_at_a_time() -> None:
-    parts = chunks(300, 131_072)
-    assert [(part.start, part.stop) for part in parts] == [(0, 128), (128, 256), (256, 300)]
+    on_cpu = chunks(80, 131_072, torch.device("cpu"))
+    assert [(part.start, part.stop) for part in on_cpu] == [(0, 32), (32, 64), (64, 80)]
+    on_gpu = chunks(1200, 131_072, torch.device("cuda"))
+    assert [(part.start, part.stop) for part in on_gpu] == [(0, 512), (512, 1024), (1024, 1200)]
 
 
 def test_without_gradients_nothing_is_kept_for_them() -> None:

@@ -44,6 +44,8 @@ class Lora:
         """
         from peft import LoraConfig
 
+        from finetune_trainer.methods.lora_linear import use_fused_linear
+
         del tokenizer
         found = matching_modules(model, self.spec.target_modules, FIELD)
         pissa = self.spec.variant == "pissa"
@@ -60,6 +62,8 @@ class Lora:
             use_rslora=self.spec.variant == "rslora",
             init_lora_weights=PISSA if pissa and not on_meta else True,
         )
+        if self.spec.variant != "dora" and not _is_quantized(model):
+            use_fused_linear(config)
         wrapped = with_adapter(model, config, seed=seed, field=FIELD)
         if pissa and not on_meta:
             _remember_beginning(wrapped)
@@ -87,6 +91,11 @@ class Lora:
             _save_pissa(model, folder, base)
         else:
             save_adapter(model, folder, base)
+
+
+def _is_quantized(model: torch.nn.Module) -> bool:
+    """Whether its frozen weights are packed: then PEFT has layers of its own for them."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 def _remember_beginning(model: Any) -> None:  # noqa: ANN401 - a PEFT model, which has no types

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that exist at once, of each model: 64 MiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Logits that exist at once, of each model, by device: on a CPU what its caches hold, 16 MiB in float32; else 256 MiB."""
 CHUNK = 1024
 """Most positions at once."""
 Score = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -27,24 +27,29 @@ def linear_score(
     bias: torch.Tensor | None,
     precision: torch.dtype,
     score: Score,
-    *,
-    most: int | None = None,
 ) -> torch.Tensor:
     """The sum of a score over the logits `hidden @ weight.T + bias`: a float32 scalar.
 
-    hidden: [N, H]; weight: [V, H]; bias: [V]. The products are computed in `precision`, the score in float32 at least; of `most`
-    positions at once, where that is not to follow from V.
+    hidden: [N, H]; weight: [V, H]; bias: [V]. The products are computed in `precision`, the score in float32 at least.
     """
     if not torch.is_grad_enabled():  # the function below sees what trains, not whether gradients are wanted
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    total: torch.Tensor = _LinearScore.apply(hidden, weight, bias, precision, score, most)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _LinearScore.apply(hidden, weight, bias, precision, score)  # type: ignore[no-untyped-call]
     return total
 
 
-def chunks(rows: int, width: int, most: int | None = None) -> list[slice]:
-    """The ranges that `rows` positions of `width` logits are computed in; of `most` positions where that is given."""
-    size = most or max(1, min(CHUNK, CHUNK_ELEMENTS // width))
+def chunks(rows: int, width: int, device: torch.device) -> list[slice]:
+    """The ranges that `rows` positions of `width` logits are computed in on a device."""
+    size = max(1, min(CHUNK, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // width))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def probabilities_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """Turn logits [n, V] into the probabilities of their softmax, where they are. Returns the logarithms of the normalisers, [n, 1]."""
+    peak = logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(peak).exp_().sum(dim=1, keepdim=True)
+    logits.div_(total)
+    return total.log_().add_(peak)
 
 
 def wide_of(precision: torch.dtype) -> torch.dtype:
@@ -63,7 +68,6 @@ class _LinearScore(torch.autograd.Function):
         bias: torch.Tensor | None,
         precision: torch.dtype,
         score: Score,
-        most: int | None,
     ) -> torch.Tensor:
         wide = wide_of(precision)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -74,7 +78,7 @@ class _LinearScore(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             rows, matrix = hidden.to(precision), weight.to(precision)
             offset = None if bias is None else bias.to(precision)
-            for part in chunks(len(hidden), len(weight), most):
+            for part in chunks(len(hidden), len(weight), hidden.device):
                 value, slope = score(part, functional.linear(rows[part], matrix, offset).to(wide))
                 total += value
                 if not (for_hidden or for_weight or for_bias):
@@ -98,7 +102,6 @@ class _LinearScore(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
             None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
-            None,
             None,
             None,
         )

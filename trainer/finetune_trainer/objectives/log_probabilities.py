@@ -111,7 +111,7 @@ def _chunks(
 ) -> "list[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]":
     """Some rows at a time, and the output layer, in the number format of the products."""
     rows, matrix, offset = hidden.to(precision), weight.to(precision), None if bias is None else bias.to(precision)
-    return [(part, rows[part], matrix, offset) for part in chunks(len(hidden), len(weight))]
+    return [(part, rows[part], matrix, offset) for part in chunks(len(hidden), len(weight), hidden.device)]
 
 
 def _slope(logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel, Outputs
-from finetune_trainer.objectives.linear_score import CHUNK, linear_score
+from finetune_trainer.objectives.linear_score import linear_score, probabilities_in_place
 from finetune_trainer.objectives.objective import LossSum, Unit
 
 
@@ -50,10 +50,10 @@ def linear_cross_entropy(
 
     def score(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = targets[part, None]
-        normaliser = logits.logsumexp(dim=1, keepdim=True)
-        value = (normaliser - logits.gather(1, chosen)).sum()
+        of_targets = logits.gather(1, chosen)
         if not wanted:
-            return value, logits
-        return value, logits.sub_(normaliser).exp_().scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=logits.dtype))
+            return (logits.logsumexp(dim=1, keepdim=True) - of_targets).sum(), logits
+        value = (probabilities_in_place(logits) - of_targets).sum()
+        return value, logits.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=logits.dtype))
 
-    return linear_score(hidden, weight, bias, precision, score, most=CHUNK)
+    return linear_score(hidden, weight, bias, precision, score)

@@ -41,7 +41,7 @@ class _Score(torch.autograd.Function):
         wide = wide_of(logits.dtype)
         gradient = torch.empty_like(logits)
         total = torch.zeros((), dtype=wide, device=logits.device)
-        for part in chunks(*logits.shape):
+        for part in chunks(len(logits), logits.shape[1], logits.device):
             value, slope = score(part, logits[part].to(wide))
             total += value
             gradient[part] = slope.to(gradient.dtype)

@@ -222,7 +222,7 @@ def _largest(teacher: CausalModel, batch: MicroBatch, taking: Taking) -> tuple[t
     """The k most probable tokens at the labels, [L, k], and the logarithms of their probabilities and of all others', [L, k + 1]."""
     logits = logits_at(teacher, teacher.run(batch, logits=not teacher.plain_head), batch.label_positions)
     ids, values = [], []
-    for part in chunks(batch.labels, taking.vocabulary) or [slice(0)]:
+    for part in chunks(batch.labels, taking.vocabulary, teacher.device) or [slice(0)]:
         log_p = (logits(part)[:, : taking.vocabulary] / taking.temperature).log_softmax(dim=1)
         largest = log_p.topk(min(taking.k, log_p.shape[1]), dim=1)
         others = log_p.scatter(1, largest.indices, -torch.inf).logsumexp(dim=1, keepdim=True)

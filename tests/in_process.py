@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from finetune_api.report import Report
-from finetune_api.v1alpha1 import FineTuneJob
-from finetune_trainer import run, worker_group
+from finetune_api.v1alpha1 import FineTuneJob, stages_of
+from finetune_trainer import crew, run, worker_group
+from finetune_trainer.attempt import Attempt
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment
 from finetune_trainer.following import Following
@@ -54,7 +55,7 @@ def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *,
 
     `volumes` holds claims/<claim>, configmaps/<name> and secrets/<name>, as a pod mounts them.
     """
-    reporter, console, interruption = Reporter(job.metadata.uid, attempt), Console(), Interruption()
+    reporter, console, interruption = Reporter(job.metadata.uid, attempt, stages=stages_of(job.spec)), Console(), Interruption()
     following, told = Following(reporter, console, interruption), list[WorkerProgress]()
     folder = volumes / "attempts" / f"{job.metadata.uid}-{attempt}"
     folder.mkdir(parents=True)
@@ -83,13 +84,13 @@ def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *,
         (on_worker or worker_group._train_on_worker)(config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "driver", lambda _: nullcontext())
-        patch.setattr(run, "wait_for_workers", lambda *_, **__: 1)
+        patch.setattr(crew, "driver", lambda _: nullcontext())
+        patch.setattr(crew, "wait_for_workers", lambda *_, **__: 1)
         patch.setattr(worker_group, "fit", fit)
         patch.setattr(worker_group, "this_worker", Worker)
         patch.setattr(worker_group, "_first_of_each_node", lambda worker, call: call())
         patch.setattr("finetune_trainer.progress.ProgressSender", Sender)
-        patch.setattr(run, "_Background", _Now)
+        patch.setattr(crew, "_Background", _Now)
         variables = {
             "FINETUNE_JOB_FILE": environment.job_file,
             "FINETUNE_ATTEMPT": attempt,
@@ -102,7 +103,7 @@ def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *,
         for name, value in variables.items():
             patch.setenv(name, str(value))
         patch.setattr(Interruption, "listen", lambda self: None)
-        run.run_stages(run.Attempt(environment, job, reporter, console, _RayHead(), following, interruption))  # type: ignore[arg-type]
+        run.run_stages(Attempt(environment, job, reporter, console, _RayHead(), following, interruption))  # type: ignore[arg-type]
     return Finished(reporter.report, told)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
 from finetune_api.status import TEXT_MAX, Condition, ConditionType, Phase, StageName, Status, Verdict
 from finetune_operator.observed import Waiting
 from finetune_operator.times import rfc3339
-from finetune_operator.words import gates_in_words
 
 PHASES: dict[StageName, tuple[Phase, Reason]] = {
     "Prepare": ("Preparing", Reason.PREPARING),

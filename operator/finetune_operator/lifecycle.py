@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
 from finetune_api.status import TEXT_MAX, Attempt, Resolved, Stage, Status
 from finetune_api.v1alpha1 import Spec
@@ -20,7 +21,6 @@ from finetune_operator.pace import deadline, paced
 from finetune_operator.reported import current_stage, with_report
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
-from finetune_operator.words import gates_in_words
 
 RETRY_MAX_SECONDS = 360.0
 """Longest wait between two attempts, as for a Kubernetes Job."""

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from finetune_api.status import BaselineResult, Evaluation, EvaluationResult, GateResult, SearchSummary, Status
+from finetune_api.figures import figure, gate_in_words, interval
+from finetune_api.status import BaselineResult, EvaluationResult, SearchSummary, Status
 
 
 def status_lines(status: Status) -> list[str]:
@@ -47,7 +48,7 @@ def _measured(status: Status) -> Iterator[str]:
         return
     for result in status.evaluation.results:
         yield from _result(result)
-    yield from (f"gate {_gate(gate)}" for gate in status.evaluation.gates)
+    yield from (f"gate {gate_in_words(gate)}" for gate in status.evaluation.gates)
     for found in status.evaluation.health:
         where = f" ({found.suite})" if found.suite else ""
         yield f"{found.name}{where}: {found.verdict}{': ' if found.message else ''}{found.message}"
@@ -57,7 +58,7 @@ def _measured(status: Status) -> Iterator[str]:
 
 def _strategy(entry: BaselineResult) -> str:
     who = f"{entry.prompt} ({entry.model})" if entry.model else entry.prompt
-    return f"prompt {who}: {entry.metric} {figure(entry.value)}{_interval(entry.low, entry.high)}{', the best' if entry.best else ''}"
+    return f"prompt {who}: {entry.metric} {figure(entry.value)}{interval(entry.low, entry.high)}{', the best' if entry.best else ''}"
 
 
 def _search(search: SearchSummary) -> Iterator[str]:
@@ -68,26 +69,13 @@ def _search(search: SearchSummary) -> Iterator[str]:
 
 
 def _result(result: EvaluationResult) -> Iterator[str]:
-    after = f"{figure(result.value)} after{_interval(result.low, result.high)}"
+    after = f"{figure(result.value)} after{interval(result.low, result.high)}"
     change = result.difference
-    changed = f", difference {change.value:+.6g}{_interval(change.low, change.high)}" if change else ""
+    changed = f", difference {change.value:+.6g}{interval(change.low, change.high)}" if change else ""
     yield f"{result.metric}: {figure(result.baseline)} before, {after}{changed}"
     for other in result.compared:
         less = f", difference {other.difference.value:+.6g}" if other.difference else ""
         yield f"  {other.other}: {figure(other.value)}{less}"
-
-
-def _gate(gate: GateResult) -> str:
-    over = f" than {gate.over}" if gate.over and gate.over not in gate.required else ""
-    observed = f"{figure(gate.observed)}{_interval(gate.low, gate.high)}"
-    return f"{gate.metric}: {gate.verdict}: {observed}, required {gate.required}{over}"
-
-
-def gates_in_words(evaluation: Evaluation) -> str:
-    """How many gates are passed, and which are not."""
-    passed = sum(gate.verdict == "Passed" for gate in evaluation.gates)
-    others = (_gate(gate) for gate in evaluation.gates if gate.verdict != "Passed")
-    return "; ".join((f"{passed} of {len(evaluation.gates)} gates passed", *others))
 
 
 def _failed(status: Status) -> Iterator[str]:
@@ -95,12 +83,3 @@ def _failed(status: Status) -> Iterator[str]:
         yield f"failure: {status.failure.reason}: {status.failure.message}"
         if status.failure.hint:
             yield f"what to do: {status.failure.hint}"
-
-
-def figure(value: float | None) -> str:
-    """A measured value."""
-    return "not measured" if value is None else f"{value:.6g}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f" ({low:.6g} to {high:.6g})"

@@ -19,7 +19,7 @@ from finetune_trainer import checkpoint
 from finetune_trainer.answering import Asking, Candidate
 from finetune_trainer.data.prepare import loss_on
 from finetune_trainer.generation import Speaker, Voice
-from finetune_trainer.loop import CHECKPOINTS
+from finetune_trainer.keeping import CHECKPOINTS
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import CausalModel, load_tokenizer, longest_example
 from finetune_trainer.model_files import ModelFiles

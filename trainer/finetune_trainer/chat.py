@@ -29,7 +29,7 @@ from finetune_trainer.candidates import OBJECTIVE
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Case
 from finetune_trainer.generation import Speaker, Voice
-from finetune_trainer.loop import CHECKPOINTS
+from finetune_trainer.keeping import CHECKPOINTS
 from finetune_trainer.manifest import read_manifest
 from finetune_trainer.model import CausalModel, head_scale, load_model, load_tokenizer, load_transformer, longest_example, precision_for
 from finetune_trainer.model_files import ModelFiles, fetch_model

@@ -10,6 +10,7 @@ from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, O
 from finetune_api.scrub import scrub
 from finetune_api.status import Failure, StageName
 from finetune_api.v1alpha1 import stages_of
+from finetune_trainer.attempt import Attempt
 from finetune_trainer.console import Console
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.failures import failure_from
@@ -17,7 +18,7 @@ from finetune_trainer.following import Following
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.ray_cluster import RayHead, ray_variables
 from finetune_trainer.report import Reporter, ReportServer
-from finetune_trainer.run import Attempt, run_stages
+from finetune_trainer.run import run_stages
 
 EXIT_CODES: dict[Outcome, int] = {"Succeeded": EXIT_SUCCEEDED, "Failed": EXIT_FAILED, "Interrupted": EXIT_INTERRUPTED}
 

@@ -14,6 +14,7 @@ from finetune_api.v1alpha1 import Spec
 from finetune_trainer import checkpoint
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import Losses
+from finetune_trainer.evaluation.history import History
 from finetune_trainer.model import CausalModel
 from finetune_trainer.optimisation import NamedParameters, moments_of, restore, restore_parameters
 from finetune_trainer.stopping import Validations
@@ -22,6 +23,8 @@ from finetune_trainer.telling import Teller
 from finetune_trainer.worker import Worker
 
 VALIDATION = "validation"
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in the job's own."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Trained:
 class Keeper:
     """Counts, saves and restores. All workers call its methods at the same points."""
 
-    def __init__(self, storage: Storage, config: Mapping[str, Any], spec: Spec, trained: Trained, worker: Worker) -> None:
-        self._storage, self._config, self._trained, self._worker = storage, config, trained, worker
+    def __init__(self, job: Storage, config: Mapping[str, Any], spec: Spec, trained: Trained, worker: Worker) -> None:
+        """`job` is the job's own folder of output.storage."""
+        self._job, self._storage, self._config, self._trained, self._worker = job, job.at(CHECKPOINTS), config, trained, worker
         self._rule, self._every, self._keep = spec.training.early_stopping, spec.checkpoint.every_steps, spec.checkpoint.keep
         self.step = 0
         """Optimiser steps done."""
@@ -48,6 +52,7 @@ class Keeper:
         """The validation loss of the state as it is; empty where it was not measured."""
         self._validations = Validations()
         self._latest: CheckpointRef | None = None
+        self._history = History(None)
 
     @property
     def over(self) -> bool:
@@ -86,7 +91,16 @@ class Keeper:
                 restore(self._trained.optimizer, self._trained.parameters, parameters, moments)
             self.step, self.tokens, self._validations = state.step, state.trained_tokens, state.validations
             self._latest = CheckpointRef(step=step, uri=self._locate(step))
+        self._history = History(self._job if self._worker.leads else None, self.step)
         return damaged
+
+    def note_untuned(self, losses: Losses) -> None:
+        """What the untuned model was measured to have, for the course of the losses."""
+        self._history.held_out(0, losses)
+
+    def note_step(self, figures: Mapping[str, float]) -> None:
+        """The figures of the step just counted, likewise."""
+        self._history.train(self.step, figures)
 
     def count(self, tokens: int) -> int:
         """One more step. Returns how many there are."""
@@ -95,6 +109,7 @@ class Keeper:
 
     def save(self, teller: Teller) -> None:
         """Save the state as it is: sharded, all workers together; else rank 0 alone, and the others wait for it at the next step."""
+        self._history.keep()
         parameters = {name: parameter.detach() for name, parameter in self._trained.parameters}
         moments = moments_of(self._trained.optimizer, self._trained.parameters)
         state = checkpoint.TrainingState(self.step, self.tokens, parameters, moments, self._validations)
@@ -111,6 +126,8 @@ class Keeper:
         if VALIDATION in losses:
             self._validations = self._validations.after(self.step, losses[VALIDATION], self._rule)
         self.last_validation = losses
+        self._history.held_out(self.step, losses)
+        self._history.keep()
         teller.validation(self.step, losses)
         teller.checkpoint(self._latest, self.best)
 

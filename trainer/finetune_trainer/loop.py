@@ -35,7 +35,6 @@ from finetune_trainer.telling import Listener, Teller
 from finetune_trainer.worker import Worker
 
 BASELINE = "baseline.json"
-CHECKPOINTS = "checkpoints"
 LIMIT = "micro-batch.json"
 """What a worker holds in memory at once, where a start before this one ran out of it."""
 PREEMPTION_SECONDS = 2.0
@@ -93,9 +92,10 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
         return measure(model, objective.measured, splits, training, worker, limit)
 
     # Go on from the newest complete checkpoint, or measure the untuned model and begin.
-    keeper = Keeper(task.storage.at(CHECKPOINTS), task.config, spec, Trained(model, parameters, optimizer), worker)
+    keeper = Keeper(task.storage, task.config, spec, Trained(model, parameters, optimizer), worker)
     damaged = keeper.resume()
     baseline = _baseline(task.storage, worker, lambda: measured(held_out), fresh=keeper.step == 0)
+    keeper.note_untuned({name: loss for name, loss in baseline.items() if name.partition("/")[0] == VALIDATION})
     begin = WorkerProgress(
         group=group, processes=worker.world, start_step=keeper.step, step=keeper.step, damaged_checkpoints=damaged, checkpoint=keeper.latest
     )
@@ -117,6 +117,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
             taken = steps.take(step, parts, wishes, tell)
         done, last = keeper.count(taken.batch.tokens), step + 1 == plan.total_steps
         figures = {"train/loss": taken.loss, "train/learningRate": taken.learning_rate, "train/gradNorm": taken.norm}
+        keeper.note_step(figures)
         tell.step(done, taken.batch.tokens, figures)
 
         # Save and measure every so often and at the end; at a call to leave and when a worker is about to go, save and leave.

@@ -190,12 +190,22 @@ class Storage:
                     self.fs.get(self._path(name).rstrip("/") + "/", copy + "/", recursive=True)
                     yield Path(copy)
 
-    def set_aside(self, name: str, new_name: str) -> None:
-        """Rename a folder so that it counts no more. In an object store only its manifest is renamed, which comes to the same."""
+    def move(self, name: str, new_name: str) -> None:
+        """Have a folder under another name, in place of what was there; its manifest goes last."""
         with storage_errors(self.locate(name)):
             if self.is_local:
                 shutil.rmtree(self._path(new_name), ignore_errors=True)
                 Path(self._path(name)).replace(self._path(new_name))
+            else:
+                with self.folder(name) as source:
+                    self._upload(source, new_name)
+                self.remove(name)
+
+    def set_aside(self, name: str, new_name: str) -> None:
+        """Rename a folder so that it counts no more. In an object store only its manifest is renamed, which comes to the same."""
+        with storage_errors(self.locate(name)):
+            if self.is_local:
+                self.move(name, new_name)
             elif self.fs.exists(self._path(f"{name}/{MANIFEST}")):
                 self.fs.mv(self._path(f"{name}/{MANIFEST}"), self._path(f"{name}/{MANIFEST}.damaged"))
 

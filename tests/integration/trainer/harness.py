@@ -23,7 +23,7 @@ from finetune_api.report import Report, parse_report
 from finetune_trainer.environment import scratch_folder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-QUICKLY = "from finetune_trainer import ray_cluster, run; ray_cluster.SETTLE_SECONDS = 3.0; run.KEEP_SECONDS = 1.0; "
+QUICKLY = "from finetune_trainer import crew, ray_cluster; ray_cluster.SETTLE_SECONDS = 3.0; crew.KEEP_SECONDS = 1.0; "
 """Elastic jobs wait for more workers, which here come at once or not at all."""
 ROLE = "import runpy; runpy.run_module('finetune_trainer', run_name='__main__', alter_sys=True)"
 PATIENCE = 300.0
@@ -37,6 +37,8 @@ class Pods:
         self.folder = folder
         self.room = 1000
         """Workers for which there is room; others stay pending."""
+        self.patience = PATIENCE
+        """Seconds that `follow` takes at most."""
         self.uid = uid or secrets.token_hex(8)
         self.attempt = 0
         self.head: subprocess.Popen[bytes] | None = None
@@ -87,7 +89,7 @@ class Pods:
     def follow(self, until: Callable[[Report], bool] = lambda _: False) -> Report | None:
         """Play the operator until the report is as asked, or the head has ended. Returns the report that was as asked."""
         assert self.head is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while time.monotonic() < deadline:
             if self.head.poll() is not None:
                 self.stop_workers()
@@ -100,7 +102,7 @@ class Pods:
             if until(report):
                 return report
             time.sleep(0.05)
-        raise AssertionError(f"nothing came of it within {PATIENCE} s: {self.reports[-1:]}")
+        raise AssertionError(f"nothing came of it within {self.patience} s: {self.reports[-1:]}")
 
     def ended(self) -> tuple[int, Report]:
         """Follow the head to its end: its exit code and its last word."""

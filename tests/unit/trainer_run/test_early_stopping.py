@@ -15,7 +15,8 @@ from tests.unit.trainer_run.test_loop import CONFIG, CPU, DATA, Listener, Togeth
 
 from finetune_trainer import loop
 from finetune_trainer.errors import JobError
-from finetune_trainer.loop import CHECKPOINTS, Models, Task, train
+from finetune_trainer.keeping import CHECKPOINTS
+from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.model import load_model
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.objectives import Sft

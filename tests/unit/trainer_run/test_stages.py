@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from finetune_api.reasons import Reason
-from finetune_api.status import Artifact, CheckpointRef, Resolved, Usage
+from finetune_api.status import Artifact, CheckpointRef, Evaluation, Resolved, Usage
 from finetune_api.v1alpha1 import parse_job
-from finetune_trainer import run, worker_group
+from finetune_trainer import crew, run, worker_group
+from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.console import Console
+from finetune_trainer.crew import Crew
 from finetune_trainer.environment import Environment
 from finetune_trainer.errors import JobError
 from finetune_trainer.following import Following
@@ -21,7 +23,7 @@ from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.report import Reporter
 from finetune_trainer.result import Result
-from finetune_trainer.run import Attempt, Preparation, earlier_report, publish_result, run_stages, train
+from finetune_trainer.run import earlier_report, publish_result, run_stages, train
 from finetune_trainer.storage import Storage
 
 RESULT = Result(steps=10, trained_tokens=100, before={"validation": 2.0}, after={"validation": 1.0}, config={})
@@ -47,14 +49,15 @@ def attempt(tmp_path: Path) -> Attempt:
     job = parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, local=True)
     environment = Environment(tmp_path / "job.json", 1, tmp_path / "token", "127.0.0.1", 6379, 8000, tmp_path, local=True)
     reporter, console, interruption = Reporter("u1", 1), Console(), Interruption()
+    reporter.update(evaluation=Evaluation())
     following = Following(reporter, console, interruption)
     return Attempt(environment, job, reporter, console, RayHead(), following, interruption)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def preparation() -> Preparation:
+def preparation(attempt: Attempt) -> Preparation:
     resolved = Resolved(model_revision="r", data_digest="sha256:d", config_digest="sha256:c")
-    return Preparation(BaseModel("/model"), None, resolved, {}, "prepared")  # type: ignore[arg-type]
+    return Preparation(attempt.job, BaseModel("/model"), None, None, resolved, {}, "prepared")  # type: ignore[arg-type]
 
 
 def published(*_: Any) -> tuple[Artifact, ...]:
@@ -77,13 +80,13 @@ def test_a_stop_while_workers_are_waited_for_again_ends_the_head_at_once(
     def fit(*_: Any) -> None:
         attempt.following.take(WorkerProgress(group="a", start_step=0, step=3, total_steps=10))
 
-    monkeypatch.setattr(run, "driver", lambda _: nullcontext())
-    monkeypatch.setattr(run, "wait_for_workers", wait_for_workers)
+    monkeypatch.setattr(crew, "driver", lambda _: nullcontext())
+    monkeypatch.setattr(crew, "wait_for_workers", wait_for_workers)
     monkeypatch.setattr(worker_group, "fit", fit)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(InterruptedRunError):
-            train(attempt, preparation)
+        with pytest.raises(InterruptedRunError), Crew(attempt) as workers:
+            train(attempt, preparation, workers)
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
@@ -102,14 +105,14 @@ def test_workers_that_always_leave_before_a_step_end_the_attempt(
         saved = CheckpointRef(step=step, uri="pvc://a/b")
         attempt.following.take(WorkerProgress(group=str(groups), start_step=step, step=step, total_steps=10, checkpoint=saved))
 
-    monkeypatch.setattr(run, "driver", lambda _: nullcontext())
-    monkeypatch.setattr(run, "wait_for_workers", lambda *_: 1)
+    monkeypatch.setattr(crew, "driver", lambda _: nullcontext())
+    monkeypatch.setattr(crew, "wait_for_workers", lambda *_: 1)
     monkeypatch.setattr(worker_group, "fit", fit)
     monkeypatch.setattr(attempt.interruption, "listen", lambda: None)
-    with pytest.raises(JobError) as raised:
-        train(attempt, preparation)
+    with pytest.raises(JobError) as raised, Crew(attempt) as workers:
+        train(attempt, preparation, workers)
     assert raised.value.reason == Reason.WORKERS_LOST
-    assert groups == 5 + run.MAX_FRUITLESS
+    assert groups == 5 + crew.MAX_FRUITLESS
 
 
 def test_that_it_succeeded_is_kept_before_anything_is_removed(

@@ -73,7 +73,7 @@ def overfitting(course: Course, known: Known, step: int | None = None) -> Health
     least, now = lowest.values[VALIDATION], last.values[VALIDATION]
     risen = f"the validation loss has risen from {least:.4g} at step {lowest.step} to {now:.4g} at step {last.step}"
     if now - least > _tolerated(least):
-        before, after = (_train_loss(course, point.step) for point in (lowest, last))
+        before, after = (train_loss(course, point.step) for point in (lowest, last))
         if before is not None and after is not None and after - before > (now - least) / 2:
             return _overfitting("Inconclusive", f"{risen}, and the training loss with it: the learning rate may be too high")
         return _overfitting("Bad", f"{risen}: more epochs make it worse")
@@ -123,7 +123,7 @@ def _between(change: Change) -> str:
     return "" if change.low is None or change.high is None else f" (interval of the change {change.low:.4g} to {change.high:.4g})"
 
 
-def _train_loss(course: Course, step: int) -> float | None:
+def train_loss(course: Course, step: int) -> float | None:
     """The mean training loss of the steps since the measurement before: that of one step is mostly its examples' own.
 
     Before the first step it is what that step began with.
@@ -137,7 +137,7 @@ def _train_loss(course: Course, step: int) -> float | None:
 
 
 def _gap_at(course: Course, point: Point) -> float | None:
-    train = _train_loss(course, point.step)
+    train = train_loss(course, point.step)
     return None if train is None else point.values[VALIDATION] - train
 
 

@@ -1,0 +1,120 @@
+"""The stage Evaluate: the tuned model beside the untuned one and other jobs' models, its health, and the verdict of the gates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from finetune_api.status import Evaluation, Health
+from finetune_trainer.answering import Candidate
+from finetune_trainer.attempt import Attempt, Preparation
+from finetune_trainer.crew import Crew
+from finetune_trainer.evaluation import compare
+from finetune_trainer.evaluation.answered import BASELINE
+from finetune_trainer.evaluation.evidence import report_uri
+from finetune_trainer.evaluation.health import GAP, VALIDATION, forgetting, gap, overfitting, train_loss
+from finetune_trainer.evaluation.history import Course, Point, read_history
+from finetune_trainer.evaluation.others import beside, find_others, reached
+from finetune_trainer.evaluation.samples import Sample, samples_of
+from finetune_trainer.evaluation.scores import Change, Measured, changes, results
+from finetune_trainer.gate import judge
+from finetune_trainer.measuring import Answers, Measuring
+from finetune_trainer.result import Result
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is known of a tuned model."""
+
+    evaluation: Evaluation
+    samples: tuple[Sample, ...]
+    course: Course
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A model's figures, with those that they are compared with, and the differences, by name: `baseline`, and other jobs'."""
+
+    after: tuple[Measured, ...]
+    others: Mapping[str, Sequence[Measured]]
+    differences: Mapping[str, Sequence[Change]]
+
+
+def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: Crew) -> Judgement:
+    """Measure the model after its last step, and the untuned one where that was not done before. Raises JobError."""
+    attempt.reporter.start_stage("Evaluate", "measuring the tuned model", workers_wanted=0)
+    measuring = Measuring(attempt, preparation, crew)
+    tuned = measuring.candidate(f"step-{result.steps}", step=result.steps)
+    untuned = measuring.ask_baseline("Evaluate", tuned)
+    attempt.reporter.announce(workers_wanted=0, message="comparing the tuned model with the untuned one")
+    course = read_history(attempt.own)
+    compared = _compared(attempt, measuring, result, course, (tuned, untuned))
+    evaluation = _evaluation(attempt, measuring, result.steps, course, compared)
+    answers = measuring.answers(tuned)
+    samples = tuple(
+        sample
+        for asked in measuring.suites
+        for sample in samples_of(asked.suite.name, asked.cases, untuned[asked.suite.name], answers[asked.suite.name])
+    )
+    attempt.reporter.announce(evaluation=evaluation)
+    return Judgement(evaluation, samples, course)
+
+
+def _compared(attempt: Attempt, measuring: Measuring, result: Result, course: Course, asked: tuple[Candidate, Answers]) -> _Compared:
+    """All figures, and how they differ."""
+    tuned, untuned = asked
+    plan = attempt.job.spec.evaluation
+    losses = compare(result.before, result.after, per_token=attempt.job.spec.objective.dpo is None).results
+    before = (
+        *(Measured(each.metric, each.baseline) for each in losses if each.baseline is not None),
+        *measuring.measured(untuned, untuned),
+    )
+    after = (
+        *(Measured(each.metric, each.value) for each in losses if each.value is not None),
+        *measuring.measured(measuring.answers(tuned), untuned),
+    )
+    after = (*after, *_gap(after, course, result.steps))
+    suites = [(each.suite, each.cases) for each in measuring.suites]
+    found = find_others(attempt.storage, attempt.job)
+    others = {BASELINE: before} | {other.name: reached(other, suites, plan.confidence) for other in found}
+    differences = {name: changes(after, figures, plan.confidence) for name, figures in others.items()}
+    return _Compared(after, others, differences)
+
+
+def _gap(after: Sequence[Measured], course: Course, step: int) -> tuple[Measured, ...]:
+    """train/gap, where both losses are known."""
+    known = next((each for each in after if each.metric == VALIDATION), None)
+    trained = train_loss(course, step)
+    if known is None or trained is None:
+        return ()
+    return (gap(Measured("train/loss", trained), known),)
+
+
+def _evaluation(attempt: Attempt, measuring: Measuring, step: int, course: Course, compared: _Compared) -> Evaluation:
+    """What the status tells of them."""
+    before, differences = compared.others[BASELINE], compared.differences[BASELINE]
+    others = {name: figures for name, figures in compared.others.items() if name != BASELINE}
+    values = {each.metric: each for each in compared.after}
+    by_name = {name: {each.metric: each for each in found} for name, found in compared.differences.items()}
+    return Evaluation(
+        results=beside(results(compared.after, before, differences), others, compared.differences),
+        gates=judge(attempt.job.spec.evaluation.gates, values, by_name),
+        health=_health(measuring, step, course, compared),
+        candidate=step,
+        report=report_uri(attempt.storage, attempt.job),
+    )
+
+
+def _health(measuring: Measuring, step: int, course: Course, compared: _Compared) -> tuple[Health, ...]:
+    before, changed = compared.others[BASELINE], compared.differences[BASELINE]
+    forgotten = (forgetting(asked.suite, before, changed) for asked in measuring.suites)
+    found = [each for each in forgotten if each is not None]
+    known = next((each for each in compared.after if each.metric == GAP), Measured(GAP, None))
+    return (*found, overfitting(_ended(course, step), known, step))
+
+
+def _ended(course: Course, step: int) -> Course:
+    """The course up to the step that is judged."""
+
+    def until(points: tuple[Point, ...]) -> tuple[Point, ...]:
+        return tuple(point for point in points if point.step <= step)
+
+    return replace(course, train=until(course.train), held_out=until(course.held_out))

@@ -1,0 +1,34 @@
+"""The stage Search: trials of other values, the best of which the training goes on with."""
+
+from finetune_api.search import SearchPlan
+from finetune_api.status import SearchSummary
+from finetune_trainer.attempt import Attempt, Preparation
+from finetune_trainer.crew import Crew
+from finetune_trainer.trials import Trial
+
+
+def search(attempt: Attempt, preparation: Preparation, crew: Crew, plan: SearchPlan) -> tuple[Preparation, tuple[Trial, ...]]:
+    """The job with the best trial's values, and all trials. Raises JobError (SearchFailed, WorkersLost, ...)."""
+    from finetune_trainer.search import Search
+
+    searching = Search(preparation.job, preparation.for_workers, attempt.own)
+    wanted = 0 if searching.over else attempt.job.spec.compute.workers.max
+    attempt.reporter.start_stage("Search", f"trying {plan.trials} combinations of values", workers_wanted=wanted)
+
+    def tell(summary: SearchSummary) -> None:
+        ended = summary.completed + summary.failed + summary.pruned
+        best = f", the best {plan.goal.metric} is {summary.best.value:.4g}" if summary.best else ""
+        attempt.reporter.announce(search=summary, message=f"{ended} of {summary.trials} trials have ended{best}")
+
+    def work(group: str, nodes: int) -> None:
+        searching.run(attempt.environment, nodes, group, tell, None)
+
+    if not searching.over:
+        crew.run(work, lambda: searching.over or None, lambda: sum(trial.ended for trial in searching.trials.all()))
+    best = searching.result().best
+    attempt.reporter.announce(search=searching.summary())
+    values = ", ".join(f"{path} {value}" for path, value in best.values.items())
+    attempt.console.say(
+        f"search: trial {best.number} of {len(searching.trials.all())} is the best, {plan.goal.metric} {best.value:.4g}: {values}"
+    )
+    return preparation.with_values(best.values), searching.trials.all()

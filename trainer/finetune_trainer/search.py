@@ -25,7 +25,7 @@ from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import digest_of
-from finetune_trainer.search_space import check_comparable, trials_of, with_values
+from finetune_trainer.search_space import check_comparable, trials_of
 from finetune_trainer.storage import Storage
 from finetune_trainer.suggestion import suggested
 from finetune_trainer.trial_run import LOSS, Measure, Searching, run_trial, share_of
@@ -48,11 +48,6 @@ class SearchResult:
 
     trials: tuple[Trial, ...]
     best: Trial
-
-
-def best_job(job: FineTuneJob, result: SearchResult) -> FineTuneJob:
-    """The job with the best trial's values, to be trained to the end: with its own epochs and checkpoints."""
-    return with_values(job, result.best.values)
 
 
 class Search:

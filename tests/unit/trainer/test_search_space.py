@@ -82,6 +82,13 @@ def test_a_trial_has_its_values_and_the_searchs_epochs_and_is_no_search_itself()
     assert (trial.spec.data, trial.spec.model, trial.spec.compute) == (job.spec.data, job.spec.model, job.spec.compute)
 
 
+def test_the_best_values_are_trained_with_for_the_jobs_own_epochs() -> None:
+    job = a_job()
+    best = with_values(job, {"training.learningRate": 0.004})
+    assert best.spec.training == job.spec.training.model_copy(update={"learning_rate": 0.004})
+    assert (best.spec.search, best.spec.checkpoint) == (job.spec.search, job.spec.checkpoint)
+
+
 def test_a_trial_gets_its_share_of_the_workers() -> None:
     trial = trial_job(a_job(), {"method.lora.rank": 8}, {"workers": {"min": 1, "max": 1}, "resourcesPerWorker": {"cpu": 2}})
     assert (trial.spec.compute.workers.min, trial.spec.compute.workers.max) == (1, 1)

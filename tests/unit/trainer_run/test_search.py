@@ -13,7 +13,7 @@ from finetune_api.reasons import Reason
 from finetune_api.status import SearchSummary
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.errors import JobError
-from finetune_trainer.search import NextTrial, Search, SearchResult, best_job, scheduler_of
+from finetune_trainer.search import NextTrial, Search, scheduler_of
 from finetune_trainer.search_space import Values
 from finetune_trainer.sources import Location
 from finetune_trainer.storage import Storage, storage_at
@@ -178,13 +178,6 @@ def test_the_best_of_equal_trials_is_the_first_and_one_without_a_value_is_none()
     assert best_of(trials, "min") == trials[1]
     assert best_of(trials, "max") == trials[3]
     assert best_of(trials[:1], "min") is None
-
-
-def test_the_best_job_keeps_its_own_epochs() -> None:
-    job = a_job(epochs=1)
-    best = best_job(job, SearchResult((), Trial(2, {RATE: 0.004}, "Completed", 1.0)))
-    assert best.spec.training == job.spec.training.model_copy(update={"learning_rate": 0.004})
-    assert best.spec.search == job.spec.search
 
 
 # ASHA with a grace of a quarter and halving: rungs at 0.25 and 0.5 of the steps. Whoever is worse there than the median so far goes.

@@ -1,5 +1,6 @@
 """One trial, in this process: trained in its own folder, gone on with, measured, and failed."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from finetune_api.reasons import Reason
 from finetune_api.status import Metric
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer import run, trial_run, worker_group
+from finetune_trainer.attempt import Attempt, Preparation
+from finetune_trainer.environment import Environment
 from finetune_trainer.errors import JobError
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.result import Result, read_result
 from finetune_trainer.search_space import Values
 from finetune_trainer.storage import Storage
-from finetune_trainer.trial_run import ReportDesk, Reports, Searching, goal_value, run_trial
-from finetune_trainer.trials import Trial, Trials
+from finetune_trainer.trial_run import Reports, Searching, goal_value, run_trial
+from finetune_trainer.trials import ReportDesk, Trial, Trials
 
 RATE, RANK = "training.learningRate", "method.lora.rank"
 VALUES = {RATE: 0.01, RANK: 2}
@@ -28,9 +31,9 @@ VALUES = {RATE: 0.01, RANK: 2}
 class Bench:
     """A job whose data is prepared."""
 
-    def __init__(self, attempt: run.Attempt, preparation: run.Preparation, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, attempt: Attempt, preparation: Preparation, patch: pytest.MonkeyPatch) -> None:
         self.job, self.own, self.patch = attempt.job, attempt.own, patch
-        self.config = {"revision": preparation.resolved.model_revision, "config": preparation.config, "data": preparation.data}
+        self.config = preparation.for_workers
 
     def run(self, number: int, values: Values, **given: Any) -> dict[str, Any]:
         compute = self.job.spec.compute.model_dump(mode="json", by_alias=True)
@@ -73,13 +76,14 @@ def on_bench(inputs: Path, monkeypatch: pytest.MonkeyPatch, job: FineTuneJob, se
     """Prepare the job's data, then do as the test says in place of its training."""
     (inputs / "claims" / job.spec.output.storage.split("/")[2]).mkdir()
 
-    def train(attempt: run.Attempt, preparation: run.Preparation) -> run.Result:
+    def train(attempt: Attempt, preparation: Preparation, *_: Any) -> Result:
         with pytest.MonkeyPatch.context() as inner:  # undone before what the job itself is run with
             see(Bench(attempt, preparation, inner))
         raise Done
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", train)
+        patch.setattr("finetune_trainer.search_stage.search", lambda attempt, preparation, *_: (preparation, ()))
         with pytest.raises(Done):
             run_job(job, inputs, patch)
 
@@ -238,3 +242,35 @@ def test_a_result_without_weights_is_whole(inputs: Path, monkeypatch: pytest.Mon
         assert (result.kinds, result.steps) == ((), 16)
 
     on_bench(inputs, monkeypatch, a_job("whole"), see)
+
+
+def test_workers_know_their_job_by_what_they_are_told(tmp_path: Path) -> None:
+    """A trial's values and share; after the search the best trial's values, with all workers; the job's own without one."""
+    job = a_job("told")
+    (tmp_path / "job.json").write_text(job.model_dump_json(by_alias=True, exclude_none=True))
+    environment = Environment(tmp_path / "job.json", 1, tmp_path / "token", "127.0.0.1", 6379, 8000, tmp_path, local=True)
+    share = {"workers": {"min": 1, "max": 1}, "resourcesPerWorker": {"cpu": 2}}
+    trial = worker_group.job_of(environment, {"trial": {"number": 3, "values": {RATE: 0.5}, "compute": share}}).spec
+    best = worker_group.job_of(environment, {"values": {RATE: 0.25}}).spec
+    assert (trial.training.learning_rate, trial.training.epochs, trial.compute.resources_per_worker) == (0.5, 2, {"cpu": 2})
+    assert (best.training.learning_rate, best.training.epochs, best.compute) == (0.25, 8, job.spec.compute)
+    assert worker_group.job_of(environment, {}) == job
+
+
+def test_two_groups_on_a_machine_fill_its_cache_one_after_the_other(tmp_path: Path) -> None:
+    inside = threading.Event()
+    order: list[str] = []
+
+    def second() -> None:
+        inside.wait()
+        with worker_group._alone_on_node(tmp_path / "cache"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with worker_group._alone_on_node(tmp_path / "cache"):
+        inside.set()
+        thread.join(timeout=0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

@@ -25,7 +25,6 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, Method, ModelSource, parse_job
 from finetune_trainer import checkpoint
 from finetune_trainer.attention import choose_layout
-from finetune_trainer.candidates import OBJECTIVE
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Case
 from finetune_trainer.generation import Speaker, Voice
@@ -180,7 +179,8 @@ def _at_step(files: ModelFiles, job: FineTuneJob, storage: Storage, step: int, d
     model = load_model(files, job, device)
     own = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
     with checkpoint.opened(place, state) as (parameters, _):
-        restore_parameters(own, {name: tensor for name, tensor in parameters.items() if not name.startswith(OBJECTIVE)})
+        # What an objective trains beside the model is there too, and is not asked.
+        restore_parameters(own, {name: parameters[name] for name, _ in own if name in parameters})
     return model
 
 

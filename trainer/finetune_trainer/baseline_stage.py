@@ -36,7 +36,7 @@ def measure_baseline(attempt: Attempt, preparation: Preparation, crew: Crew, pla
     measuring = Measuring(attempt, preparation, crew)
     ways = list(_ways(attempt, preparation, measuring, plan))
     untuned = measuring.ask_baseline("Baseline", *(way.candidate for way in ways))
-    outcomes = [Outcome(way.prompt, way.model, measuring.measured(measuring.answers(way.candidate), untuned)) for way in ways]
+    outcomes = [Outcome(way.prompt, way.model, measuring.measured(way.candidate, untuned)) for way in ways]
     metric = metric_to_choose_by(plan, attempt.job.spec.evaluation)
     found = compared(outcomes, metric)
     attempt.reporter.announce(baseline=found)
@@ -107,4 +107,4 @@ def _knowledge(attempt: Attempt, strategy: PromptStrategy, place: int) -> Knowle
         assert retriever.encoder is not None  # noqa: S101 - the spec's own rule
         return load_encoder(retriever.encoder.model_source(), attempt.mounts, attempt.cache, f"{field}.retriever.encoder")
 
-    return open_knowledge(passages, retriever, load, attempt.storage, attempt.tell)
+    return open_knowledge(passages, retriever, load, attempt.storage, attempt.tell, attempt.job.metadata.namespace)

@@ -23,16 +23,12 @@ from finetune_trainer.keeping import CHECKPOINTS
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import CausalModel, load_tokenizer, longest_example
 from finetune_trainer.model_files import ModelFiles
-from finetune_trainer.optimisation import restore_parameters
 from finetune_trainer.placement import spread
 from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-OBJECTIVE = "objective."
-"""Beginning of the names of what an objective trains beside the model, which a checkpoint has too."""
 
 
 class Untuned:
@@ -75,7 +71,7 @@ class Candidates:
         """A candidate that is ready to be asked. Raises JobError (ModelInvalid, ModelNotFound, CheckpointCorrupted, ...)."""
         files, model = self._model(candidate)
         if candidate.step is not None:
-            self._restore(model, candidate.step)
+            checkpoint.restore_model(model, self.storage.at(CHECKPOINTS), candidate.step, self.config, self.worker)
         if self._speaker is None:
             self._speaker = Speaker(Voice(model, load_tokenizer(files), longest_example(files)), self.worker)
         most = None if candidate.whole else self.job.spec.training.max_sequence_length
@@ -102,14 +98,3 @@ class Candidates:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _restore(self, model: CausalModel, step: int) -> None:
-        """Put a checkpoint's weights in place. The worker that leads proves it; each reads only what it holds."""
-        storage = self.storage.at(CHECKPOINTS)
-        state = checkpoint.find(storage, step, self.config) if self.worker.leads else None
-        self.worker.sum(0.0)
-        state = state or checkpoint.find(storage, step, self.config, proven=True)
-        model.settle()
-        own = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
-        with checkpoint.opened(storage, state) as (parameters, _):
-            restore_parameters(own, {name: tensor for name, tensor in parameters.items() if not name.startswith(OBJECTIVE)})

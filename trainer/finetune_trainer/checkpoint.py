@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import damage, describe_files, read_manifest, write_manifest
+from finetune_trainer.model import CausalModel
+from finetune_trainer.optimisation import restore_parameters
 from finetune_trainer.parts import is_sharded, local_part
 from finetune_trainer.saved_tensors import SavedTensor, open_tensors
 from finetune_trainer.stopping import Validations
@@ -35,6 +37,8 @@ from finetune_trainer.worker import Worker
 
 FORMAT = 1
 MODEL, OPTIMIZER = "model", "optimizer"
+OBJECTIVE = "objective."
+"""Beginning of the names of what an objective trains beside the model."""
 _NAME = re.compile(r"step-(\d{8})")
 _DAMAGED = "damaged-"
 Tensors = dict[str, torch.Tensor]
@@ -182,6 +186,11 @@ def newest(storage: Storage, config: Mapping[str, Any]) -> tuple[SavedState | No
     return None, tuple(damaged)
 
 
+def steps_of(storage: Storage) -> list[int]:
+    """The steps of the checkpoints that are there, the latest first."""
+    return [int(name.removeprefix("step-")) for name in _names(storage)]
+
+
 def find(storage: Storage, step: int, config: Mapping[str, Any], *, proven: bool = False) -> SavedState:
     """The checkpoint of a step; with `proven` it is known to be whole. Raises JobError (CheckpointCorrupted) where there is none."""
     state = _described(storage, name_of(step), config)
@@ -199,6 +208,20 @@ def opened(storage: Storage, state: SavedState) -> Iterator[tuple[dict[str, Save
             stack.enter_context(open_tensors(_files(folder, state, MODEL))),
             stack.enter_context(open_tensors(_files(folder, state, OPTIMIZER))),
         )
+
+
+def restore_model(model: CausalModel, storage: Storage, step: int, config: Mapping[str, Any], worker: Worker) -> None:
+    """Put a checkpoint's weights into a model. The worker that leads proves it; each reads only what it holds.
+
+    Raises JobError (CheckpointCorrupted, CheckpointIncompatible).
+    """
+    state = find(storage, step, config) if worker.leads else None
+    worker.sum(0.0)
+    state = state or find(storage, step, config, proven=True)
+    model.settle()
+    own = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+    with opened(storage, state) as (parameters, _):
+        restore_parameters(own, {name: tensor for name, tensor in parameters.items() if not name.startswith(OBJECTIVE)})
 
 
 def remove_damaged(storage: Storage) -> None:

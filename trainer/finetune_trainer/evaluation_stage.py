@@ -1,9 +1,11 @@
 """The stage Evaluate: the tuned model beside the untuned one and other jobs' models, its health, and the verdict of the gates."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from finetune_api.status import Evaluation, Health
+from finetune_trainer import checkpoint
 from finetune_trainer.answering import Candidate
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.crew import Crew
@@ -16,8 +18,9 @@ from finetune_trainer.evaluation.others import beside, find_others, reached
 from finetune_trainer.evaluation.samples import Sample, samples_of
 from finetune_trainer.evaluation.scores import Change, Measured, changes, results
 from finetune_trainer.gate import judge
+from finetune_trainer.keeping import CHECKPOINTS
 from finetune_trainer.measuring import Answers, Measuring
-from finetune_trainer.result import Result
+from finetune_trainer.result import Result, read_result
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,42 @@ def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: C
     return Judgement(evaluation, samples, course)
 
 
+def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judgement: Judgement, crew: Crew) -> tuple[Result, Judgement]:
+    """The earlier checkpoint that passes all gates and has the lowest validation loss; where none does, what there was.
+
+    Every checkpoint that is kept is measured, so several are several chances (see gate.py). Raises JobError.
+    """
+    known = {point.step: dict(point.values) for point in judgement.course.held_out}
+    storage = attempt.own.at(CHECKPOINTS)
+    kept = [step for step in checkpoint.steps_of(storage) if step != result.steps]
+    for step in sorted(kept, key=lambda step: (known.get(step, {}).get(VALIDATION, math.inf), -step)):
+        losses = {name.removesuffix("/loss"): value for name, value in known.get(step, {}).items()}
+        tokens = checkpoint.find(storage, step, preparation.config, proven=True).trained_tokens
+        earlier = replace(result, steps=step, trained_tokens=tokens, after=losses)
+        attempt.console.say(f"a gate is not passed: trying the checkpoint of step {step}")
+        judged = evaluate(attempt, preparation, earlier, crew)
+        if judged.evaluation.gates_verdict == "Passed":
+            return _exported(attempt, preparation, earlier, crew), judged
+    attempt.reporter.announce(evaluation=judgement.evaluation)
+    return result, judgement
+
+
+def _exported(attempt: Attempt, preparation: Preparation, earlier: Result, crew: Crew) -> Result:
+    """Have the workers leave an earlier checkpoint's weights as the result."""
+    from finetune_trainer.worker_group import fit_export
+
+    compute = attempt.job.spec.compute
+    told = {name: getattr(earlier, name) for name in ("steps", "trained_tokens", "before", "after")}
+    config = {**preparation.for_workers, "result": told}
+    attempt.reporter.announce(workers_wanted=compute.workers.max, message=f"writing the model of step {earlier.steps}")
+
+    def done() -> Result | None:
+        found = read_result(attempt.own, preparation.config)
+        return found if found is not None and found.steps == earlier.steps else None
+
+    return crew.run(lambda group, _: fit_export(compute, config, group, attempt.scratch), done)
+
+
 def _compared(attempt: Attempt, measuring: Measuring, result: Result, course: Course, asked: tuple[Candidate, Answers]) -> _Compared:
     """All figures, and how they differ."""
     tuned, untuned = asked
@@ -65,11 +104,11 @@ def _compared(attempt: Attempt, measuring: Measuring, result: Result, course: Co
     losses = compare(result.before, result.after, per_token=attempt.job.spec.objective.dpo is None).results
     before = (
         *(Measured(each.metric, each.baseline) for each in losses if each.baseline is not None),
-        *measuring.measured(untuned, untuned),
+        *measuring.measured(measuring.candidate(BASELINE), untuned),
     )
     after = (
         *(Measured(each.metric, each.value) for each in losses if each.value is not None),
-        *measuring.measured(measuring.answers(tuned), untuned),
+        *measuring.measured(tuned, untuned),
     )
     after = (*after, *_gap(after, course, result.steps))
     suites = [(each.suite, each.cases) for each in measuring.suites]

@@ -14,12 +14,13 @@ from typing import Any
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ArtifactKind, FineTuneJob
+from finetune_trainer import checkpoint
 from finetune_trainer.data.batches import AUTO_TOKENS, plan_batches
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.shares import Limit
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import Losses, measure
-from finetune_trainer.keeping import VALIDATION, Keeper, Trained
+from finetune_trainer.keeping import CHECKPOINTS, VALIDATION, Keeper, Trained
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import CausalModel
@@ -143,6 +144,12 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     _finish(task, Result(keeper.step, keeper.tokens, dict(baseline), dict(losses), task.config, kinds=task.kinds), model, worker)
     keeper.remove_damaged()
     return True
+
+
+def export_earlier(task: Task, model: CausalModel, result: Result, worker: Worker) -> None:
+    """Leave the model as it was after result.steps in place of the result that there is. Every worker calls it. Raises JobError."""
+    checkpoint.restore_model(model, task.storage.at(CHECKPOINTS), result.steps, task.config, worker)
+    _finish(task, result, model, worker)
 
 
 def _limit(task: Task, model: CausalModel, worker: Worker) -> tuple[Limit, list[str]]:

@@ -3,17 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from finetune_api.evaluation import Suite
 from finetune_api.status import StageName
+from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.answering import Candidate, Questions, outstanding, read_answers, suite_file, write_cases
+from finetune_trainer.asking import Say
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.crew import Crew
 from finetune_trainer.data.cases import read_cases
 from finetune_trainer.data.examples import SUITE
 from finetune_trainer.evaluation.answered import BASELINE, Answered, Case
 from finetune_trainer.evaluation.given import Givers
+from finetune_trainer.evaluation.lm_eval import measured_tasks, read_results
 from finetune_trainer.evaluation.scores import Measured, measured
+from finetune_trainer.sources import Mounts
+from finetune_trainer.storage import Storage
 
 TOKEN_METRICS = ("loss", "perplexity", "tokenAccuracy")
 """Metrics of the golden answers' own tokens."""
@@ -32,6 +38,24 @@ class Asked:
     """Who else scores its answers."""
 
 
+def suites_of(job: FineTuneJob, data: str, storage: Storage, mounts: Mounts, cache: Path, say: Say) -> tuple[Asked, ...]:
+    """The suites that have cases; `data` is the folder of the prepared data in `storage`, output.storage. Raises JobError."""
+    folder, found = storage.location(data), []
+    for place, suite in enumerate(job.spec.evaluation.suites):
+        if suite.lm_eval is not None:
+            continue
+        split = str(suite.source) if suite.data_source() is None else f"{SUITE}{suite.name}"
+        givers = Givers(suite, f"evaluation.suites[{place}]", storage, job.metadata.namespace, mounts, cache, say)
+        found.append(Asked(suite, tuple(read_cases(folder, split)[: suite.limit]), givers))
+    return tuple(found)
+
+
+def scored(asked: Asked, own: Sequence[Answered], baseline: Sequence[Answered], confidence: float) -> tuple[Measured, ...]:
+    """The metrics of one suite; `baseline` are the untuned model's answers. Raises JobError (JudgeUnavailable, ...)."""
+    given = asked.givers.given(asked.cases, own, baseline)
+    return measured(asked.suite, asked.cases, own, confidence, given)
+
+
 class Measuring:
     """The suites of a job, asked of one candidate after another."""
 
@@ -41,17 +65,8 @@ class Measuring:
     @cached_property
     def suites(self) -> tuple[Asked, ...]:
         """The suites that have cases. Raises JobError (StorageUnavailable)."""
-        attempt, found = self._attempt, []
-        folder = attempt.storage.location(self._preparation.data)
-        for place, suite in enumerate(attempt.job.spec.evaluation.suites):
-            if suite.lm_eval is not None:
-                continue
-            split = str(suite.source) if suite.data_source() is None else f"{SUITE}{suite.name}"
-            cases = tuple(read_cases(folder, split)[: suite.limit])
-            where, namespace = f"evaluation.suites[{place}]", attempt.job.metadata.namespace
-            givers = Givers(suite, where, attempt.storage, namespace, attempt.mounts, attempt.cache, attempt.tell)
-            found.append(Asked(suite, cases, givers))
-        return tuple(found)
+        attempt = self._attempt
+        return suites_of(attempt.job, self._preparation.data, attempt.storage, attempt.mounts, attempt.cache, attempt.tell)
 
     def training_cases(self) -> list[Case]:
         """The training examples, where a prompt shows some."""
@@ -59,7 +74,7 @@ class Measuring:
 
     def candidate(self, name: str, *, step: int | None = None, model: Mapping[str, object] | None = None) -> Candidate:
         """A candidate that is asked the suites as they are."""
-        questions = tuple(_questions(asked.suite, suite_file(asked.suite.name)) for asked in self.suites)
+        questions = tuple(questions_of(asked.suite, suite_file(asked.suite.name)) for asked in self.suites)
         return Candidate(name, questions, step=step, model=model)
 
     def prompted(self, name: str, cases_of: Callable[[Asked], Sequence[Case]], model: Mapping[str, object] | None = None) -> Candidate:
@@ -68,7 +83,7 @@ class Measuring:
         for asked in self.suites:
             file = f"suites/{name}/{asked.suite.name}.jsonl"
             write_cases(self._attempt.own, file, cases_of(asked))
-            questions.append(_questions(asked.suite, file))
+            questions.append(questions_of(asked.suite, file))
         return Candidate(name, tuple(questions), model=model, whole=True)
 
     def ask(self, candidates: Sequence[Candidate], stage: StageName) -> None:
@@ -77,36 +92,48 @@ class Measuring:
         for asked in self.suites:
             write_cases(own, suite_file(asked.suite.name), asked.cases)
 
-        def left() -> list[Candidate]:
-            return [each for candidate in candidates if (each := outstanding(own, candidate)) is not None]
+        def left() -> int:
+            found = [each for candidate in candidates if (each := outstanding(own, candidate)) is not None]
+            return sum(len(each.questions) for each in found) + sum(self._tasks_left(candidate) for candidate in candidates)
 
-        waiting = left()
-        if not waiting:
+        if not left():
             return
         from finetune_trainer.worker_group import fit_answers
 
-        compute, total = self._attempt.job.spec.compute, sum(len(each.questions) for each in waiting)
+        compute = self._attempt.job.spec.compute
         self._attempt.reporter.announce(workers_wanted=compute.workers.max)
         config = {**self._preparation.for_workers, "candidates": [each.to_json() for each in candidates], "stage": stage}
+        config["tasks"] = {where: suite.name for where, suite in self.tasks}
         self._crew.run(
-            lambda group, _: fit_answers(compute, config, group, self._attempt.scratch),
-            lambda: None if left() else True,
-            lambda: total - sum(len(each.questions) for each in left()),
+            lambda group, _: fit_answers(compute, config, group, self._attempt.scratch), lambda: None if left() else True, lambda: -left()
         )
+
+    @property
+    def tasks(self) -> tuple[tuple[str, Suite], ...]:
+        """The suites of lm-eval's tasks, each with its field in the spec."""
+        suites = enumerate(self._attempt.job.spec.evaluation.suites)
+        return tuple((f"evaluation.suites[{place}]", suite) for place, suite in suites if suite.lm_eval is not None)
+
+    def _tasks_left(self, candidate: Candidate) -> int:
+        """Suites of tasks that a candidate is still to be measured on; one that is asked in another way is not."""
+        if candidate.whole:
+            return 0
+        return sum(read_results(self._attempt.own, candidate.name, suite) is None for _, suite in self.tasks)
 
     def answers(self, candidate: Candidate) -> Answers:
         """What a candidate has answered, all of it. Raises JobError."""
         found = {each.suite: read_answers(self._attempt.own, candidate.name, each) for each in candidate.questions}
         return {suite: answers for suite, answers in found.items() if answers is not None}
 
-    def measured(self, answers: Answers, baseline: Answers) -> tuple[Measured, ...]:
+    def measured(self, candidate: Candidate, baseline: Answers) -> tuple[Measured, ...]:
         """The metrics of all suites; `baseline` are the untuned model's own answers. Raises JobError (JudgeUnavailable, ...)."""
-        confidence = self._attempt.job.spec.evaluation.confidence
+        confidence, answers = self._attempt.job.spec.evaluation.confidence, self.answers(candidate)
         found: list[Measured] = []
         for asked in self.suites:
-            own, before = answers[asked.suite.name], baseline[asked.suite.name]
-            given = asked.givers.given(asked.cases, own, before)
-            found += measured(asked.suite, asked.cases, own, confidence, given)
+            found += scored(asked, answers[asked.suite.name], baseline[asked.suite.name], confidence)
+        for _, suite in self.tasks:
+            results = None if candidate.whole else read_results(self._attempt.own, candidate.name, suite)
+            found += measured_tasks(suite, results, confidence) if results is not None else ()
         return tuple(found)
 
     def ask_baseline(self, stage: StageName, *others: Candidate) -> Answers:
@@ -116,6 +143,7 @@ class Measuring:
         return self.answers(untuned)
 
 
-def _questions(suite: Suite, file: str) -> Questions:
+def questions_of(suite: Suite, file: str) -> Questions:
+    """What of a suite's cases is to be known for its metrics."""
     losses = suite.role == "forgetting" or any(metric in TOKEN_METRICS for metric in suite.metrics)
     return Questions(suite.name, suite.max_new_tokens if suite.generates else 0, losses=losses, cases=file)

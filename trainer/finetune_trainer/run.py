@@ -44,9 +44,11 @@ def run_stages(attempt: Attempt) -> None:
 
             preparation, trials = search(attempt, preparation, crew, spec.search)
         result = read_result(attempt.own, preparation.config) or train(attempt, preparation, crew)
-        from finetune_trainer.evaluation_stage import evaluate
+        from finetune_trainer.evaluation_stage import evaluate, try_earlier
 
         judgement = evaluate(attempt, preparation, result, crew)
+        if judgement.evaluation.gates_verdict not in (None, "Passed") and spec.evaluation.on_gate_failure == "tryEarlierCheckpoint":
+            result, judgement = try_earlier(attempt, preparation, result, judgement, crew)
     publish_report(attempt.storage, Findings(preparation.job, attempt.reporter.report, judgement.course, judgement.samples, trials))
     check_gates(attempt)
     publish_result(attempt, preparation, result)

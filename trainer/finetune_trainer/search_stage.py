@@ -4,6 +4,7 @@ from finetune_api.search import SearchPlan
 from finetune_api.status import SearchSummary
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.crew import Crew
+from finetune_trainer.goal import SuiteGoal
 from finetune_trainer.trials import Trial
 
 
@@ -21,7 +22,9 @@ def search(attempt: Attempt, preparation: Preparation, crew: Crew, plan: SearchP
         attempt.reporter.announce(search=summary, message=f"{ended} of {summary.trials} trials have ended{best}")
 
     def work(group: str, nodes: int) -> None:
-        searching.run(attempt.environment, nodes, group, tell, None)
+        is_suite = plan.goal.metric in attempt.job.spec.evaluation.metric_names
+        measure = SuiteGoal(plan.goal.metric, preparation.for_workers, group) if is_suite else None
+        searching.run(attempt.environment, nodes, group, tell, measure)
 
     if not searching.over:
         crew.run(work, lambda: searching.over or None, lambda: sum(trial.ended for trial in searching.trials.all()))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from finetune_trainer.data.examples import Prepared
+    from finetune_trainer.model_files import ModelFiles
     from finetune_trainer.progress import WorkerProgress
     from finetune_trainer.telling import Listener
     from finetune_trainer.worker import Worker
@@ -180,11 +181,41 @@ def train_on(worker: "Worker", assignment: Assignment, listener: "Listener") -> 
     train(task, models, data, worker, listener, group=uuid.uuid4().hex)
 
 
+def fit_export(compute: Compute, config: dict[str, Any], name: str, scratch: Path) -> None:
+    """Have the workers leave an earlier checkpoint as the result. `config` is that of `fit`, with {"result": a Result as JSON}."""
+    fit(compute, config, name, scratch, on_worker=_export_on_worker)
+
+
+def _export_on_worker(config: dict[str, Any]) -> None:
+    """What each worker process of `fit_export` runs."""
+    from finetune_trainer.loop import Task, export_earlier
+    from finetune_trainer.model_files import fetch_model
+    from finetune_trainer.placement import placed
+    from finetune_trainer.result import Result
+    from finetune_trainer.sources import Mounts, resolve_storage
+
+    environment, worker = environment_from(os.environ), this_worker()
+    job = job_of(environment, config)
+    mounts = Mounts(environment.volumes, environment.local)
+    own = storage_at(resolve_storage(job.spec.output, mounts)).at(f".finetune/{job.metadata.uid}")
+    cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
+
+    def inputs() -> "ModelFiles":
+        with _alone_on_node(cache):
+            return fetch_model(job.spec.model, mounts, cache, weights=True, revision=config["revision"])
+
+    files = _first_of_each_node(worker, inputs)
+    model, _ = placed(files, job, worker)
+    result = Result(**config["result"], config=config["config"], kinds=job.spec.artifacts)
+    export_earlier(Task(job, files.base, config["config"], own), model, result, worker)
+
+
 def fit_answers(compute: Compute, config: dict[str, Any], name: str, scratch: Path) -> None:
     """Have candidates answer suites on the worker nodes, as `answering` has it. Raises what ended it.
 
-    `config` is that of `fit`, with {"candidates": [Candidate.to_json(), ...], "stage": the stage that is running}. Candidates that are
-    answered already are passed over, and a group that was lost is started again: it goes on with what is not answered.
+    `config` is that of `fit`, with {"candidates": [Candidate.to_json(), ...], "stage": the stage that is running}; "folder" is where a
+    trial's checkpoints are, "tasks" are the suites of lm-eval's, by their field. Candidates that are answered already are passed over, and
+    a group that was lost is started again: it goes on with what is not answered.
     """
     fit(compute, config, name, scratch, on_worker=_answer_on_worker)
 
@@ -197,7 +228,7 @@ def _answer_on_worker(config: dict[str, Any]) -> None:
     worker = this_worker()
     sender = ProgressSender(environment.report_url, environment.token()) if worker.leads else None
     try:
-        answer_on(worker, Assignment(environment, job_of(environment, config), config), sender or Silent())
+        answer_on(worker, Assignment(environment, job_of(environment, config), config, config.get("folder", "")), sender or Silent())
     finally:
         if sender is not None:
             sender.close()
@@ -209,6 +240,8 @@ def answer_on(worker: "Worker", assignment: Assignment, listener: "Listener") ->
 
     from finetune_trainer.answering import Candidate, Told, answer, outstanding
     from finetune_trainer.candidates import Candidates
+    from finetune_trainer.evaluation.lm_eval import Candidate as Asked
+    from finetune_trainer.evaluation.lm_eval import answer_tasks, read_results
     from finetune_trainer.model_files import ModelFiles, fetch_model
     from finetune_trainer.progress import WorkerProgress
     from finetune_trainer.sources import Mounts, resolve_storage
@@ -239,6 +272,14 @@ def answer_on(worker: "Worker", assignment: Assignment, listener: "Listener") ->
         left = outstanding(own, whole) if worker.leads else None
         if worker.agree(int(left is not None)):
             answer(candidates.asking(whole), whole, own, worker, tell)
+        for where, name in ({} if whole.whole else config.get("tasks", {})).items():
+            suite = next(suite for suite in job.spec.evaluation.suites if suite.name == name)
+            known = worker.leads and read_results(own, whole.name, suite) is not None
+            if not worker.agree(int(known)):
+                tell(Told(whole.name, name, 0, 0))
+                asking = candidates.asking(whole)
+                voice = asking.speaker.voice
+                answer_tasks(suite, whole.name, Asked(asking.speaker, voice.tokenizer, voice.context, worker), where, own)
 
 
 @contextmanager

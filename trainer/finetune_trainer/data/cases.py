@@ -140,7 +140,7 @@ def read_cases(folder: Location, split: str) -> list[Case]:
     path, uri = f"{folder.path}/{cases_file(split)}", f"{folder.uri}/{cases_file(split)}"
     try:
         with patiently(lambda: folder.filesystem.open(path, "rb")) as file:
-            return list(read(file.read().decode().splitlines(), Case))
+            return list(read(file.read().decode().split("\n"), Case))
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError) as error:

@@ -51,12 +51,12 @@ def write_result(storage: Storage, result: Result, export: Callable[[Path, Artif
         )
 
 
-def read_result(storage: Storage, config: dict[str, Any]) -> Result | None:
-    """The result of a training under this configuration, or None where there is none, or none whole."""
-    manifest = read_manifest(storage, RESULT)
+def read_result(storage: Storage, config: dict[str, Any], name: str = RESULT) -> Result | None:
+    """The result of a training under this configuration, or None where there is none, or none whole; `name` is its folder."""
+    manifest = read_manifest(storage, name)
     if manifest is None or manifest["config"] != config or "kinds" not in manifest:
         return None
-    with storage.folder(RESULT) as folder:
+    with storage.folder(name) as folder:
         if damage(folder, manifest) is not None:
             return None
     return Result(

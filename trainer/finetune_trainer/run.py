@@ -43,7 +43,7 @@ def run_stages(attempt: Attempt) -> None:
             from finetune_trainer.search_stage import search
 
             preparation, trials = search(attempt, preparation, crew, spec.search)
-        result = read_result(attempt.own, preparation.config) or train(attempt, preparation, crew)
+        result = trained(attempt, preparation) or train(attempt, preparation, crew)
         from finetune_trainer.evaluation_stage import evaluate, try_earlier
 
         judgement = evaluate(attempt, preparation, result, crew)
@@ -63,6 +63,11 @@ def repeat(attempt: Attempt, earlier: Report) -> None:
     """Say again how the job ended: an earlier attempt did everything, and only its word was lost. This one has used and lost nothing."""
     own = ("attempt", "revision", "outcome", "usage", "lost_steps")
     attempt.reporter.update(**{name: getattr(earlier, name) for name in Report.model_fields if name not in own})
+
+
+def trained(attempt: Attempt, preparation: Preparation) -> Result | None:
+    """What an earlier attempt has trained, also where it was held back after that."""
+    return read_result(attempt.own, preparation.config) or read_result(attempt.own, preparation.config, HELD)
 
 
 def train(attempt: Attempt, preparation: Preparation, crew: Crew) -> Result:
@@ -94,8 +99,9 @@ def check_gates(attempt: Attempt) -> None:
     kept = ""
     if plan.on_gate_failure == "fail":
         attempt.own.remove(RESULT)
-    elif attempt.own.exists(RESULT):
-        attempt.own.move(RESULT, HELD)
+    else:
+        if attempt.own.exists(RESULT):
+            attempt.own.move(RESULT, HELD)
         kept = f"; the artifacts are held in {attempt.own.locate(HELD)}"
     reason = Reason.GATES_NOT_PASSED if verdict == "Failed" else Reason.GATES_INCONCLUSIVE
     raise JobError(reason, f"{gates_in_words(evaluation)}{kept}; the report is {evaluation.report}")

@@ -9,7 +9,10 @@ from tests.builders import raw_job
 from tests.in_process import Finished, run_job
 from tests.tiny_llama import make_tiny_llama, write_questions
 
+from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer import evaluation_stage, worker_group
+from finetune_trainer.errors import JobError
 
 SUITES = [
     {"name": "task", "source": "validation", "metrics": ["loss", "exactMatch", "f1"], "maxNewTokens": 12},
@@ -71,3 +74,70 @@ def test_a_model_that_passes_its_gates_is_published_with_the_evidence(inputs: Pa
     text = next(out.rglob("report.md")).read_text()
     assert "task/exactMatch" in text
     assert "Passed" in text
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    pytest.fail("something was done again")
+
+
+@pytest.mark.parametrize(("on_failure", "kept"), [("hold", True), ("fail", False)])
+def test_a_model_that_misses_a_gate_is_not_published(on_failure: str, kept: bool, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve questions of which none is answered right: with 0 of 12 the share is below 0.27 for sure."""
+    gates = [{"metric": "task/exactMatch", "atLeast": 0.9}]
+    job = a_job(on_failure, evaluation={"suites": SUITES, "gates": gates, "onGateFailure": on_failure})
+    with pytest.raises(JobError, match="task/exactMatch") as raised:
+        run(inputs, monkeypatch, job)
+    assert raised.value.reason == Reason.GATES_NOT_PASSED
+    out = inputs / "claims" / on_failure / "out"
+    assert not (out / "adapter").exists()
+    assert (out / ".finetune" / on_failure / "held" / "adapter").exists() == kept
+    report = next(out.rglob("report.md")).read_text()
+    assert "task/exactMatch" in report
+    assert "Failed" in report
+
+    if kept:  # then a second attempt comes to the same end, and nobody is asked or trained again
+        monkeypatch.setattr(worker_group, "_train_on_worker", refuse)
+        monkeypatch.setattr(worker_group, "_answer_on_worker", refuse)
+        with pytest.raises(JobError, match="task/exactMatch"):
+            run_job(job, inputs, monkeypatch, attempt=2)
+
+
+def test_a_prompt_that_is_enough_trains_nothing(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    baseline = {"prompts": [{"name": "plain"}], "sufficientIf": {"metric": "task/loss", "atMost": 100.0}}
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_group, "_train_on_worker", refuse)
+        done = run(inputs, patch, a_job("enough", evaluation={"suites": SUITES}, baseline=baseline))
+    assert done.report.sufficient
+    assert not done.report.artifacts
+    out = inputs / "claims" / "enough" / "out"
+    assert not (out / "adapter").exists()
+    assert "sufficientIf" in next(out.rglob("report.md")).read_text()
+
+
+def test_the_best_earlier_checkpoint_that_passes_is_published(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model after its last step is said to fail; what is published is another one, exported from its checkpoint."""
+    gates = [{"metric": "task/loss", "maxIncrease": 0.0, "over": "baseline"}, {"metric": "train/gap", "atMost": 100.0}]
+    training = {"epochs": 2, "globalBatchSize": 12, "maxSequenceLength": 64, "learningRate": 0.02, "precision": "float32", "packing": False}
+    training |= {"scheduler": "constant", "warmupRatio": 0.0}
+    spec = {"training": training, "checkpoint": {"everySteps": 2, "keep": 4}}
+    judged: list[int] = []
+    evaluate = evaluation_stage.evaluate
+
+    def seen(attempt: Any, preparation: Any, result: Any, crew: Any) -> Any:
+        judged.append(result.steps)
+        judgement = evaluate(attempt, preparation, result, crew)
+        if result.steps != 8:
+            return judgement
+        gates = tuple(gate.model_copy(update={"verdict": "Failed"}) for gate in judgement.evaluation.gates)
+        spoilt = judgement.evaluation.model_copy(update={"gates": gates})
+        attempt.reporter.announce(evaluation=spoilt)
+        return evaluation_stage.Judgement(spoilt, judgement.samples, judgement.course)
+
+    monkeypatch.setattr(evaluation_stage, "evaluate", seen)
+    plan = {"suites": SUITES, "gates": gates, "onGateFailure": "tryEarlierCheckpoint"}
+    done = run(inputs, monkeypatch, a_job("earlier", evaluation=plan, **spec))
+    assert judged[0] == 8
+    assert done.report.evaluation is not None
+    assert done.report.evaluation.candidate == judged[-1] != 8
+    manifest = json.loads((inputs / "claims" / "earlier" / "out" / "adapter" / "manifest.json").read_text())
+    assert manifest["steps"] == judged[-1]

@@ -54,7 +54,7 @@ def written(values: Iterable[Any]) -> Iterator[str]:
 
 
 def read(lines: Iterable[str], kind: type[Value]) -> Iterator[Value]:
-    """The values of such lines; what follows the last end of a line is none. Raises ValueError, TypeError or KeyError where they are not."""
+    """The values of such lines, empty ones left out. Raises ValueError, TypeError or KeyError where they are not."""
     known = {field.name for field in fields(cast("Any", kind))}
     for line in filter(None, lines):
         found = {name: tuple(item) if isinstance(item, list) else item for name, item in json.loads(line).items() if name in known}

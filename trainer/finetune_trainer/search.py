@@ -28,7 +28,7 @@ from finetune_trainer.manifest import digest_of
 from finetune_trainer.search_space import check_comparable, trials_of
 from finetune_trainer.storage import Storage
 from finetune_trainer.suggestion import suggested
-from finetune_trainer.trial_run import LOSS, Measure, Searching, run_trial, share_of
+from finetune_trainer.trial_run import LOSS, Measure, RunningTrial, Searching, share_of
 from finetune_trainer.trials import ReportDesk, Trial, Trials, best_of
 
 ON_HEAD = {"node:__internal_head__": 0.001}
@@ -122,11 +122,9 @@ class Search:
         os.environ.update(QUIET)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
-        def trainable(config: dict[str, Any]) -> dict[str, Any]:
-            return run_trial(config["number"], config["values"], searching)
-
+        driver = tune.with_parameters(TrialDriver, searching=searching)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, tune.PlacementGroupFactory([ON_HEAD])),
+            tune.with_resources(driver, tune.PlacementGroupFactory([ON_HEAD])),
             tune_config=tune.TuneConfig(
                 search_alg=NextTrial(self, self._job.spec.training.seed, lambda: tell(self.summary())),
                 scheduler=scheduler_of(self.plan, self.trials.all()),
@@ -142,6 +140,29 @@ class Search:
         )
         for error in tuner.fit().errors:
             raise error if isinstance(error, Exception) else JobError(Reason.INTERNAL_ERROR, f"the driver of a trial failed: {error}")
+
+
+class TrialDriver(tune.Trainable):  # type: ignore[misc]  # Ray has no types
+    """A trial as Ray Tune runs it: each step is one report."""
+
+    def setup(self, config: dict[str, Any], searching: Searching) -> None:
+        """Begin."""
+        self._searching = searching
+        self._trial = RunningTrial(config["number"], config["values"], searching)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin with another trial; the one before has ended."""
+        self._trial.end()
+        self._trial = RunningTrial(new_config["number"], new_config["values"], self._searching)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """The next report."""
+        return self._trial.next()
+
+    def cleanup(self) -> None:
+        """Leave nothing that runs."""
+        self._trial.end()
 
 
 class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types

@@ -6,9 +6,10 @@ The driver asks for the trial's share of the workers, has them run the loop for 
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.reasons import Reason
@@ -48,7 +49,9 @@ OWN_FAULTS = frozenset(
 """What may come of a trial's values. Anything else (the workers, the storage, a teacher) would befall any trial, and ends the attempt."""
 LOSS = "validation/loss"
 LOOK_SECONDS = 0.5
-"""How often a driver looks for reports."""
+"""How often a driver looks for reports, and a worker whether the trial is ended early."""
+LEAVE_SECONDS = 300.0
+"""The workers of a trial that is ended early have so long to take their step and leave."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def run_trial(number: int, values: Values, searching: Searching) -> dict[str, An
 
 def trained(trial: FineTuneJob, which: Mapping[str, Any], environment: Environment, folder: Storage, searching: Searching) -> Result:
     """The result of the trial's training: what is there, or what the workers make of it."""
+    import ray
+
     from finetune_trainer.worker_group import fit
 
     config = {**searching.config, "config": config_of(searching.config["config"], trial)}
@@ -99,10 +104,11 @@ def trained(trial: FineTuneJob, which: Mapping[str, Any], environment: Environme
     scratch = scratch_folder(trial.metadata.uid, environment.attempt)
     for group in range(MAX_GROUPS):
         name = f"{searching.attempt}-trial-{which['number']}-{group}"
-        call = partial(fit, trial.spec.compute, config, name, scratch, train_on_worker)
-        call() if searching.desk is None else reporting(call, searching.desk, which["number"])
+        fit(trial.spec.compute, config, name, scratch, train_on_worker)
         if (result := read_result(folder, config["config"])) is not None:
             return result
+        if searching.desk is not None and ray.get(searching.desk.ended.remote(which["number"])):
+            break
     raise JobError(Reason.WORKERS_LOST, f"trial {which['number']}: its workers were taken away {MAX_GROUPS} times before its end")
 
 
@@ -119,33 +125,45 @@ def goal_value(job: FineTuneJob, trial: FineTuneJob, result: Result, folder: Sto
     return value
 
 
-def reporting(call: Callable[[], None], desk: Any, number: int) -> None:  # noqa: ANN401 - Ray has no types
-    """Make the call in another thread, and pass on to Ray Tune what the workers report meanwhile. Raises what the call raises.
+class RunningTrial:
+    """A trial that runs in a thread of its driver, and what its workers report meanwhile."""
 
-    Where Ray Tune ends the trial early, this process ends, and with it the trial's workers.
-    """
-    import ray
-    from ray import tune
+    def __init__(self, number: int, values: Values, searching: Searching) -> None:
+        self._number, self._desk = number, searching.desk
+        self._outcome: dict[str, Any] | None = None
+        self._error: BaseException | None = None
+        self._waiting: list[dict[str, Any]] = []
+        self._thread = threading.Thread(target=self._run, args=(values, searching), name="trial", daemon=True)
+        self._thread.start()
 
-    raised: list[BaseException] = []
+    def next(self) -> dict[str, Any]:
+        """The next report, or at the end what came of the trial. Raises what would befall any trial."""
+        import ray
 
-    def run() -> None:
+        while not self._waiting:
+            over = not self._thread.is_alive()
+            if self._desk is not None:
+                self._waiting += ray.get(self._desk.take.remote(self._number))
+            if over and not self._waiting:
+                if self._error is not None:
+                    raise self._error
+                return {**(self._outcome or {}), "done": True}
+            self._thread.join(timeout=0 if self._waiting else LOOK_SECONDS)
+        return self._waiting.pop(0)
+
+    def end(self) -> None:
+        """Have the workers leave, where they still train, and wait for that: Ray frees what they hold only if they leave by themselves."""
+        import ray
+
+        if self._desk is not None and self._thread.is_alive():
+            ray.get(self._desk.end.remote(self._number))
+            self._thread.join(timeout=LEAVE_SECONDS)
+
+    def _run(self, values: Values, searching: Searching) -> None:
         try:
-            call()
+            self._outcome = run_trial(self._number, values, searching)
         except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="fit", daemon=True)
-    thread.start()
-    while True:
-        over = not thread.is_alive()
-        for report in ray.get(desk.take.remote(number)):
-            tune.report(report)
-        if over:
-            break
-        thread.join(timeout=LOOK_SECONDS)
-    if raised:
-        raise raised[0]
+            self._error = error
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
@@ -157,7 +175,12 @@ def train_on_worker(config: dict[str, Any]) -> None:
     assignment = Assignment(environment, job_of(environment, config), config, f"{FOLDER}/{number}", exports=False)
     if desk is not None:
         assignment = replace(assignment, adapted=measured_often)
-    train_on(worker, assignment, Reports(desk, number) if desk is not None and worker.leads else Silent())
+    if desk is None or not worker.leads:
+        train_on(worker, assignment, Silent())
+        return
+    reports = Reports(desk, number)
+    reports.hear()
+    train_on(worker, assignment, reports)
 
 
 def measured_often(job: FineTuneJob, data: "Prepared") -> FineTuneJob:
@@ -171,13 +194,25 @@ def measured_often(job: FineTuneJob, data: "Prepared") -> FineTuneJob:
 
 
 class Reports:
-    """A listener that passes on each validation loss but the last, which ends the trial anyway."""
+    """A listener that passes on each validation loss but the last, which ends the trial anyway, and hears when the trial is ended early."""
 
-    stop_requested = False
     regroup_requested = False
 
     def __init__(self, desk: Any, number: int) -> None:  # noqa: ANN401 - Ray has no types
         self._desk, self._number, self._told = desk, number, 0
+        self.stop_requested = False
+
+    def hear(self) -> None:
+        """Hear it from now on, in a thread of its own: no step waits for the desk."""
+        threading.Thread(target=self._hear, name="hear", daemon=True).start()
+
+    def _hear(self) -> None:
+        import ray
+
+        with suppress(Exception):  # the desk goes with the search
+            while not self.stop_requested:
+                self.stop_requested = bool(ray.get(self._desk.ended.remote(self._number)))
+                time.sleep(LOOK_SECONDS)
 
     def post(self, progress: "WorkerProgress") -> None:
         """Take the newest state; it is not waited for that it is taken."""

@@ -94,6 +94,7 @@ class ReportDesk:
 
     def __init__(self) -> None:
         self._reports: dict[int, list[dict[str, float]]] = {}
+        self._ended: set[int] = set()
 
     def put(self, number: int, report: dict[str, float]) -> None:
         """Leave a report of a trial."""
@@ -102,6 +103,14 @@ class ReportDesk:
     def take(self, number: int) -> list[dict[str, float]]:
         """A trial's reports since the last time, in order."""
         return self._reports.pop(number, [])
+
+    def end(self, number: int) -> None:
+        """Have a trial's workers leave."""
+        self._ended.add(number)
+
+    def ended(self, number: int) -> bool:
+        """Whether a trial's workers are to leave."""
+        return number in self._ended
 
 
 def trial_folder_in(trials: Storage, number: int) -> Storage:

@@ -13,7 +13,7 @@ from tests.tiny_llama import make_tiny_llama, write_questions
 from finetune_api.reasons import Reason
 from finetune_api.status import Metric
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
-from finetune_trainer import run, trial_run, worker_group
+from finetune_trainer import run, worker_group
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.environment import Environment
 from finetune_trainer.errors import JobError
@@ -143,7 +143,6 @@ def test_the_validation_losses_on_the_way_are_reported_eight_times_in_all(inputs
             remote = staticmethod(desk.put)
 
     def see(bench: Bench) -> None:
-        bench.patch.setattr(trial_run, "reporting", lambda call, desk, number: call())
         bench.run(1, VALUES, desk=Handle)
         reports = desk.take(1)
         assert [report["share"] for report in reports] == [step / 16 for step in range(2, 16, 2)]

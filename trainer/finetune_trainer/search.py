@@ -135,7 +135,11 @@ class Search:
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
-                name=searching.attempt, storage_path=folder, verbose=0, failure_config=tune.FailureConfig(fail_fast=True)
+                name=searching.attempt,
+                storage_path=folder,
+                verbose=0,
+                failure_config=tune.FailureConfig(fail_fast=True),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the trial's own are in its folder
             ),
         )
         for error in tuner.fit().errors:

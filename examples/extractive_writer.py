@@ -36,7 +36,7 @@ def words(text: str) -> set[str]:
 class Writer(BaseHTTPRequestHandler):
     """Answers POST /v1/chat/completions."""
 
-    def do_POST(self) -> None:  # noqa: N802 - the library's name
+    def do_POST(self) -> None:
         """The points of the last message."""
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         message = {"role": "assistant", "content": points(asked["messages"][-1]["content"])}

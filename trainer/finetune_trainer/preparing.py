@@ -15,7 +15,7 @@ from finetune_trainer.manifest import digest_of
 from finetune_trainer.methods.advice import advice, strategy_advice
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.ray_cluster import gpus_of, processes_of
-from finetune_trainer.search_space import config_of
+from finetune_trainer.search_space import config_of, roomiest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def prepare(attempt: Attempt, crew: Crew) -> Preparation:
         config["teacher"] = {"source": models.teacher.source, "revision": models.teacher.revision}
     resolved = Resolved(model_revision=models.files.revision, data_digest=facts["digest"], config_digest=digest_of(config))
     _tell(attempt, resolved, DataSummary.model_validate(facts["data"]), tuple(facts.get("warnings", ())))
-    longest = longest_example(models.files, job.spec.method)
+    longest = longest_example(models.files, roomiest(job).spec.method)
     return Preparation(job, models.files.base, models.inspected.tokenizer, longest, resolved, config, facts["folder"])
 
 
@@ -100,7 +100,7 @@ def _prepared(attempt: Attempt, crew: Crew, models: _Models) -> dict[str, Any]:
     from finetune_trainer.teacher import shortest_limit
 
     job, files, tokenizer = attempt.job, models.files, models.inspected.tokenizer
-    longest = shortest_limit(longest_example(files, job.spec.method), models.teacher)
+    longest = shortest_limit(longest_example(files, roomiest(job).spec.method), models.teacher)
     served = endpoint_teacher(job, tokenizer, attempt.mounts, attempt.storage, attempt.tell)
     made = _made(attempt, crew, models)
     entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest, served, made)

@@ -204,6 +204,7 @@ class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
         """Write down how it ended. An error is none of the trial's: it ends the attempt, and the trials that run are run again."""
         number, result = self._numbers[trial_id], result or {}
         self._broken = self._broken or error
+        self.on_trial_result(trial_id, result)  # Ray Tune tells the loss that ends a trial early here alone
         if "value" in result:
             self._search.trials.changed(number, state="Completed", value=float(result["value"]))
         elif "reason" in result:

@@ -62,7 +62,6 @@ def test_trials_are_written_down_as_they_go_and_the_best_is_told(own: Storage) -
     assert tune.suggest("ray-4") == "FINISHED"
     tune.on_trial_complete("ray-1", {"value": 2.0, "done": True})
     tune.on_trial_complete("ray-2", {"reason": "TrainingDiverged", "message": "the loss is nan", "done": True})
-    tune.on_trial_result("ray-3", {"share": 0.25, "validation/loss": 3.0})
     tune.on_trial_complete("ray-3", {"share": 0.25, "validation/loss": 3.0, "done": True})
     tune.on_trial_complete("ray-0", {"value": 1.5, "done": True})
 

@@ -1,5 +1,7 @@
 """What is read out of the texts of models, which say it in many ways."""
 
+import time
+
 import pytest
 
 from finetune_trainer.made_data.texts import Pair, filled, pairs_in, points_in
@@ -41,3 +43,11 @@ def test_pairs_are_read_however_they_are_marked(text: str, found: list[Pair]) ->
 
 def test_values_are_put_in_once() -> None:
     assert filled("{a}{b} {c} {} {{a}}", {"a": "{b}", "b": "\\1"}) == "{b}\\1 {c} {} {{b}}"
+
+
+@pytest.mark.parametrize("line", ["q" + " " * 200_000 + "x", "-" * 200_000 + "x", "q:" + "*" * 200_000, "1." * 100_000, "* " * 100_000])
+def test_what_a_generator_writes_takes_no_long_time(line: str) -> None:
+    begun = time.process_time()
+    pairs_in(f"Question: a\n{line}\nAnswer: b")
+    points_in(line)
+    assert time.process_time() - begun < 5

@@ -199,3 +199,37 @@ def test_unended_comments_and_links_take_no_long_time(tmp_path: Path) -> None:
     begun = time.process_time()
     read(tmp_path, a__md="<!--" * 200_000 + "[a](" * 200_000 + "[" * 200_000 + "# " * 200_000)
     assert time.process_time() - begun < 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["# x" + " " * 100_000 + "y", "# x" + " #" * 100_000 + "y", "# x" + "#" * 100_000 + " " * 100_000 + "y"],
+    ids=["space", "both", "marks"],
+)
+def test_a_long_heading_takes_no_long_time(tmp_path: Path, text: str) -> None:
+    begun = time.process_time()
+    read(tmp_path, a__md=f"{text}\ntext")
+    assert time.process_time() - begun < 5
+
+
+def test_a_title_of_many_signs_takes_no_long_time(tmp_path: Path) -> None:
+    begun = time.process_time()
+    read(tmp_path, a__html=f"<title>{'a&amp;' * 500_000}</title><p>text")
+    assert time.process_time() - begun < 10
+
+
+def test_a_closed_heading_is_without_what_closes_it(tmp_path: Path) -> None:
+    sections = read(tmp_path, a__md="## One ##  \na\n# Two#\nb\n# \nc\n# C # D\nd\n")[0].sections
+    assert [(section.title, section.text) for section in sections] == [("One", "a"), ("Two", "b"), ("", "c"), ("C # D", "d")]
+
+
+def test_a_title_that_stands_above_each_passage_is_bounded(tmp_path: Path) -> None:
+    """Else a heading of a megabyte over ten thousand others takes ten gigabytes."""
+    most, long = documents_module.TITLE_CHARACTERS, "x" * 5000
+    found = read(
+        tmp_path,
+        a__md=f"# {long}\na\n## {long}y\nb\n",
+        b__html=f"<title>{long}</title><h1>{long}</h1><p>c",
+        c__jsonl=json.dumps({"text": "d", "title": long}),
+    )
+    assert {len(section.title) for document in found for section in document.sections} == {most}

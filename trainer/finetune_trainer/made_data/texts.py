@@ -18,7 +18,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _BULLET = re.compile(r"^(?:[-*+\u2022\u2013\u2014\u00b7]+|\(?\d{1,3}[.)])\s+")
 _MARKS = re.compile(r"\*\*|__|`|\[\d{1,3}\]")
 """Bold, code, and the number of a passage as some models cite it."""
-_LABEL = re.compile(r"^\W*(?:\d{1,3}[.)]\W*)?(?P<label>question|answer|q|a)\s*\d{0,3}\s*[:.)]\W*?(?P<rest>[^\s*].*)?$", re.IGNORECASE)
+_LABEL = re.compile(r"^\W*(?:\d{1,3}[.)]\W*)?(?P<label>question|answer|q|a)\s*(?:\d{1,3}\s*)?[:.)]\W*?(?P<rest>[^\s*].*)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

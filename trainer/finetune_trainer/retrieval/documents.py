@@ -27,7 +27,9 @@ TEXT_CHARACTERS = 256 << 20
 SHOWN_FAULTS = 5
 """Faulty rows that a message describes; the rest is counted."""
 _BLOCK = 1 << 20
-_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)[ \t]*#*[ \t]*$")
+TITLE_CHARACTERS = 1000
+"""Of the headings above a text that its passages are shown under: each of them repeats it."""
+_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _FENCE = re.compile(r" {0,3}(```|~~~)")
 _LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*(?:[ \t]\"[^\"\n]*\")?\)")
@@ -179,7 +181,7 @@ def _row(row: Row) -> Document | Fault:
             return Fault(row.place, f"{name} must be a string, not {kind_of(value)}")
     if not text.strip():
         return Fault(row.place, "text is empty")
-    return Document(str(row.place), (Section(" ".join(title.split()), _with_plain_ends(text).strip()),))
+    return Document(str(row.place), (Section(" ".join(title.split())[:TITLE_CHARACTERS], _with_plain_ends(text).strip()),))
 
 
 def _form(uri: str) -> str | None:
@@ -217,7 +219,7 @@ def _markdown_sections(text: str) -> list[Section]:
         heading = _HEADING.match(line) if not fence else None
         underline = _UNDERLINE.match(line) if not fence and outline.lines and outline.lines[-1].strip() else None
         if heading:
-            outline.head(len(heading[1]), _LINK.sub(r"\1", heading[2]))
+            outline.head(len(heading[1]), _LINK.sub(r"\1", _without_closing(heading[2])))
         elif underline:
             outline.head(1 if underline[1][0] == "=" else 2, outline.lines.pop().strip())
         else:
@@ -231,13 +233,13 @@ class _Outline:
     def __init__(self, title: str) -> None:
         self.lines: list[str] = []
         """Of the section that is being read."""
-        self._titles = [(0, title)]
+        self._titles = [(0, title[:TITLE_CHARACTERS])]
         self._sections: list[Section] = []
 
     def head(self, level: int, title: str) -> None:
         """A heading ends the section before it, and stands above those of deeper levels."""
         self._end()
-        self._titles = [(other, text) for other, text in self._titles if other < level] + [(level, title)]
+        self._titles = [(other, text) for other, text in self._titles if other < level] + [(level, title[:TITLE_CHARACTERS])]
 
     def ended(self) -> list[Section]:
         """All sections."""
@@ -246,8 +248,13 @@ class _Outline:
 
     def _end(self) -> None:
         titles = list(dict.fromkeys(text for _, text in self._titles if text))
-        self._sections.append(Section(" / ".join(titles), "\n".join(self.lines).strip()))
+        self._sections.append(Section(" / ".join(titles)[:TITLE_CHARACTERS], "\n".join(self.lines).strip()))
         self.lines.clear()
+
+
+def _without_closing(heading: str) -> str:
+    """A heading's text without the # that may close it. An expression that looks for both ends takes the cube of a line's length."""
+    return heading.rstrip(" \t").rstrip("#").rstrip(" \t")
 
 
 def _without_front_matter(text: str) -> str:

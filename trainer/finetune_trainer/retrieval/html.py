@@ -57,7 +57,7 @@ def title_and_blocks(content: str) -> tuple[str, list[Block]]:
 class _Reader:
     """What lxml calls for each tag and text."""
 
-    title: str = ""
+    _title: list[str] = field(default_factory=list)
     _blocks: list[Block] = field(default_factory=lambda: [Block("")])
     _texts: list[str] = field(default_factory=list)
     """Of the block that is being read."""
@@ -96,7 +96,7 @@ class _Reader:
     def data(self, text: str) -> None:
         """Text between tags."""
         if self._unseen == ["head", "title"]:
-            self.title += text
+            self._title.append(text)
         elif not self._unseen:
             self._texts.append(text if self._preformatted > 0 else text.replace("\n", " "))
 
@@ -109,6 +109,11 @@ class _Reader:
     def close(self) -> None:
         """The page ends."""
         self._end_block(0)
+
+    @property
+    def title(self) -> str:
+        """The page's title."""
+        return "".join(self._title)
 
     def blocks(self) -> Iterator[Block]:
         """What was read."""

@@ -7,8 +7,10 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finetune_api import KIND
+from finetune_api.scrub import scrub
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.__main__ import installed_version
@@ -115,7 +117,7 @@ def list_jobs(
             next((f"{metric.value:.4g}" for metric in status.metrics if metric.name == "train/loss"), ""),
             gates.status if (gates := status.condition("GatesPassed")) else "",
             str(status.attempt.number),
-            status.message or "",
+            Text(scrub(status.message or "")),  # a tenant's words: as a str they would be markup, and broken markup ends the command
         )
     Console().print(table)
 
@@ -127,7 +129,7 @@ def show_status(name: Annotated[str, typer.Argument(help="Name of the job.")], n
     if job is None:
         raise absent(name, namespace)
     for line in status_lines(Status.model_validate(job.get("status") or {})):
-        typer.echo(line)
+        typer.echo(scrub(line))  # the names and words of a tenant's pod do not rule the reader's terminal
 
 
 def main() -> None:

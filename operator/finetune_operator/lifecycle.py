@@ -92,7 +92,7 @@ def succeeded(look: Look) -> Verdict | None:
     report = look.observed.report_of(look.job.uid, look.attempt.number)
     if report is None or report.outcome != "Succeeded":
         return None
-    if report.sufficient and look.spec.baseline is not None:
+    if report.sufficient and look.spec.baseline is not None and look.spec.baseline.sufficient_if is not None:
         words = report.message or "a prompt alone reaches baseline.sufficientIf"
         return Verdict(Summary("Complete", Reason.BASELINE_SUFFICIENT, words), _finish(look.status, look.now))
     if (refused := _not_passed(look)) is not None:

@@ -175,9 +175,15 @@ def _named_volumes(role: Role, spec: Spec) -> Iterable[tuple[Manifest, Manifest]
 
 
 def _references(role: Role, spec: Spec) -> tuple[Reference, ...]:
-    """What a pod must reach: the head everything, a worker the models and the output. The head asks the endpoints."""
+    """What a pod must reach: the head everything, a worker the models and the output. The head asks the endpoints, and embeds."""
     everything = references_of(spec)
-    return everything if role == "head" else tuple(reference for reference in everything if reference.use in ("model", "storage"))
+    return (
+        everything if role == "head" else tuple(each for each in everything if each.use in ("model", "storage") and not _is_encoder(each))
+    )
+
+
+def _is_encoder(reference: Reference) -> bool:
+    return reference.field.endswith(".encoder")
 
 
 def _claims(role: Role, spec: Spec) -> tuple[str, ...]:

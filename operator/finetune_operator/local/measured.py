@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.scrub import scrub
 from finetune_api.status import EvaluationResult, Status
 
 VERDICT_STYLES = {"Passed": "green", "Good": "green", "Failed": "red", "Bad": "red", "Inconclusive": "yellow"}
@@ -42,7 +43,7 @@ def comparison(results: tuple[EvaluationResult, ...]) -> Table:
         table.add_column("change", justify="right")
         table.add_column("interval")
     for result in results:
-        row = [result.metric, _figure(result.baseline), _figure(result.value)]
+        row: list[str | Text] = [_plain(result.metric), _figure(result.baseline), _figure(result.value)]
         if changed:
             change = result.difference
             row += ["", ""] if change is None else [f"{change.value:+.4f}", _interval(change.low, change.high, "+.4f")]
@@ -60,7 +61,7 @@ def _baselines(status: Status) -> Table:
     for entry in status.baseline:
         who = f"{entry.prompt} ({entry.model})" if entry.model else entry.prompt
         interval = _interval(entry.low, entry.high, ".4f")
-        table.add_row(who, entry.metric, _figure(entry.value), interval, Text("best", "bold") if entry.best else "")
+        table.add_row(_plain(who), _plain(entry.metric), _figure(entry.value), interval, Text("best", "bold") if entry.best else "")
     return table
 
 
@@ -73,11 +74,16 @@ def _verdicts(status: Status) -> Table:
     for gate in evaluation.gates if evaluation else ():
         over = f" than {gate.over}" if gate.over and gate.over not in gate.required else ""
         observed = f"{_figure(gate.observed)} {_interval(gate.low, gate.high, '.4f')}".strip()
-        table.add_row(f"gate {gate.metric}", _verdict(gate.verdict), observed, f"required: {gate.required}{over}")
+        table.add_row(_plain(f"gate {gate.metric}"), _verdict(gate.verdict), observed, _plain(f"required: {gate.required}{over}"))
     for found in evaluation.health if evaluation else ():
         where = f" ({found.suite})" if found.suite else ""
-        table.add_row(f"{found.name}{where}", _verdict(found.verdict), "", found.message)
+        table.add_row(_plain(f"{found.name}{where}"), _verdict(found.verdict), "", _plain(found.message))
     return table
+
+
+def _plain(text: str) -> Text:
+    """A text of the trainer's as it is: a str in a table is markup, and broken markup an error."""
+    return Text(scrub(text))
 
 
 def _verdict(word: str) -> Text:

@@ -1,12 +1,14 @@
 """What the rules of the closed loop say in Python alone, and what others ask the spec for. CEL's part: the corpus in tests/data/jobs."""
 
 import json
+import time
 
 import pytest
 from pydantic import ValidationError
 
 from finetune_api.evaluation import GENERATED_METRICS, SCORED_METRICS
 from finetune_api.loop_rules import answered_metrics, goal_metrics, known_metrics
+from finetune_api.patterns import check_pattern
 from finetune_api.references import Reference, references_of
 from finetune_api.search import SEARCHABLE
 from finetune_api.sources import ConfigMapSource, DataSource
@@ -219,3 +221,15 @@ def test_everything_that_a_spec_refers_to_is_found():
     )
     claims = [reference.claim for reference in references_of(spec) if reference.claim]
     assert claims == ["docs", "encoders", "docs", "models", "suites", "models"]
+
+
+def test_an_operator_that_reads_a_job_again_and_again_compiles_its_patterns_once() -> None:
+    large = "(?i)(\\w{50}|\\pL{50}|\\pN{50}){3}"
+    with pytest.raises(ValueError, match="size limit"):
+        check_pattern(large)
+    begun = time.process_time()
+    for _ in range(100):
+        with pytest.raises(ValueError, match="size limit"):
+            check_pattern(large)
+        assert check_pattern("\\w{100}")
+    assert time.process_time() - begun < 2

@@ -85,3 +85,17 @@ def test_a_prompt_that_is_good_enough_is_the_summary() -> None:
     lines = shown(summary("demo", status, "hf://a/b", lambda uri: None))
     assert lines[:2] == ["demo is complete.", "Nothing was trained: few-shot reaches task/f1 0.6"]
     assert lines[-1].endswith("best")
+
+
+def test_a_trainers_words_are_neither_markup_nor_commands_to_the_terminal() -> None:
+    hostile = "see [/x] [red]y \x1b]0;title\x07"
+    evaluation = Evaluation(
+        results=(EvaluationResult(metric="task/[/f1]", value=0.5),),
+        gates=(GateResult(metric="task/[/f1]", verdict="Failed", required=hostile),),
+        health=(Health(name="forgetting", suite="[/s]", verdict="Bad", message=hostile),),
+    )
+    baseline = (BaselineResult(prompt="[/p]", model="[/m]", metric="task/[/f1]", value=0.5),)
+    lines = "\n".join(shown(measured(Status(baseline=baseline, evaluation=evaluation), lambda _: None)))
+    assert lines.count("see [/x] [red]y") == 2
+    assert "[/p] ([/m])" in lines
+    assert "\x1b" not in lines

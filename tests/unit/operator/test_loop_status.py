@@ -29,7 +29,8 @@ GATED = {
         "gates": [{"metric": "task/exactMatch", "atLeast": 0.8}, {"metric": "validation/loss", "maxIncrease": 0, "over": "baseline"}],
     }
 }
-ASKED = {"evaluation": {"suites": SUITES}, "baseline": {"prompts": [{"name": "few-shot", "examples": 4}]}}
+PROMPTS = {"prompts": [{"name": "few-shot", "examples": 4}]}
+ASKED = {"evaluation": {"suites": SUITES}, "baseline": {**PROMPTS, "sufficientIf": {"metric": "task/exactMatch", "atLeast": 0.9}}}
 
 
 def judged(*verdicts: str) -> Evaluation:
@@ -144,9 +145,13 @@ def test_a_prompt_that_is_good_enough_completes_the_job_without_training() -> No
     assert condition(status, "DataReady") == ("True", "Succeeded")
 
 
-def test_only_a_job_with_a_baseline_can_have_one_that_is_sufficient() -> None:
-    status = step(TRAINING, HEAD, report=make_report("Publish", sufficient=True, outcome="Succeeded"))
-    assert condition(status, "Complete") == ("True", "Succeeded")
+def test_only_a_job_that_says_what_is_sufficient_can_have_a_baseline_that_is() -> None:
+    report = make_report("Publish", sufficient=True, outcome="Succeeded")
+    assert condition(step(TRAINING, HEAD, report=report), "Complete") == ("True", "Succeeded")
+    asked = {"evaluation": {"suites": SUITES}, "baseline": PROMPTS}
+    assert condition(step(TRAINING, HEAD, report=report, **asked), "Complete") == ("True", "Succeeded")
+    held = make_report("Publish", evaluation=judged("Failed", "Passed"), sufficient=True, outcome="Succeeded")
+    assert condition(step(TRAINING, HEAD, report=held, **GATED, baseline=PROMPTS), "Failed") == ("True", "GatesNotPassed")
 
 
 SEARCH = SearchSummary(trials=8, completed=5, failed=1, pruned=2, best=SearchBest(trial=3, value=1.25, parameters={"method.lora.rank": 8}))

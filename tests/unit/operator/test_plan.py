@@ -11,7 +11,7 @@ from tests.builders import SETTINGS, T0, at, make_job, make_pod, make_report, ra
 from finetune_api.status import Attempt, Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.lifecycle import advance
-from finetune_operator.observed import Observed, job_from, pod_from
+from finetune_operator.observed import Job, Observed, job_from, pod_from
 from finetune_operator.plan import Removal, desired_objects, missing, surplus
 from finetune_operator.settings import Settings
 
@@ -265,3 +265,27 @@ def test_workers_mount_nothing_of_the_data() -> None:
     of_the_data = {"/mnt/finetune/configmaps/small-sets", "/mnt/finetune/secrets/bucket.keys"}
     of_both = {"/mnt/finetune/claims/shared", "/mnt/finetune/secrets/hub"}
     assert mounted == {"all-1-head": own | of_both | of_the_data, "all-1-worker-0": own | of_both}
+
+
+def test_workers_mount_nothing_of_an_encoder() -> None:
+    """The head alone embeds: a worker has no use for an encoder's claim or Secret."""
+    encoder = {"source": "hf://org/encoder", "secretRef": {"name": "of-the-encoder"}}
+    suite = {"name": "task", "source": "validation", "metrics": ["embeddingSimilarity"], "encoder": encoder}
+    prompt = {
+        "name": "passages",
+        "retrieval": {
+            "knowledgeBase": {"source": "pvc://docs"},
+            "retriever": {"kind": "embedding", "encoder": {"source": "pvc://encoders/small"}},
+        },
+    }
+    status = Status(attempt=Attempt(number=1), workers_wanted=1)
+    job = make_job(status=status, evaluation={"suites": [suite]}, baseline={"prompts": [prompt]})
+    head, worker = ([mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]] for pod in _pods(job, status))
+    for path in ("secrets/of-the-encoder", "claims/encoders", "claims/docs"):
+        assert f"/mnt/finetune/{path}" in head
+        assert f"/mnt/finetune/{path}" not in worker
+
+
+def _pods(job: Job, status: Status) -> list[dict]:
+    pods = [each for each in desired_objects(job, status, SETTINGS) if each["kind"] == "Pod"]
+    return sorted(pods, key=lambda pod: pod["metadata"]["name"])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from finetune_api.reasons import Reason
 from finetune_api.status import Evaluation, Health
 from finetune_trainer import checkpoint
 from finetune_trainer.answering import Candidate
@@ -17,6 +18,7 @@ from finetune_trainer.evaluation.history import Course, Point, read_history
 from finetune_trainer.evaluation.others import beside, find_others, reached
 from finetune_trainer.evaluation.samples import Sample, samples_of
 from finetune_trainer.evaluation.scores import Change, Measured, changes, results
+from finetune_trainer.failures import as_job_error
 from finetune_trainer.gate import judge
 from finetune_trainer.keeping import CHECKPOINTS
 from finetune_trainer.measuring import Answers, Measuring
@@ -42,8 +44,9 @@ class _Compared:
 
 
 def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: Crew) -> Judgement:
-    """Measure the model after its last step, and the untuned one where that was not done before. Raises JobError."""
-    attempt.reporter.start_stage("Evaluate", "measuring the tuned model", workers_wanted=0)
+    """Measure the model after result.steps, and the untuned one where that was not done before. Raises JobError."""
+    # Who has just trained is kept until nothing is left to ask: pods that were let go might not come back for long.
+    attempt.reporter.start_stage("Evaluate", "measuring the tuned model", workers_wanted=attempt.reporter.report.workers_wanted)
     measuring = Measuring(attempt, preparation, crew)
     tuned = measuring.candidate(f"step-{result.steps}", step=result.steps)
     untuned = measuring.ask_baseline("Evaluate", tuned)
@@ -64,19 +67,25 @@ def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: C
 def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judgement: Judgement, crew: Crew) -> tuple[Result, Judgement]:
     """The earlier checkpoint that passes all gates and has the lowest validation loss; where none does, what there was.
 
-    Every checkpoint that is kept is measured, so several are several chances (see gate.py). Raises JobError.
+    Every checkpoint that is kept is measured, so several are several chances (see gate.py); one that is damaged is passed over. Raises
+    JobError.
     """
     known = {point.step: dict(point.values) for point in judgement.course.held_out}
     storage = attempt.own.at(CHECKPOINTS)
     kept = [step for step in checkpoint.steps_of(storage) if step != result.steps]
     for step in sorted(kept, key=lambda step: (known.get(step, {}).get(VALIDATION, math.inf), -step)):
         losses = {name.removesuffix("/loss"): value for name, value in known.get(step, {}).items()}
-        tokens = checkpoint.find(storage, step, preparation.config, proven=True).trained_tokens
-        earlier = replace(result, steps=step, trained_tokens=tokens, after=losses)
         attempt.console.say(f"a gate is not passed: trying the checkpoint of step {step}")
-        judged = evaluate(attempt, preparation, earlier, crew)
-        if judged.evaluation.gates_verdict == "Passed":
-            return _exported(attempt, preparation, earlier, crew), judged
+        try:
+            tokens = checkpoint.find(storage, step, preparation.config, proven=True).trained_tokens
+            earlier = replace(result, steps=step, trained_tokens=tokens, after=losses)
+            judged = evaluate(attempt, preparation, earlier, crew)
+            if judged.evaluation.gates_verdict == "Passed":
+                return _exported(attempt, preparation, earlier, crew), judged
+        except Exception as error:
+            if as_job_error(error).reason != Reason.CHECKPOINT_CORRUPTED:
+                raise
+            attempt.console.say(f"the checkpoint of step {step} is damaged, and is passed over")
     attempt.reporter.announce(evaluation=judgement.evaluation)
     return result, judgement
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from finetune_api.reasons import Reason
-from finetune_api.v1alpha1 import ArtifactKind, FineTuneJob
+from finetune_api.v1alpha1 import ArtifactKind, FineTuneJob, Spec
 from finetune_trainer import checkpoint
 from finetune_trainer.data.batches import AUTO_TOKENS, plan_batches
 from finetune_trainer.data.examples import Examples, Prepared
@@ -83,6 +83,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     spec, model, training = task.job.spec, models.model, task.job.spec.training
     plan = plan_batches(data.train, training)
     held_out = {name: examples for name, examples in data.splits().items() if name != "train"}
+    on_the_way = {name: examples for name, examples in held_out.items() if name in judged_on_the_way(spec)}
     objective = begin_objective(spec.objective, Context(model, data, training, task.storage, worker, models.teacher, models.kept))
     parameters = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
     parameters += parameters_of(objective)
@@ -105,7 +106,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     for warning in (*models.warnings, *shrunk):
         tell.warn(warning)
     if keeper.owes_validation(plan.total_steps):
-        keeper.validate(measured({VALIDATION: data.validation}), tell)
+        keeper.validate(measured(on_the_way), tell)
 
     model.module.train()
     steps = Steps(
@@ -130,7 +131,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
             return False
         if due:
             with keeper.named_in_divergence():
-                keeper.validate(measured({VALIDATION: data.validation}), tell)
+                keeper.validate(measured(on_the_way), tell)
         if keeper.over:
             break
 
@@ -144,6 +145,12 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     _finish(task, Result(keeper.step, keeper.tokens, dict(baseline), dict(losses), task.config, kinds=task.kinds), model, worker)
     keeper.remove_damaged()
     return True
+
+
+def judged_on_the_way(spec: Spec) -> tuple[str, ...]:
+    """The splits whose losses are measured of every checkpoint: of an earlier one that may be published, all that a gate asks for."""
+    gates = spec.evaluation.gates if spec.evaluation.on_gate_failure == "tryEarlierCheckpoint" else ()
+    return (VALIDATION, *({"test"} & {gate.metric.partition("/")[0] for gate in gates}))
 
 
 def export_earlier(task: Task, model: CausalModel, result: Result, worker: Worker) -> None:

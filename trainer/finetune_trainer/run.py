@@ -4,6 +4,8 @@ What a stage has done stands in output.storage: an attempt that begins anew goes
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
@@ -16,8 +18,10 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.evidence import publish_report
 from finetune_trainer.evaluation.markdown import HELD, Findings
 from finetune_trainer.export import publish
+from finetune_trainer.failures import as_job_error
 from finetune_trainer.model_card import Publication
 from finetune_trainer.result import RESULT, Result, read_result
+from finetune_trainer.storage import MANIFEST
 from finetune_trainer.trials import Trial
 
 
@@ -46,7 +50,8 @@ def run_stages(attempt: Attempt) -> None:
         result = trained(attempt, preparation) or train(attempt, preparation, crew)
         from finetune_trainer.evaluation_stage import evaluate, try_earlier
 
-        judgement = evaluate(attempt, preparation, result, crew)
+        with forgotten_if_damaged(attempt):
+            judgement = evaluate(attempt, preparation, result, crew)
         if judgement.evaluation.gates_verdict not in (None, "Passed") and spec.evaluation.on_gate_failure == "tryEarlierCheckpoint":
             result, judgement = try_earlier(attempt, preparation, result, judgement, crew)
     publish_report(attempt.storage, Findings(preparation.job, attempt.reporter.report, judgement.course, judgement.samples, trials))
@@ -68,6 +73,21 @@ def repeat(attempt: Attempt, earlier: Report) -> None:
 def trained(attempt: Attempt, preparation: Preparation) -> Result | None:
     """What an earlier attempt has trained, also where it was held back after that."""
     return read_result(attempt.own, preparation.config) or read_result(attempt.own, preparation.config, HELD)
+
+
+@contextmanager
+def forgotten_if_damaged(attempt: Attempt) -> Iterator[None]:
+    """Forget the result where the checkpoint that it is of cannot be read: the next attempt would find it, and fail of the same, for ever.
+
+    Without it that one sets the checkpoint aside and trains again from the one before.
+    """
+    try:
+        yield
+    except Exception as error:
+        if as_job_error(error).reason == Reason.CHECKPOINT_CORRUPTED:
+            for name in (RESULT, HELD):
+                attempt.own.remove(name)
+        raise
 
 
 def train(attempt: Attempt, preparation: Preparation, crew: Crew) -> Result:
@@ -100,7 +120,7 @@ def check_gates(attempt: Attempt) -> None:
     if plan.on_gate_failure == "fail":
         attempt.own.remove(RESULT)
     else:
-        if attempt.own.exists(RESULT):
+        if attempt.own.exists(f"{RESULT}/{MANIFEST}"):  # else what is there is the rest of one that was moved before
             attempt.own.move(RESULT, HELD)
         kept = f"; the artifacts are held in {attempt.own.locate(HELD)}"
     reason = Reason.GATES_NOT_PASSED if verdict == "Failed" else Reason.GATES_INCONCLUSIVE

@@ -8,6 +8,7 @@ Workers share out what is not answered yet, whatever was answered by how many of
 killed loses those that it was at.
 """
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,7 @@ class Candidate:
     """Who is asked: the untuned base model, the model as it was after a step, or another model."""
 
     name: str
-    """`baseline`, `prompt-<name>`, `model-<name>`, `step-<n>`: the folder of its answers."""
+    """`baseline`, `prompt-<prompt>`, `model-<model>`, `model-<model>.<prompt>`, `step-<n>`: the folder of its answers."""
     questions: tuple[Questions, ...] = ()
     step: int | None = None
     """Step of the job's checkpoint; None for a model that is not tuned."""
@@ -60,6 +61,11 @@ class Candidate:
     """Another model than the job's, as a ModelSource in JSON. No secret is in it."""
     whole: bool = False
     """Whether an example counts whole where it is longer than maxSequenceLength, as with the long prompts of a baseline."""
+
+    @property
+    def weights(self) -> str:
+        """What is loaded for it, but for a checkpoint's weights, which are read into the job's own model."""
+        return json.dumps(["tuned" if self.step is not None else "untuned", self.model], sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:
         """As `candidate_of` takes it."""
@@ -214,10 +220,11 @@ class _Suite:
         self._storage.write_text(f"{self._parts}/{uuid.uuid4().hex}.jsonl", "".join(written(answers)))
 
     def _complete(self, cases: Sequence[Case]) -> None:
-        """Put the parts together, in the order of the cases, and remove them."""
-        known = self._known()
-        answers = [known[case.id] for case in cases]
-        self._storage.write_text(answers_file(self._candidate, self._questions.suite), "".join(written(answers)))
+        """Put the parts together, in the order of the cases, and remove them; another group may have been at the same, and first."""
+        if read_answers(self._storage, self._candidate, self._questions) is None:
+            known = self._known()
+            answers = [known[case.id] for case in cases]
+            self._storage.write_text(answers_file(self._candidate, self._questions.suite), "".join(written(answers)))
         self._storage.remove(self._parts)
 
     def _told(self, tell: Tell, done: int, cases: Sequence[Case]) -> None:

@@ -62,7 +62,7 @@ def _ways(attempt: Attempt, preparation: Preparation, measuring: Measuring, plan
             if plain:
                 candidate = measuring.candidate(f"model-{name}" if name else BASELINE, model=model)
             else:
-                candidate = measuring.prompted(f"model-{name}-{strategy.name}" if name else f"prompt-{strategy.name}", cases_of, model)
+                candidate = measuring.prompted(f"model-{name}.{strategy.name}" if name else f"prompt-{strategy.name}", cases_of, model)
             yield _Way(strategy.name, name, candidate)
 
 

@@ -4,7 +4,6 @@ The next candidate with the same weights finds them loaded; another checkpoint o
 """
 
 import gc
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +78,7 @@ class Candidates:
 
     def _model(self, candidate: Candidate) -> tuple[ModelFiles, CausalModel]:
         """The candidate's model, without a checkpoint's weights as yet."""
-        kind = json.dumps(["tuned" if candidate.step is not None else "untuned", candidate.model], sort_keys=True)
+        kind = candidate.weights
         if self._loaded is not None and self._loaded[0] == kind:
             return self._loaded[1:]
         self._forget()

@@ -102,7 +102,7 @@ class Measuring:
 
         compute = self._attempt.job.spec.compute
         self._attempt.reporter.announce(workers_wanted=compute.workers.max)
-        config = {**self._preparation.for_workers, "candidates": [each.to_json() for each in candidates], "stage": stage}
+        config = {**self._preparation.for_workers, "candidates": [each.to_json() for each in by_weights(candidates)], "stage": stage}
         config["tasks"] = {where: suite.name for where, suite in self.tasks}
         self._crew.run(
             lambda group, _: fit_answers(compute, config, group, self._attempt.scratch), lambda: None if left() else True, lambda: -left()
@@ -141,6 +141,14 @@ class Measuring:
         untuned = self.candidate(BASELINE)
         self.ask((untuned, *others), stage)
         return self.answers(untuned)
+
+
+def by_weights(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those with the same weights one after the other, since the workers hold one model at a time."""
+    places: dict[str, int] = {}
+    for each in candidates:
+        places.setdefault(each.weights, len(places))
+    return sorted(candidates, key=lambda each: places[each.weights])
 
 
 def questions_of(suite: Suite, file: str) -> Questions:

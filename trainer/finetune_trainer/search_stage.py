@@ -5,6 +5,7 @@ from finetune_api.status import SearchSummary
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.crew import Crew
 from finetune_trainer.goal import SuiteGoal
+from finetune_trainer.measuring import Measuring
 from finetune_trainer.trials import Trial
 
 
@@ -27,6 +28,9 @@ def search(attempt: Attempt, preparation: Preparation, crew: Crew, plan: SearchP
         searching.run(attempt.environment, nodes, group, tell, measure)
 
     if not searching.over:
+        if any(suite.judge is not None and plan.goal.metric in suite.metric_names for suite in attempt.job.spec.evaluation.suites):
+            # Every trial is judged against the untuned model's answers: else trials side by side would each ask for them.
+            Measuring(attempt, preparation, crew).ask_baseline("Search")
         crew.run(work, lambda: searching.over or None, lambda: sum(trial.ended for trial in searching.trials.all()))
     best = searching.result().best
     attempt.reporter.announce(search=searching.summary())

@@ -16,6 +16,7 @@ from finetune_trainer.methods.advice import advice, strategy_advice
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.ray_cluster import gpus_of, processes_of
 from finetune_trainer.search_space import config_of, roomiest
+from finetune_trainer.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,9 @@ def prepare(attempt: Attempt, crew: Crew) -> Preparation:
     facts = own.read_json(PREPARED_FACTS) or {}
     models = _models(attempt, facts)
     if "folder" not in facts or not data_cache.is_there(attempt.storage, facts["folder"], facts["digest"]):
-        facts = _prepared(attempt, crew, models)
+        before, facts = facts.get("digest"), _prepared(attempt, crew, models)
+        if before not in (None, facts["digest"]):
+            _forget_measured(own)
         own.write_json(PREPARED_FACTS, facts)
     data_cache.mark_used(attempt.storage, facts["folder"])
 
@@ -108,6 +111,18 @@ def _prepared(attempt: Attempt, crew: Crew, models: _Models) -> dict[str, Any]:
     facts = {"revision": files.revision, "digest": entry.manifest["digest"], "data": entry.manifest["summary"], "folder": entry.name}
     facts["warnings"] = list(entry.manifest.get("warnings", ()))
     return facts | ({"teacherRevision": models.teacher.revision} if models.teacher is not None else {})
+
+
+def _forget_measured(own: Storage) -> None:
+    """Remove what was measured on other data: the prepared folder was gone, and what it is made from has changed meanwhile.
+
+    Answers are known by their place in a suite, so they would pass for answers to what stands there now. A training that has begun is
+    refused by its checkpoints, and a search's trials by their digest.
+    """
+    from finetune_trainer.loop import BASELINE
+
+    for name in ("answers", "suites", BASELINE):
+        own.remove(name)
 
 
 def _check_suites(attempt: Attempt) -> None:

@@ -21,6 +21,7 @@ from finetune_trainer.report import Reporter, ReportServer
 from finetune_trainer.run import run_stages
 
 EXIT_CODES: dict[Outcome, int] = {"Succeeded": EXIT_SUCCEEDED, "Failed": EXIT_FAILED, "Interrupted": EXIT_INTERRUPTED}
+ENOUGH = "a prompt alone reaches baseline.sufficientIf: nothing was trained or published"
 
 
 def run_head(environment: Environment) -> int:
@@ -48,7 +49,7 @@ def run_head(environment: Environment) -> int:
         console.say(f"job {job.metadata.namespace}/{job.metadata.name}, attempt {environment.attempt}")
         run_stages(attempt)
         interruption.ignore()
-        reporter.finish("Succeeded", "the result is published")
+        reporter.finish("Succeeded", ENOUGH if reporter.report.sufficient else "the result is published")
     except InterruptedRunError:
         reporter.finish("Interrupted", "stopped; the next attempt goes on from the last checkpoint")
     except Exception as error:

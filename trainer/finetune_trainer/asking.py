@@ -230,6 +230,6 @@ def _from_bytes(content: bytes | None) -> Answer | None:
         named = json.loads(zlib.decompress(base64.b64decode(packed))) if packed else ()
         tokens = (Token(text.encode("latin-1"), tuple((each.encode("latin-1"), float(p)) for each, p in top)) for text, top in named)
         answer = Answer(value["text"], bool(value["cut"]), tuple(tokens))
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, zlib.error):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, zlib.error):
         return None
     return answer if isinstance(answer.text, str) else None

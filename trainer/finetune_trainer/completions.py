@@ -51,7 +51,7 @@ def request_of(question: Question, endpoint: Endpoint, most_tokens: int) -> tupl
 
 
 def answer_in(payload: Any, *, probabilities: bool) -> Answer:  # noqa: ANN401 - any JSON
-    """The answer in a server's JSON. Raises LookupError, TypeError, ValueError or AttributeError where there is none."""
+    """The answer in a server's JSON. Raises LookupError, TypeError, ValueError, AttributeError or OverflowError where there is none."""
     choice = payload["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     text = "" if text is None else text

@@ -50,6 +50,12 @@ BYTES_FOR_TOKEN = 256
 ERROR_BYTES = 1 << 16
 """What is read of an answer that says what is wrong."""
 _SHOWN = 300
+_METADATA = frozenset(
+    map(ipaddress.ip_address, ("fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"))
+)
+"""Where clouds tell their machines' and pods' credentials, beside 169.254.169.254: AWS, Google, Alibaba, Azure, Oracle."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""IPv6 addresses that lead to the IPv4 address in their last four bytes."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class ServedModel:
             raise self._party.failure(f"{self._url} {error}, {attempts} times{where}") from error
         try:
             return answer_in(payload, probabilities=self._endpoint.top_logprobs > 0)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"{self._url}{path} did not answer as OpenAI's interface does: {self._shown(json.dumps(payload))}"
             raise self._party.failure(f"{what}; is url the base address, such as https://host/v1?") from error
 
@@ -296,13 +302,18 @@ def check_key(endpoint: Endpoint, key: str | None, where: str) -> None:
 
 
 def _check_host(address: str, where: str) -> None:
-    """Raise JobError (InvalidSpec) for an address of this node's own network alone, where clouds tell their machines' credentials."""
+    """Raise JobError (InvalidSpec) for an address where clouds tell their machines' credentials, or of this node's own network alone."""
     try:
         number = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:  # a name
         return
-    if (getattr(number, "ipv4_mapped", None) or number).is_link_local:
+    if isinstance(number, ipaddress.IPv6Address):
+        inner = ipaddress.IPv4Address(number.packed[-4:]) if number in _NAT64 else None
+        number = number.ipv4_mapped or number.sixtofour or inner or number
+    if number.is_link_local:
         raise JobError(Reason.INVALID_SPEC, f"{where}.url leads to {address}, a link-local address, where no model is served")
+    if number in _METADATA:
+        raise JobError(Reason.INVALID_SPEC, f"{where}.url leads to {address}, a cloud's metadata service, where no model is served")
 
 
 class _Resolver(aiohttp.ThreadedResolver):

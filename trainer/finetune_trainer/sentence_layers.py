@@ -137,10 +137,12 @@ def _forms(said: Mapping[str, Any]) -> tuple[str, ...]:
     if named is None:
         chosen = tuple(form for switch, form in _SWITCHES.items() if said.get(switch)) or ("mean",)
     else:
-        chosen = (named,) if isinstance(named, str) else tuple(named)
+        chosen = (named,) if isinstance(named, str) else tuple(named) if isinstance(named, list) else (str(named),)
     unknown = [form for form in chosen if form not in FORMS]
     if unknown or not chosen:
         raise ValueError(f"its Pooling's mode is {unknown[0] if unknown else 'none'}; known are {', '.join(FORMS)}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError("its Pooling names a mode twice")
     if said.get("include_prompt") is False:
         raise ValueError("its Pooling leaves out the prompt (include_prompt), which is not known here")
     return chosen

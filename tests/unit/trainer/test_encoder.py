@@ -239,6 +239,9 @@ def test_the_same_files_are_the_same_and_others_are_not(tmp_path: Path) -> None:
         (("Normalize",), {}, "has no Pooling after its Transformer"),
         (("Pooling",), {"pooling_mode": "median"}, "mode is median; known are cls, max"),
         (("Pooling",), {"pooling_mode": []}, "mode is none"),
+        (("Pooling",), {"pooling_mode": 7}, "mode is 7; known are"),
+        (("Pooling",), {"pooling_mode": [["mean"]]}, "mode is ['mean']; known are"),
+        (("Pooling",), {"pooling_mode": ["mean", "mean"]}, "names a mode twice"),
         (("Pooling",), {"include_prompt": False}, "include_prompt"),
     ],
 )

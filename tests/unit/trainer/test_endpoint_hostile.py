@@ -106,6 +106,7 @@ def test_json_that_is_nested_too_deeply(status: int) -> None:
         {"tokens": ["a"], "top_logprobs": [["a"]]},
         {"tokens": [7], "top_logprobs": [None]},
         {"tokens": ["a"], "top_logprobs": [{"a": "much"}]},
+        {"tokens": ["a"], "top_logprobs": [{"a": 10**400}]},
     ],
 )
 def test_probabilities_that_are_none(logprobs: Any) -> None:
@@ -158,6 +159,30 @@ def test_a_clouds_metadata_is_not_asked(host: str, words: str) -> None:
         ask(f"http://{host}/v1", probe=True)
     assert caught.value.reason == Reason.INVALID_SPEC
     assert f"teacher.endpoint.{words}" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "fe80::1%eth0",
+        "::ffff:169.254.169.254",
+        "64:ff9b::a9fe:a9fe",
+        "2002:a9fe:a9fe::1",
+        "fd00:ec2::254",
+        "100.100.100.200",
+        "168.63.129.16",
+    ],
+)
+def test_a_clouds_metadata_is_not_asked_wherever_it_is(address: str) -> None:
+    """A name may lead to any of these."""
+    with pytest.raises(JobError, match="where no model is served") as caught:
+        endpoint._check_host(address, "judge.endpoint")
+    assert caught.value.reason == Reason.INVALID_SPEC
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "127.0.0.1", "fd00::1", "64:ff9b::a00:1", "2001:db8::1", "models.example.com"])
+def test_addresses_of_a_cluster_are_asked(address: str) -> None:
+    endpoint._check_host(address, "judge.endpoint")
 
 
 def test_odd_answers_reach_the_data(tmp_path: Path) -> None:

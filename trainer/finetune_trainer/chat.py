@@ -27,6 +27,7 @@ from finetune_trainer import checkpoint
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Case
+from finetune_trainer.evaluation.markdown import HELD
 from finetune_trainer.generation import Speaker, Voice
 from finetune_trainer.keeping import CHECKPOINTS
 from finetune_trainer.manifest import read_manifest
@@ -121,7 +122,7 @@ def _of_job(job: FineTuneJob, mounts: Mounts) -> tuple[str, Path | int]:
     storage = storage_of(job, mounts)
     own = storage.at(f".finetune/{job.metadata.uid}")
     if storage.is_local:
-        for words, place in (("published", storage), ("not published", own.at(RESULT))):
+        for words, place in (("published", storage), ("not published", own.at(RESULT)), ("held back", own.at(HELD))):
             for kind in KINDS:
                 folder = Path(place.location(kind).path)
                 if _is_there(place, kind, job, published=place is storage) and folder.is_dir():
@@ -157,8 +158,9 @@ def _with_adapter(base: CausalModel, folder: Path) -> CausalModel:
 
     import finetune_trainer.methods.bottleneck  # noqa: F401 - so that PEFT knows these adapters too
 
-    if not (folder / "adapter_config.json").is_file():  # PEFT would look for it on the hub
-        raise JobError(Reason.MODEL_INVALID, f"{folder} holds no adapter (adapter_config.json)")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # PEFT would look for it on the hub, or take pickled weights
+        if not (folder / name).is_file():
+            raise JobError(Reason.MODEL_INVALID, f"{folder} holds no adapter ({name})")
     try:
         module = PeftModel.from_pretrained(base.transformer, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -6,6 +6,7 @@ What a stage has done stands in output.storage: an attempt that begins anew goes
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
@@ -20,7 +21,7 @@ from finetune_trainer.evaluation.markdown import HELD, Findings
 from finetune_trainer.export import publish
 from finetune_trainer.failures import as_job_error
 from finetune_trainer.model_card import Publication
-from finetune_trainer.result import RESULT, Result, read_result
+from finetune_trainer.result import RESULT, Result, read_result, write_result
 from finetune_trainer.storage import MANIFEST
 from finetune_trainer.trials import Trial
 
@@ -55,7 +56,7 @@ def run_stages(attempt: Attempt) -> None:
         if judgement.evaluation.gates_verdict not in (None, "Passed") and spec.evaluation.on_gate_failure == "tryEarlierCheckpoint":
             result, judgement = try_earlier(attempt, preparation, result, judgement, crew)
     publish_report(attempt.storage, Findings(preparation.job, attempt.reporter.report, judgement.course, judgement.samples, trials))
-    check_gates(attempt)
+    check_gates(attempt, result)
     publish_result(attempt, preparation, result)
 
 
@@ -110,7 +111,7 @@ def _saved_step(attempt: Attempt) -> int:
     return checkpoints.latest.step if checkpoints and checkpoints.latest else 0
 
 
-def check_gates(attempt: Attempt) -> None:
+def check_gates(attempt: Attempt, result: Result) -> None:
     """Raise JobError (GatesNotPassed, GatesInconclusive) where the model is not to be published; with `fail` its weights are not kept."""
     evaluation, plan = attempt.reporter.report.evaluation, attempt.job.spec.evaluation
     verdict = evaluation.gates_verdict if evaluation else None
@@ -118,7 +119,8 @@ def check_gates(attempt: Attempt) -> None:
         return
     kept = ""
     if plan.on_gate_failure == "fail":
-        attempt.own.remove(RESULT)
+        # The figures stay: an attempt that comes after this one, because its word was lost, must not ask for workers once more.
+        write_result(attempt.own, replace(result, kinds=()), lambda *_: None)
     else:
         if attempt.own.exists(f"{RESULT}/{MANIFEST}"):  # else what is there is the rest of one that was moved before
             attempt.own.move(RESULT, HELD)

@@ -11,8 +11,9 @@ _SECRETS = re.compile(
     r"|(?i:(?<=secretaccesskey=)\S+|(?<=secret_key=)\S+|(?<=x-amz-signature=)[0-9a-f]+|(?<=x-amz-security-token=)[^&\s]+)"
 )
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What a terminal obeys, or what turns a text's direction around; a tab and a line break are harmless."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys, or what turns a text's direction around; a tab and a line break are harmless. Half a character, as JSON may hold
+it, can be written nowhere: neither to a log nor in a report."""
 
 
 def scrub(text: str) -> str:

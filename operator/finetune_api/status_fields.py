@@ -34,6 +34,8 @@ def _count(value: int) -> int:
 
 Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"}), AfterValidator(_time)]
 Count = Annotated[int, Field(ge=0), AfterValidator(_count)]
-Scalar = StrictBool | StrictInt | StrictFloat | Annotated[StrictStr, Field(max_length=64)]
+_Whole = Annotated[StrictInt, Field(ge=-COUNT_MAX, le=COUNT_MAX)]
+"""The API server reads longer ones as floats, and refuses the whole status for one that is beyond those."""
+Scalar = StrictBool | _Whole | StrictFloat | Annotated[StrictStr, Field(max_length=64)]
 """A value of a field that a search tries."""
 AnyScalar = Annotated[Scalar, WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True})]

@@ -71,11 +71,11 @@ class Storage:
             return sorted(PurePosixPath(entry["name"]).name for entry in self.fs.ls(path, detail=True) if entry["type"] == "directory")
 
     def read_json(self, name: str) -> Any | None:  # noqa: ANN401 - any JSON
-        """The JSON value of a file; None where the file is absent or not JSON."""
+        """The JSON value of a file; None where the file is absent or not JSON, or nested deeper than can be read."""
         with storage_errors(self.locate(name)):
             try:
                 return json.loads(self.fs.cat_file(self._path(name)))
-            except (FileNotFoundError, ValueError):
+            except (FileNotFoundError, ValueError, RecursionError):
                 return None
 
     def write_json(self, name: str, value: object) -> None:

@@ -134,7 +134,11 @@ def test_a_manifest_cannot_lead_out_of_the_storage(storage: Storage, owner: obje
     not_found(storage)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"evaluation": 1}', '{"evaluation": {"results": [{"value": 1}]}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"evaluation": 1}', '{"evaluation": {"results": [{"value": 1}]}}', "[" * 100_000],
+    ids=lambda text: text[:9],
+)
 def test_results_that_are_none_are_told(storage: Storage, content: str) -> None:
     with storage.new_folder(FOLDER) as folder:
         (folder / "results.json").write_text(content)
@@ -165,7 +169,9 @@ def test_answers_to_the_same_cases_are_paired_whatever_their_places(storage: Sto
     assert other.answers("task", mine) == (Answered("a", "said\u20282\x85"), Answered("c", "said 0", 1.5, 3, 2))
 
 
-@pytest.mark.parametrize("text", ["", "no json\n", "[1]\n", '{"id": 1, "unknown": 2}\n{}\n', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "no json\n", "[1]\n", '{"id": 1, "unknown": 2}\n{}\n', "\xff", "[" * 100_000], ids=lambda text: text[:9]
+)
 def test_answers_that_are_not_there_any_more_are_none(storage: Storage, text: str) -> None:
     publish_other(storage)
     leave(storage, [Case("0", "r0", prompt="p0")], [], candidate=600)

@@ -214,3 +214,11 @@ def test_files_of_this_machine_are_for_local_runs_only() -> None:
     raw["spec"]["output"]["storage"] = "file:///tmp/out"
     assert job_from(raw).spec is None
     assert job_from(raw, local=True).spec is not None
+
+
+@pytest.mark.parametrize("value", ["9" * 4300, "-1" + "0" * 400, "1e999"])
+def test_a_report_with_a_number_that_no_status_can_hold_is_none(value: str) -> None:
+    """An API server would refuse the whole status for it, again and again."""
+    best = '{"trial": 1, "value": 0.5, "parameters": {"training.seed": %s}}'
+    assert parse_report(f'{{"jobUid": "u", "attempt": 1, "search": {{"best": {best % 7}}}}}') is not None
+    assert parse_report(f'{{"jobUid": "u", "attempt": 1, "search": {{"best": {best % value}}}}}') is None

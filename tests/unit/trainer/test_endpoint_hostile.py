@@ -133,6 +133,14 @@ def test_half_a_character_is_replaced() -> None:
     assert made.tokens == (Token("\ufffd".encode(), (("\ufffd".encode(), -1.0),)),)
 
 
+@pytest.mark.parametrize("status", [400, 401, 404, 500])
+def test_half_a_character_in_a_servers_words_can_be_told(status: int) -> None:
+    """A report that holds it can be written neither to the log nor as the termination message."""
+    error = failure(lambda path, body: (status, {}, '{"error": {"message": "no \\ud83d!"}}'), probe=True)
+    assert "no \ufffd!" in error.message
+    assert error.message.encode()
+
+
 @pytest.mark.parametrize("asked", ["nan", "-nan", "Mon, 01 Jan 0001 00:00:00", "Fri, 31 Dec 9999 23:59:59 -2359", "\x00", "٣"])
 def test_a_pause_that_makes_no_sense_is_still_a_pause(asked: str) -> None:
     assert 0.1 <= seconds_in(asked) <= endpoint.LARGEST_PAUSE

@@ -130,3 +130,10 @@ def test_what_cannot_be_asked_is_said_in_a_line(job: Path, tmp_path: Path, capsy
     (tmp_path / "job.json").write_text(json.dumps(stored))
     assert asked("--job", str(tmp_path / "job.json"), "--prompt", PROMPT)[0] == 1
     assert "has nothing tuned yet" in capsys.readouterr().err
+
+
+def test_pickled_weights_of_an_adapter_are_not_loaded(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_bytes((job / "out/.finetune/u/result/adapter/adapter_config.json").read_bytes())
+    torch.save({}, tmp_path / "adapter_model.bin")
+    assert asked("--base", str(job / "model"), "--adapter", str(tmp_path), "--prompt", PROMPT)[0] == 1
+    assert "holds no adapter (adapter_model.safetensors)" in capsys.readouterr().err

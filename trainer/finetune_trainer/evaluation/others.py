@@ -56,7 +56,7 @@ class OtherJob:
         try:
             lines = (line for line in (self.own.read_text(name) or "").split("\n") if line)  # a text may hold other line breaks
             yield from tuple(read(lines, kind))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return
 
 

@@ -119,7 +119,7 @@ def _compared(attempt: Attempt, measuring: Measuring, result: Result, course: Co
         *(Measured(each.metric, each.value) for each in losses if each.value is not None),
         *measuring.measured(tuned, untuned),
     )
-    after = (*after, *_gap(after, course, result.steps))
+    before, after = (*before, *_gap(before, course, 0)), (*after, *_gap(after, course, result.steps))
     suites = [(each.suite, each.cases) for each in measuring.suites]
     found = find_others(attempt.storage, attempt.job)
     others = {BASELINE: before} | {other.name: reached(other, suites, plan.confidence) for other in found}
@@ -128,7 +128,7 @@ def _compared(attempt: Attempt, measuring: Measuring, result: Result, course: Co
 
 
 def _gap(after: Sequence[Measured], course: Course, step: int) -> tuple[Measured, ...]:
-    """train/gap, where both losses are known."""
+    """train/gap after a step, where both losses are known."""
     known = next((each for each in after if each.metric == VALIDATION), None)
     trained = train_loss(course, step)
     if known is None or trained is None:

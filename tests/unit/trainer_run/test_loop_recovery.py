@@ -55,8 +55,11 @@ def test_the_workers_that_have_trained_are_kept_to_be_asked(inputs: Path, monkey
             wanted.append(self.report.workers_wanted)
 
     monkeypatch.setattr(Reporter, "announce", seen)
-    run_job(a_job("job", training=SHORT, evaluation={"suites": SUITES}), inputs, monkeypatch)
+    gates = [{"metric": "train/gap", "maxIncrease": 100.0, "over": "baseline"}]
+    report = run_job(a_job("job", training=SHORT, evaluation={"suites": SUITES, "gates": gates}), inputs, monkeypatch).report
     assert wanted == [0, 1, 0]
+    assert report.evaluation is not None
+    assert report.evaluation.gates_verdict == "Passed"  # the untuned model has a gap too: to the loss that the training begins with
 
 
 def test_a_damaged_earlier_checkpoint_is_passed_over_for_the_next(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +101,18 @@ def test_a_result_whose_checkpoint_is_damaged_is_trained_again(inputs: Path, mon
     report = run_job(job, inputs, monkeypatch, attempt=3).report
     assert report.resumed_step == 6
     assert report.artifacts
+
+
+def test_a_job_that_keeps_no_weights_comes_to_the_same_end_without_workers(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = [{"metric": "task/exactMatch", "atLeast": 0.9}]
+    job = a_job("job", training=SHORT, evaluation={"suites": SUITES, "gates": gates, "onGateFailure": "fail"})
+    for attempt in (1, 2):
+        with pytest.raises(JobError, match="0 of 1 gates passed") as raised:
+            run_job(job, inputs, monkeypatch, attempt=attempt)
+        assert raised.value.reason == Reason.GATES_NOT_PASSED
+        assert not list(own_folder(inputs).glob("*/adapter"))
+        monkeypatch.setattr(worker_group, "_train_on_worker", killed)
+        monkeypatch.setattr(worker_group, "_answer_on_worker", killed)
 
 
 def test_answers_to_data_that_is_gone_are_not_taken_for_answers_to_other_data(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,23 @@
 """The stage Baseline: what prompts for the untuned model, and other models, reach before anything is trained."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from finetune_api.baseline import BaselinePlan, PromptStrategy
-from finetune_trainer.answering import Candidate
+from finetune_api.baseline import BaselineModel, BaselinePlan, PromptStrategy
+from finetune_trainer.answering import Candidate, outstanding
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.baseline import Outcome, compared, is_enough, metric_to_choose_by, prompted, strategies
 from finetune_trainer.crew import Crew
 from finetune_trainer.encoder import Encoder, load_encoder
+from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import BASELINE, Case
 from finetune_trainer.evaluation.evidence import publish_report
 from finetune_trainer.evaluation.markdown import Findings
 from finetune_trainer.measuring import Asked, Measuring
+from finetune_trainer.model import load_tokenizer
+from finetune_trainer.model_files import fetch_model
 from finetune_trainer.retrieval.knowledge import Knowledge, files_of, open_knowledge, read_passages
 
 
@@ -34,7 +37,7 @@ def measure_baseline(attempt: Attempt, preparation: Preparation, crew: Crew, pla
     """
     attempt.reporter.start_stage("Baseline", "measuring what prompts alone reach", workers_wanted=0)
     measuring = Measuring(attempt, preparation, crew)
-    ways = list(_ways(attempt, preparation, measuring, plan))
+    ways = list(_found(attempt, plan, _ways(attempt, preparation, measuring, plan)))
     untuned = measuring.ask_baseline("Baseline", *(way.candidate for way in ways))
     outcomes = [Outcome(way.prompt, way.model, measuring.measured(way.candidate, untuned)) for way in ways]
     metric = metric_to_choose_by(plan, attempt.job.spec.evaluation)
@@ -64,6 +67,33 @@ def _ways(attempt: Attempt, preparation: Preparation, measuring: Measuring, plan
             else:
                 candidate = measuring.prompted(f"model-{name}.{strategy.name}" if name else f"prompt-{strategy.name}", cases_of, model)
             yield _Way(strategy.name, name, candidate)
+
+
+def _found(attempt: Attempt, plan: BaselinePlan, ways: Iterable[_Way]) -> Iterator[_Way]:
+    """The ways, with other models as they are now.
+
+    One that is not there is found out before a worker is asked for, and all workers get the same revision. A model that has answered is not
+    looked for again. Raises JobError (ModelNotFound, ModelInvalid, UnsafeModelFormat, AuthenticationFailed, ...).
+    """
+    known: dict[str, Mapping[str, Any]] = {}
+    for way in ways:
+        if way.model is None or way.candidate.model is None or outstanding(attempt.own, way.candidate) is None:
+            yield way
+            continue
+        if way.model not in known:
+            place = next(place for place, each in enumerate(plan.models) if each.name == way.model)
+            known[way.model] = {**way.candidate.model, **_revision(attempt, plan.models[place], f"baseline.models[{place}]")}
+        yield replace(way, candidate=replace(way.candidate, model=known[way.model]))
+
+
+def _revision(attempt: Attempt, named: BaselineModel, field: str) -> dict[str, str]:
+    """The revision of a model, where it has any, once all but its weights were looked at. `field` is its place in the spec."""
+    try:
+        files = fetch_model(named.model_source(), attempt.mounts, attempt.cache, weights=False)
+        load_tokenizer(files)
+    except JobError as error:
+        raise JobError(error.reason, f"{field}: {error.message}") from error
+    return {"revision": str(files.revision)} if named.source.startswith("hf://") else {}
 
 
 def _cases(

@@ -115,6 +115,15 @@ def test_a_job_that_keeps_no_weights_comes_to_the_same_end_without_workers(input
         monkeypatch.setattr(worker_group, "_answer_on_worker", killed)
 
 
+def test_another_model_that_is_not_there_is_said_before_a_worker_is_asked(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [{"name": "same", "source": "pvc://data/model"}, {"name": "none", "source": "pvc://data/nothing"}]
+    job = a_job("job", training=SHORT, evaluation={"suites": SUITES}, baseline={"models": models})
+    monkeypatch.setattr(worker_group, "_answer_on_worker", killed)
+    with pytest.raises(JobError, match=r"baseline\.models\[1\]: .*nothing") as raised:
+        run_job(job, inputs, monkeypatch)
+    assert raised.value.reason == Reason.MODEL_NOT_FOUND
+
+
 def test_answers_to_data_that_is_gone_are_not_taken_for_answers_to_other_data(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two attempts the prepared data is lost, and the file that it was made from is another one."""
     job = a_job("job", training=SHORT, evaluation={"suites": SUITES}, baseline={"prompts": [{"name": "plain"}]})

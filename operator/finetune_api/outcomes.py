@@ -7,8 +7,8 @@ from pydantic import Field
 from finetune_api.fields import StatusModel
 from finetune_api.status_fields import AnyScalar, Count, MeasureName, Text, Uri
 
-RESULTS_MAX = 260
-"""All metrics of as many suites as a spec may hold, and the losses of validation and test data."""
+RESULTS_MAX = 264
+"""All metrics of as many suites as a spec may hold, what an objective measures of validation and test data, and their gap."""
 BASELINES_MAX = 64
 _ShortText = Annotated[str, Field(max_length=128)]
 

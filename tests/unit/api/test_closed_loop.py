@@ -6,8 +6,9 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from finetune_api.evaluation import GENERATED_METRICS, SCORED_METRICS
-from finetune_api.loop_rules import answered_metrics, goal_metrics, known_metrics
+from finetune_api.evaluation import GENERATED_METRICS, SCORED_METRICS, EvaluationPlan, LmEval, Suite
+from finetune_api.loop_rules import GAP, TEST_METRICS, VALIDATION_METRICS, answered_metrics, goal_metrics, known_metrics
+from finetune_api.outcomes import RESULTS_MAX
 from finetune_api.patterns import check_pattern
 from finetune_api.references import Reference, references_of
 from finetune_api.search import SEARCHABLE
@@ -233,3 +234,14 @@ def test_an_operator_that_reads_a_job_again_and_again_compiles_its_patterns_once
             check_pattern(large)
         assert check_pattern("\\w{100}")
     assert time.process_time() - begun < 2
+
+
+def test_a_status_holds_the_results_of_the_largest_job() -> None:
+    """Else the trainer fails once everything is trained and measured."""
+    lengths = {
+        name: next(each.max_length for each in model.model_fields[name].metadata if hasattr(each, "max_length"))
+        for model, name in ((EvaluationPlan, "suites"), (Suite, "metrics"), (LmEval, "tasks"))
+    }
+    of_suites = lengths["suites"] * max(lengths["metrics"], lengths["tasks"])
+    of_dpo = 2 * len(("loss", "rewardAccuracy", "rewardMargin"))
+    assert of_suites + max(of_dpo, len((*VALIDATION_METRICS, *TEST_METRICS))) + len((GAP,)) <= RESULTS_MAX

@@ -50,7 +50,8 @@ def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: C
     measuring = Measuring(attempt, preparation, crew)
     tuned = measuring.candidate(f"step-{result.steps}", step=result.steps)
     untuned = measuring.ask_baseline("Evaluate", tuned)
-    attempt.reporter.announce(workers_wanted=0, message="comparing the tuned model with the untuned one")
+    kept = attempt.reporter.report.workers_wanted if _may_go_on_soon(attempt) else 0
+    attempt.reporter.announce(workers_wanted=kept, message="comparing the tuned model with the untuned one")
     course = read_history(attempt.own)
     compared = _compared(attempt, measuring, result, course, (tuned, untuned))
     evaluation = _evaluation(attempt, measuring, result.steps, course, compared)
@@ -88,6 +89,13 @@ def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judg
             attempt.console.say(f"the checkpoint of step {step} is damaged, and is passed over")
     attempt.reporter.announce(evaluation=judgement.evaluation)
     return result, judgement
+
+
+def _may_go_on_soon(attempt: Attempt) -> bool:
+    """Whether an earlier checkpoint may be asked next, in seconds: no other model is waited for to score the answers."""
+    plan = attempt.job.spec.evaluation
+    waits = any(suite.judge is not None or suite.encoder is not None for suite in plan.suites)
+    return bool(plan.gates) and plan.on_gate_failure == "tryEarlierCheckpoint" and not waits
 
 
 def _exported(attempt: Attempt, preparation: Preparation, earlier: Result, crew: Crew) -> Result:

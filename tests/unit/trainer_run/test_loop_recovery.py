@@ -45,7 +45,9 @@ def damage(inputs: Path, step: int) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def test_the_workers_that_have_trained_are_kept_to_be_asked(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many workers are wanted, each time that this changes."""
     wanted: list[int] = []
     announce = Reporter.announce
 
@@ -55,6 +57,10 @@ def test_the_workers_that_have_trained_are_kept_to_be_asked(inputs: Path, monkey
             wanted.append(self.report.workers_wanted)
 
     monkeypatch.setattr(Reporter, "announce", seen)
+    return wanted
+
+
+def test_the_workers_that_have_trained_are_kept_to_be_asked(inputs: Path, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     gates = [{"metric": "train/gap", "maxIncrease": 100.0, "over": "baseline"}]
     report = run_job(a_job("job", training=SHORT, evaluation={"suites": SUITES, "gates": gates}), inputs, monkeypatch).report
     assert wanted == [0, 1, 0]
@@ -62,8 +68,8 @@ def test_the_workers_that_have_trained_are_kept_to_be_asked(inputs: Path, monkey
     assert report.evaluation.gates_verdict == "Passed"  # the untuned model has a gap too: to the loss that the training begins with
 
 
-def test_a_damaged_earlier_checkpoint_is_passed_over_for_the_next(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gate on the test loss is judged of every checkpoint, since that loss is measured of each."""
+def test_a_damaged_earlier_checkpoint_is_passed_over_for_the_next(inputs: Path, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate on the test loss is judged of every checkpoint, since that loss is measured of each; the workers stay till the end."""
     judged: list[int] = []
     evaluate = evaluation_stage.evaluate
 
@@ -83,6 +89,7 @@ def test_a_damaged_earlier_checkpoint_is_passed_over_for_the_next(inputs: Path, 
     job = a_job("job", data=data, training=SHORT, evaluation=plan, checkpoint={"everySteps": 2, "keep": 4})
     report = run_job(job, inputs, monkeypatch).report
     assert len(judged) == 3
+    assert wanted == [0, 1, 0]
     assert report.evaluation is not None
     assert report.evaluation.candidate == judged[-1]
     assert report.evaluation.gates_verdict == "Passed"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.builders import raw_job
-from tests.in_process import Finished, run_job
+from tests.in_process import Finished, KilledError, run_job
 from tests.tiny_llama import make_tiny_llama, write_questions
 
 from finetune_api.reasons import Reason
@@ -141,3 +141,33 @@ def test_the_best_earlier_checkpoint_that_passes_is_published(inputs: Path, monk
     assert done.report.evaluation.candidate == judged[-1] != 8
     manifest = json.loads((inputs / "claims" / "earlier" / "out" / "adapter" / "manifest.json").read_text())
     assert manifest["steps"] == judged[-1]
+
+
+def test_a_head_that_was_killed_asks_and_trains_nothing_twice(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after ten steps, and again before it publishes: the baseline's answers, the result and the tuned answers are those it had."""
+    baseline = {"prompts": [{"name": "shown", "examples": 2}]}
+    job = a_job("killed", evaluation={"suites": SUITES}, baseline=baseline)
+    (inputs / "claims" / "killed").mkdir()
+    own = inputs / "claims" / "killed" / "out" / ".finetune" / "killed"
+    with pytest.raises(KilledError):
+        run_job(job, inputs, monkeypatch, attempt=1, kill_at=10)
+    asked = {path: path.stat().st_mtime_ns for path in sorted((own / "answers").rglob("*.jsonl"))}
+    assert {path.parent.name for path in asked} == {"baseline", "prompt-shown"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune_trainer.run.publish", killed)
+        with pytest.raises(KilledError):
+            run_job(job, inputs, patch, attempt=2)
+    after = {path: path.stat().st_mtime_ns for path in sorted((own / "answers").rglob("*.jsonl"))}
+    assert {path: after[path] for path in asked} == asked
+    (tuned,) = {path.parent.name for path in after} - {"baseline", "prompt-shown"}
+    assert tuned.startswith("step-")
+
+    monkeypatch.setattr(worker_group, "_train_on_worker", refuse)
+    monkeypatch.setattr(worker_group, "_answer_on_worker", refuse)
+    done = run_job(job, inputs, monkeypatch, attempt=3)
+    assert [artifact.kind for artifact in done.report.artifacts] == ["adapter"]
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise KilledError

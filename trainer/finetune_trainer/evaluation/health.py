@@ -8,7 +8,6 @@ A verdict says what is clear at the confidence of the intervals (see gate.py), b
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
@@ -130,8 +129,7 @@ def train_loss(course: Course, step: int) -> float | None:
     """
     if step == 0:
         return course.train[0].values.get(TRAIN) if course.train else None
-    starts = [0, *(point.step for point in course.held_out if point.step > 0)]
-    start = next((before for before, after in pairwise(starts) if after == step), 0)
+    start = max((point.step for point in course.held_out if point.step < step), default=0)  # its own point may be thinned out
     losses = [point.values[TRAIN] for point in course.train if start < point.step <= step and TRAIN in point.values]
     return fmean(losses) if losses else None
 

@@ -331,6 +331,24 @@ def test_tasks_that_cannot_be_run_are_found_before_a_gpu_is_asked_for(folder: Pa
     assert words in refused(lambda: check_tasks(suite("choose", task), WHERE, folder))
 
 
+@pytest.mark.parametrize(
+    ("utils", "helper"),
+    [
+        ("def score(doc, results):\n    return {'acc': eval(results[0])}\n", ""),
+        ("import helper\ndef score(doc, results):\n    return helper.check(results)\n", "from sympy import sympify\nsympify('1')\n"),
+    ],
+    ids=["itself", "by another file"],
+)
+def test_a_task_that_runs_what_a_model_writes_is_refused_though_it_does_not_say_so(
+    folder: Path, tmp_path: Path, utils: str, helper: str
+) -> None:
+    (tmp_path / "utils.py").write_text(utils.replace("import helper\n", "# helper\n"))
+    (tmp_path / "helper.py").write_text(helper)
+    task = json.loads((folder / "say.yaml").read_text()) | {"task": "hidden", "tag": "one"}
+    (tmp_path / "hidden.yaml").write_text(json.dumps(task)[:-1] + ', "process_results": !function utils.score}')
+    assert "hidden runs what the model writes" in refused(lambda: check_tasks(suite("hidden"), WHERE, tmp_path))
+
+
 def test_tasks_that_can_be_run(folder: Path) -> None:
     check_tasks(suite("choose", "say", "last_word", "both"), WHERE, folder)
 

@@ -3,7 +3,7 @@
     answers/<candidate>/<suite>.tasks.json    what a candidate reaches, in the job's own folder
 
 A task's value is that of its first metric that rises as a model gets better. Its data comes from the hub, as the harness's task says. No
-code does: tasks that run what a model writes are refused, and metrics that are programs on the hub are not fetched.
+code does: tasks that run what a model writes are refused (see harness_code.py), metrics that are programs on the hub are not fetched.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from finetune_api.evaluation import Suite
 from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
+from finetune_trainer.evaluation.harness_code import program_in
 from finetune_trainer.evaluation.intervals import intervals_of, mean_of
 from finetune_trainer.evaluation.scores import SHARE, Measured
 from finetune_trainer.sources import explained
@@ -193,7 +194,7 @@ def _fetched(manager: Any, name: str, where: str) -> Any:  # noqa: ANN401 - lm-e
         problem = explained(error, f"the data of {name}", Reason.DATASET_NOT_FOUND)
         reason = Reason.INVALID_SPEC if problem.reason == Reason.INTERNAL_ERROR else problem.reason
         raise JobError(reason, f"{where}.lmEval.tasks: {problem.message}") from error
-    if unsafe := [each for each, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]:
+    if unsafe := [each for each, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False) or program_in(task)]:
         raise JobError(Reason.INVALID_SPEC, f"{where}.lmEval.tasks: {unsafe[0]} runs what the model writes, which is not done here")
     return loaded
 

@@ -79,6 +79,7 @@ def read_inputs(path: Path, given: Given, env: Mapping[str, str]) -> Inputs:
     for name, keys in _secrets_wanted(job).items():
         if name not in secrets and (found := _from_env(keys, env)):
             secrets[name] = found
+            notes += _told_where(job, name, path)
     inputs = Inputs(dict(jobs[0]), job, config_maps, secrets, tuple(notes))
     faults = list(_missing(inputs, path, jobs[0]))
     if faults:
@@ -252,6 +253,13 @@ def _secrets_wanted(job: FineTuneJob) -> dict[str, Mapping[str, Sequence[str]]]:
         for reference in references_of(job.spec)
         if reference.secret
     }
+
+
+def _told_where(job: FineTuneJob, name: str, path: Path) -> Iterator[str]:
+    """Where a key of the environment is sent: a manifest of somebody else's may name any address."""
+    for reference in references_of(job.spec):
+        if reference.secret == name and reference.use == "endpoint":
+            yield f"{path}: {reference.field}: a key of your environment is sent to {reference.uri}, as the Secret {name}"
 
 
 def _from_env(keys: Mapping[str, Sequence[str]], env: Mapping[str, str]) -> dict[str, bytes]:

@@ -127,6 +127,8 @@ def taught_by(teacher):
 def test_a_teachers_secrets_come_from_the_variables_that_its_clients_use(folder):
     served = taught_by('{endpoint: {url: "https://models.example.com/v1", model: large, secretRef: {name: served}}}')
     assert read_inputs(written(folder, served), Given(), {"OPENAI_API_KEY": "k", "HF_TOKEN": "t"}).secrets == {"served": {"token": b"k"}}
+    (note,) = read_inputs(written(folder, served), Given(), {"OPENAI_API_KEY": "k"}).notes
+    assert note.endswith("teacher.endpoint: a key of your environment is sent to https://models.example.com/v1, as the Secret served")
     assert "there is no Secret served here; add it to the file, or set OPENAI_API_KEY" in refusal(folder, served)
     loaded = taught_by("{source: hf://a/large, secretRef: {name: hub}}")
     assert read_inputs(written(folder, loaded), Given(), {"HF_TOKEN": "t"}).secrets == {"hub": {"token": b"t"}}

@@ -155,7 +155,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "response": {"response": {"weight": 2}},
     "response, three tokens kept": {"response": {"weight": 2, "topK": 3}},
     "feature": {"feature": {"weight": 10}},
-    "relation between tokens": {"relation": {"weight": 10}},
+    "relation between tokens": {"relation": {"weight": 20}},
     "relation between examples": {"relation": {"weight": 10, "between": ["tokens", "examples"]}},
 }
 

@@ -22,7 +22,10 @@ RUN = (
 REPORT = EXAMPLES / ".finetune" / "claims" / "quickstart" / "closed-loop" / "report" / "default" / "closed-loop" / "report.md"
 
 if __name__ == "__main__":
-    served(PORT)
+    try:
+        served(PORT)
+    except OSError as error:
+        sys.exit(f"port {PORT} of this machine is needed for the writer of content points: {error.strerror}")
     print(f"\n$ {shlex.join(RUN)}\n", flush=True)
     code = subprocess.run(RUN, check=False).returncode
     print(f"\nThe report, with pictures beside it: {REPORT}" if REPORT.exists() else "")

@@ -33,8 +33,9 @@ PATIENCE = 300.0
 class Pods:
     """The pods of one job. A context: leaving it ends them."""
 
-    def __init__(self, folder: Path, spec: dict[str, Any], *, uid: str = "") -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, spec: dict[str, Any], *, uid: str = "", prelude: str = "") -> None:
+        """`prelude` is Python that every process of theirs begins with."""
+        self.folder, self._prelude = folder, prelude
         self.room = 1000
         """Workers for which there is room; others stay pending."""
         self.patience = PATIENCE
@@ -68,7 +69,7 @@ class Pods:
         ray_port, self._report_port = free_ports(2)
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FINETUNE_"))},
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "operator"), str(REPOSITORY / "trainer")]),
+            "PYTHONPATH": os.pathsep.join(str(REPOSITORY / name) for name in ("operator", "trainer", "")),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
             "FINETUNE_LOCAL": "1",
@@ -186,7 +187,7 @@ class Pods:
     def _start(self, role: str, name: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{self.attempt}-{name}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", f"{QUICKLY}{ROLE}", role],
+                [sys.executable, "-c", f"{QUICKLY}{self._prelude}{ROLE}", role],
                 env=self._environment,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,

@@ -5,58 +5,24 @@ attempt begins when it may and the pods of the one before have gone, so no two a
 CHECKS, in their order, say when which of this happens.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
-from typing import Any
+from dataclasses import replace
+from datetime import datetime
 
 from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
-from finetune_api.status import TEXT_MAX, Attempt, Resolved, Stage, Status
-from finetune_api.v1alpha1 import Spec
+from finetune_api.status import TEXT_MAX, Resolved, Status
 from finetune_operator.conditions import PHASES, Summary, conditions_of
-from finetune_operator.failures import Ending, ending_of, failure, head_lost
-from finetune_operator.observed import Job, Observed, Pod, Waiting, head_name
+from finetune_operator.endings import counted, end, failed, finish
+from finetune_operator.failures import ending_of, failure, head_lost
+from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
+from finetune_operator.observed import Job, Observed, head_name
 from finetune_operator.pace import deadline, paced
 from finetune_operator.reported import current_stage, with_report
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
 
-RETRY_MAX_SECONDS = 360.0
-"""Longest wait between two attempts, as for a Kubernetes Job."""
 _STEPS = 8
 """More changes of state than one look at a job can bring about."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """One look at a job: all that a check may consider."""
-
-    job: Job
-    spec: Spec
-    status: Status
-    """The stored status, with what the trainer has reported since."""
-    observed: Observed
-    settings: Settings
-    now: datetime
-
-    @property
-    def attempt(self) -> Attempt:
-        """The current attempt."""
-        return self.status.attempt
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a check found: the job's state in brief, and the fields of the status that change."""
-
-    summary: Summary
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    live: str | None = None
-    """What the trainer says it is doing, in place of the summary's message."""
-
-
-Check = Callable[[Look], Verdict | None]
 
 
 def advance(job: Job, observed: Observed, settings: Settings, now: datetime) -> Status:
@@ -94,11 +60,11 @@ def succeeded(look: Look) -> Verdict | None:
         return None
     if report.sufficient and look.spec.baseline is not None and look.spec.baseline.sufficient_if is not None:
         words = report.message or "a prompt alone reaches baseline.sufficientIf"
-        return Verdict(Summary("Complete", Reason.BASELINE_SUFFICIENT, words), _finish(look.status, look.now))
+        return Verdict(Summary("Complete", Reason.BASELINE_SUFFICIENT, words), finish(look.status, look.now))
     if (refused := _not_passed(look)) is not None:
         return refused
     summary = Summary("Complete", Reason.SUCCEEDED, report.message or "the result is published")
-    return Verdict(summary, _finish(look.status, look.now))
+    return Verdict(summary, finish(look.status, look.now))
 
 
 def _not_passed(look: Look) -> Verdict | None:
@@ -108,7 +74,7 @@ def _not_passed(look: Look) -> Verdict | None:
     if evaluation is None or verdict in (None, "Passed"):
         return None
     reason = Reason.GATES_NOT_PASSED if verdict == "Failed" else Reason.GATES_INCONCLUSIVE
-    return _failed(look, reason, gates_in_words(evaluation))
+    return failed(look, reason, gates_in_words(evaluation))
 
 
 def suspending(look: Look) -> Verdict | None:
@@ -116,7 +82,7 @@ def suspending(look: Look) -> Verdict | None:
     if not look.spec.suspend or not (look.attempt.running or look.observed.alive):
         return None
     summary = Summary(look.status.phase or "Pending", Reason.SUSPENDED, "suspending: the pods save a checkpoint, then go")
-    return Verdict(summary, _end(look, Reason.SUSPENDED, summary.message) if look.attempt.running else {})
+    return Verdict(summary, end(look, Reason.SUSPENDED, summary.message) if look.attempt.running else {})
 
 
 def suspended(look: Look) -> Verdict | None:
@@ -139,10 +105,10 @@ def resumed(look: Look) -> Verdict | None:
 
 def deadline_exceeded(look: Look) -> Verdict | None:
     """The job as a whole has taken longer than its user allows."""
-    if (end := deadline(look.spec, look.status)) is None or look.now < end:
+    if (latest := deadline(look.spec, look.status)) is None or look.now < latest:
         return None
     seconds = look.spec.active_deadline_seconds
-    return _failed(look, Reason.DEADLINE_EXCEEDED, f"the job has not ended within activeDeadlineSeconds ({seconds})")
+    return failed(look, Reason.DEADLINE_EXCEEDED, f"the job has not ended within activeDeadlineSeconds ({seconds})")
 
 
 def head_ended(look: Look) -> Verdict | None:
@@ -154,20 +120,20 @@ def head_ended(look: Look) -> Verdict | None:
     stage = current_stage(look.status.stages)
     report = look.observed.report_of(look.job.uid, attempt.number)
     ending = ending_of(head, report, stage) if head else head_lost(head_name(look.job.name, attempt.number))
-    return _count(look, ending)
+    return counted(look, ending)
 
 
 def never_ran(look: Look) -> Verdict | None:
     """The pods that the attempt needs have not come to run: fail, so that those that do run let go of their GPUs."""
-    since = _waiting_since(look)
+    since = waiting_since(look)
     if not look.attempt.running or since is None or look.now < later(since, look.spec.pre_running_deadline_seconds):
         return None
-    waiting = _waiting(look)
+    waiting = waiting_of(look)
     if waiting and waiting.reason is not Reason.UNSCHEDULABLE:
-        return _failed(look, waiting.reason, waiting.message)
+        return failed(look, waiting.reason, waiting.message)
     why = waiting.message if waiting else "the pods did not start"
     message = f"within preRunningDeadlineSeconds ({look.spec.pre_running_deadline_seconds}): {why}"
-    return _failed(look, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, message)
+    return failed(look, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, message)
 
 
 def between_attempts(look: Look) -> Verdict | None:
@@ -212,13 +178,13 @@ def beginning(look: Look) -> Verdict | None:
 
 def running(look: Look) -> Verdict:
     """The attempt goes on."""
-    attempt, status, crew = look.attempt, look.status, _crew(look)
+    attempt, status, crew = look.attempt, look.status, crew_of(look)
     seen = attempt.head_seen or look.observed.head(attempt.number) is not None
     changes = {
         "workers_ready": crew.ready,
-        "attempt": attempt.model_copy(update={"head_seen": seen, "waiting_time": _waiting_since(look)}),
+        "attempt": attempt.model_copy(update={"head_seen": seen, "waiting_time": waiting_since(look)}),
     }
-    waiting = _waiting(look)
+    waiting = waiting_of(look)
     stage = current_stage(status.stages)
     phase, reason = PHASES[stage] if stage else ("Pending", Reason.PENDING)
     if crew.gated:
@@ -260,7 +226,7 @@ def _seen(status: Status, generation: int) -> Status:
 def _invalid(job: Job, now: datetime) -> Verdict:
     """The API server took what this operator does not understand: an older CRD, or a rule that CEL cannot state."""
     why = failure(Reason.INVALID_SPEC, job.problem)
-    return Verdict(Summary("Failed", Reason.INVALID_SPEC, why.message), {"failure": why, **_finish(job.status, now)})
+    return Verdict(Summary("Failed", Reason.INVALID_SPEC, why.message), {"failure": why, **finish(job.status, now)})
 
 
 def _conclude(job: Job, status: Status, verdict: Verdict, now: datetime) -> Status:
@@ -276,114 +242,3 @@ def _conclude(job: Job, status: Status, verdict: Verdict, now: datetime) -> Stat
     )
     gated = job.spec is not None and bool(job.spec.evaluation.gates)
     return told.model_copy(update={"conditions": conditions_of(told, replace(summary, gates=gated), now)})
-
-
-def _finish(status: Status, now: datetime) -> dict[str, Any]:
-    """The job ends: the attempt with it, and nothing more is wanted."""
-    end = rfc3339(now)
-    attempt = status.attempt.model_copy(update={"end_time": status.attempt.end_time or end, "waiting_time": None, "retry_time": None})
-    return {"completion_time": end, "attempt": attempt, "workers_wanted": 0, "workers_ready": 0}
-
-
-def _end(look: Look, reason: Reason, message: str, **counted: int | str) -> dict[str, Any]:
-    """The attempt ends, the job does not."""
-    ended = {"end_time": rfc3339(look.now), "end_reason": reason, "end_message": message[:TEXT_MAX], "waiting_time": None}
-    return {"attempt": look.attempt.model_copy(update={**ended, **counted}), "workers_wanted": 0, "workers_ready": 0}
-
-
-def _count(look: Look, ending: Ending) -> Verdict:
-    """A preemption is made good at once; a failure is tried again after a while, if that may help and the user allows it."""
-    attempt, base = look.attempt, look.settings.retry_base_seconds
-    summary = Summary("Pending", Reason.RETRYING, ending.message)
-    if ending.failure is None:
-        # Not sooner than the last one began plus the base: a node that takes pods away as soon as they come must not be asked without end.
-        retry = rfc3339(later(attempt.start_time or rfc3339(look.now), base))
-        return Verdict(summary, _end(look, ending.reason, ending.message, preemptions=attempt.preemptions + 1, retry_time=retry))
-    failures = attempt.failures + 1
-    wait = min(base * 2 ** min(failures - 1, 16), RETRY_MAX_SECONDS)
-    ended = _end(look, ending.reason, ending.message, failures=failures, retry_time=rfc3339(look.now + timedelta(seconds=wait)))
-    changes = {**ended, "failure": ending.failure}
-    if ending.failure.retryable and failures <= look.spec.backoff_limit:
-        return Verdict(summary, changes)
-    reason, message = ending.reason, ending.message
-    if ending.failure.retryable:
-        reason, message = Reason.BACKOFF_LIMIT_EXCEEDED, f"attempt {attempt.number} was the last of {failures} that failed: {message}"
-    finish = _finish(look.status.model_copy(update=changes), look.now)
-    return Verdict(Summary("Failed", reason, message), {**changes, **finish, "stages": _stopped(look.status, look.now)})
-
-
-def _failed(look: Look, reason: Reason, message: str) -> Verdict:
-    """The job fails, and another attempt would not help."""
-    why = failure(reason, message, retryable=False, stage=current_stage(look.status.stages))
-    changes = {"failure": why, "stages": _stopped(look.status, look.now), **_finish(look.status, look.now)}
-    return Verdict(Summary("Failed", reason, why.message), changes)
-
-
-def _stopped(status: Status, now: datetime) -> tuple[Stage, ...]:
-    """The stages of a job that failed: the one that was running did not end well."""
-    ended = {"state": "Failed", "end_time": rfc3339(now)}
-    return tuple(stage.model_copy(update=ended) if stage.state == "Running" else stage for stage in status.stages)
-
-
-@dataclass(frozen=True)
-class _Crew:
-    """The pods that run of those that the attempt needs now."""
-
-    head: bool
-    ready: int
-    needed: int
-    gated: bool
-
-    @property
-    def complete(self) -> bool:
-        return self.head and self.ready >= self.needed
-
-
-def _crew(look: Look) -> _Crew:
-    head, workers = look.observed.head(look.attempt.number), look.observed.workers(look.attempt.number)
-    wanted = look.status.workers_wanted
-    return _Crew(
-        head=head is not None and head.phase == "Running",
-        ready=sum(pod.running for pod in workers) if wanted else 0,
-        needed=min(look.spec.compute.workers.min, wanted),
-        gated=any(pod.gated for pod in (head, *workers) if pod),
-    )
-
-
-def _waiting_since(look: Look) -> str | None:
-    """Since when pods have been waited for; None where none are, or a queue decides.
-
-    The operator may have been away in between: what is missing now counts, and the wait for workers begins when they are seen to be wanted.
-    """
-    crew = _crew(look)
-    if crew.complete or crew.gated:
-        return None
-    newly_wanted = look.status.workers_wanted > 0 and look.job.status.workers_wanted == 0
-    return rfc3339(look.now) if newly_wanted or look.attempt.waiting_time is None else look.attempt.waiting_time
-
-
-def _waiting(look: Look) -> Waiting | None:
-    """Why wanted pods do not run. A refusal holds until the refused pods are there, so that it does not come and go with each try."""
-    number, observed = look.attempt.number, look.observed
-    head, workers = observed.head(number), observed.workers(number)
-    for pod in (head, *workers):
-        if pod and pod.waiting:
-            return pod.waiting
-    if look.status.workers_wanted and (ended := next((pod for pod in workers if pod.finished), None)):
-        return _worker_ended(ended)
-    if _crew(look).complete:
-        return None  # An elastic job that has enough workers does without those that are refused.
-    if observed.refusal:
-        return observed.refusal
-    before = look.status.condition("Reconciling")
-    absent = head is None or len(workers) < look.status.workers_wanted
-    if absent and before and before.reason == Reason.FORBIDDEN and look.attempt.running:
-        return Waiting(Reason.FORBIDDEN, before.message)
-    return None
-
-
-def _worker_ended(pod: Pod) -> Waiting:
-    """Said before the pod is replaced, since its words go with it."""
-    why = pod.disruption or pod.message or (f"{pod.exit.reason}, exit code {pod.exit.code}" if pod.exit else pod.phase)
-    out_of_memory = pod.exit is not None and pod.exit.reason == "OOMKilled"
-    return Waiting(Reason.OUT_OF_MEMORY if out_of_memory else Reason.WORKERS_LOST, f"pod {pod.name} ended ({why}) and is made anew")

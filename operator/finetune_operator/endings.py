@@ -1,0 +1,62 @@
+"""How attempts and jobs end: what the status keeps of it. Pure."""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_api.reasons import Reason
+from finetune_api.status import TEXT_MAX, Stage, Status
+from finetune_operator.conditions import Summary
+from finetune_operator.failures import Ending, failure
+from finetune_operator.look import Look, Verdict
+from finetune_operator.reported import current_stage
+from finetune_operator.times import later, rfc3339
+
+RETRY_MAX_SECONDS = 360.0
+"""Longest wait between two attempts, as for a Kubernetes Job."""
+
+
+def finish(status: Status, now: datetime) -> dict[str, Any]:
+    """The job ends: the attempt with it, and nothing more is wanted."""
+    ended = rfc3339(now)
+    attempt = status.attempt.model_copy(update={"end_time": status.attempt.end_time or ended, "waiting_time": None, "retry_time": None})
+    return {"completion_time": ended, "attempt": attempt, "workers_wanted": 0, "workers_ready": 0}
+
+
+def end(look: Look, reason: Reason, message: str, **figures: int | str) -> dict[str, Any]:
+    """The attempt ends, the job does not."""
+    ended = {"end_time": rfc3339(look.now), "end_reason": reason, "end_message": message[:TEXT_MAX], "waiting_time": None}
+    return {"attempt": look.attempt.model_copy(update={**ended, **figures}), "workers_wanted": 0, "workers_ready": 0}
+
+
+def counted(look: Look, ending: Ending) -> Verdict:
+    """A preemption is made good at once; a failure is tried again after a while, if that may help and the user allows it."""
+    attempt, base = look.attempt, look.settings.retry_base_seconds
+    summary = Summary("Pending", Reason.RETRYING, ending.message)
+    if ending.failure is None:
+        # Not sooner than the last one began plus the base: a node that takes pods away as soon as they come must not be asked without end.
+        retry = rfc3339(later(attempt.start_time or rfc3339(look.now), base))
+        return Verdict(summary, end(look, ending.reason, ending.message, preemptions=attempt.preemptions + 1, retry_time=retry))
+    failures = attempt.failures + 1
+    wait = min(base * 2 ** min(failures - 1, 16), RETRY_MAX_SECONDS)
+    ended = end(look, ending.reason, ending.message, failures=failures, retry_time=rfc3339(look.now + timedelta(seconds=wait)))
+    changes = {**ended, "failure": ending.failure}
+    if ending.failure.retryable and failures <= look.spec.backoff_limit:
+        return Verdict(summary, changes)
+    reason, message = ending.reason, ending.message
+    if ending.failure.retryable:
+        reason, message = Reason.BACKOFF_LIMIT_EXCEEDED, f"attempt {attempt.number} was the last of {failures} that failed: {message}"
+    changes |= {**finish(look.status.model_copy(update=changes), look.now), "stages": _stopped(look.status, look.now)}
+    return Verdict(Summary("Failed", reason, message), changes)
+
+
+def failed(look: Look, reason: Reason, message: str) -> Verdict:
+    """The job fails, and another attempt would not help."""
+    why = failure(reason, message, retryable=False, stage=current_stage(look.status.stages))
+    changes = {"failure": why, "stages": _stopped(look.status, look.now), **finish(look.status, look.now)}
+    return Verdict(Summary("Failed", reason, why.message), changes)
+
+
+def _stopped(status: Status, now: datetime) -> tuple[Stage, ...]:
+    """The stages of a job that failed: the one that was running did not end well."""
+    ended = {"state": "Failed", "end_time": rfc3339(now)}
+    return tuple(stage.model_copy(update=ended) if stage.state == "Running" else stage for stage in status.stages)

@@ -1,0 +1,111 @@
+"""What a check of a job's life cycle looks at, and what it says: the look, the verdict, the pods that run and those waited for. Pure."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from finetune_api.reasons import Reason
+from finetune_api.status import Attempt, Status
+from finetune_api.v1alpha1 import Spec
+from finetune_operator.conditions import Summary
+from finetune_operator.observed import Job, Observed, Pod, Waiting
+from finetune_operator.settings import Settings
+from finetune_operator.times import rfc3339
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a job: all that a check may consider."""
+
+    job: Job
+    spec: Spec
+    status: Status
+    """The stored status, with what the trainer has reported since."""
+    observed: Observed
+    settings: Settings
+    now: datetime
+
+    @property
+    def attempt(self) -> Attempt:
+        """The current attempt."""
+        return self.status.attempt
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found: the job's state in brief, and the fields of the status that change."""
+
+    summary: Summary
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    live: str | None = None
+    """What the trainer says it is doing, in place of the summary's message."""
+
+
+Check = Callable[[Look], Verdict | None]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The pods that run of those that the attempt needs now."""
+
+    head: bool
+    ready: int
+    needed: int
+    gated: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether the attempt can do what it is at."""
+        return self.head and self.ready >= self.needed
+
+
+def crew_of(look: Look) -> Crew:
+    """The pods of the current attempt, counted."""
+    head, workers = look.observed.head(look.attempt.number), look.observed.workers(look.attempt.number)
+    wanted = look.status.workers_wanted
+    return Crew(
+        head=head is not None and head.phase == "Running",
+        ready=sum(pod.running for pod in workers) if wanted else 0,
+        needed=min(look.spec.compute.workers.min, wanted),
+        gated=any(pod.gated for pod in (head, *workers) if pod),
+    )
+
+
+def waiting_since(look: Look) -> str | None:
+    """Since when pods have been waited for; None where none are, or a queue decides.
+
+    The operator may have been away in between: what is missing now counts, and the wait for workers begins when they are seen to be wanted.
+    """
+    crew = crew_of(look)
+    if crew.complete or crew.gated:
+        return None
+    newly_wanted = look.status.workers_wanted > 0 and look.job.status.workers_wanted == 0
+    return rfc3339(look.now) if newly_wanted or look.attempt.waiting_time is None else look.attempt.waiting_time
+
+
+def waiting_of(look: Look) -> Waiting | None:
+    """Why wanted pods do not run. A refusal holds until the refused pods are there, so that it does not come and go with each try."""
+    number, observed = look.attempt.number, look.observed
+    head, workers = observed.head(number), observed.workers(number)
+    for pod in (head, *workers):
+        if pod and pod.waiting:
+            return pod.waiting
+    if look.status.workers_wanted and (ended := next((pod for pod in workers if pod.finished), None)):
+        return _worker_ended(ended)
+    if crew_of(look).complete:
+        return None  # An elastic job that has enough workers does without those that are refused.
+    if observed.refusal:
+        return observed.refusal
+    before = look.status.condition("Reconciling")
+    absent = head is None or len(workers) < look.status.workers_wanted
+    if absent and before and before.reason == Reason.FORBIDDEN and look.attempt.running:
+        return Waiting(Reason.FORBIDDEN, before.message)
+    return None
+
+
+def _worker_ended(pod: Pod) -> Waiting:
+    """Said before the pod is replaced, since its words go with it."""
+    why = pod.disruption or pod.message or (f"{pod.exit.reason}, exit code {pod.exit.code}" if pod.exit else pod.phase)
+    out_of_memory = pod.exit is not None and pod.exit.reason == "OOMKilled"
+    return Waiting(Reason.OUT_OF_MEMORY if out_of_memory else Reason.WORKERS_LOST, f"pod {pod.name} ended ({why}) and is made anew")

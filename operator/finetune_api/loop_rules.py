@@ -103,6 +103,13 @@ def _has(path: str) -> str:
 
 _SEARCH_IS_INSIDE = " && ".join(f"(!path.startsWith('{parent}.') || ({_has(parent)}))" for parent in _parents())
 
+
+def _plan_needs_nothing_made(spec: "Spec") -> bool:
+    distillation = spec.objective.distillation
+    served = distillation is not None and distillation.teacher.endpoint is not None
+    return not (spec.plan_only and (served or spec.data.preparation.makes_examples))
+
+
 LOOP_RULES: tuple[LoopRule, ...] = (
     LoopRule(
         "self.evaluation.gates.all(gate, "
@@ -147,5 +154,11 @@ LOOP_RULES: tuple[LoopRule, ...] = (
         "!has(self.objective.dpo) || (!has(self.data.preparation.contentPoints) && !has(self.data.preparation.questions))",
         "data.preparation.contentPoints and questions make prompts and completions, which objective.dpo does not take",
         _made_examples_fit,
+    ),
+    LoopRule(
+        "!self.planOnly || (!has(self.data.preparation.contentPoints) && !has(self.data.preparation.questions) && "
+        "(!has(self.objective.distillation) || !has(self.objective.distillation.teacher.endpoint)))",
+        "planOnly counts data that is there: it goes with neither data.preparation.contentPoints, questions nor a teacher's endpoint",
+        _plan_needs_nothing_made,
     ),
 )

@@ -19,6 +19,7 @@ class Reason(StrEnum):
     SUCCEEDED = "Succeeded"
     BASELINE_SUFFICIENT = "BaselineSufficient"
     GATES_PASSED = "GatesPassed"
+    PLANNED = "Planned"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
     RETRYING = "Retrying"
@@ -60,6 +61,7 @@ class Reason(StrEnum):
     PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+    BUDGET_EXCEEDED = "BudgetExceeded"
     # What we must change.
     CHECKPOINT_CORRUPTED = "CheckpointCorrupted"
     EVALUATION_FAILED = "EvaluationFailed"
@@ -79,6 +81,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.SUCCEEDED: "The result, or that of the stage, is there.",
     Reason.BASELINE_SUFFICIENT: "A prompt alone reached baseline.sufficientIf: nothing was trained or published; see status.baseline.",
     Reason.GATES_PASSED: "The tuned model passed every gate of evaluation.gates.",
+    Reason.PLANNED: "spec.planOnly: model and data are checked, and status.plan tells what the training would take; nothing was trained.",
     Reason.SUSPENDED: "spec.suspend is set: the pods save a checkpoint and go. Set it to false to go on.",
     Reason.RESUMED: "spec.suspend is unset: a new attempt goes on from the last checkpoint.",
     Reason.RETRYING: "An attempt has ended for the reason that the message names, and another one follows it.",
@@ -173,6 +176,10 @@ ADVICE: dict[Reason, Advice] = {
     ),
     Reason.DEADLINE_EXCEEDED: Advice(False, "Raise activeDeadlineSeconds, lower training.epochs, or use more workers."),
     Reason.BACKOFF_LIMIT_EXCEEDED: Advice(False, "Every attempt failed: see status.failure for the last one's reason."),
+    Reason.BUDGET_EXCEEDED: Advice(
+        True,
+        "The job has used its GPU-hours and stopped at a checkpoint: raise or remove maxGpuHours, and it goes on from there.",
+    ),
     Reason.CHECKPOINT_CORRUPTED: Advice(True, "Every checkpoint is damaged; they were set aside and the training begins anew."),
     Reason.EVALUATION_FAILED: Advice(True, "The trained model could not be measured; see the head pod's log."),
     Reason.PUBLISH_FAILED: Advice(True, "The result could not be written to output.storage; see the message."),

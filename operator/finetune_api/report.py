@@ -18,6 +18,7 @@ from finetune_api.status import (
     Failure,
     Metric,
     ModelSummary,
+    Plan,
     Progress,
     Resolved,
     SearchSummary,
@@ -70,6 +71,7 @@ class Report(StatusModel):
     search: SearchSummary | None = None
     evaluation: Evaluation | None = None
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=16)] = ()
+    plan: Plan | None = None
     usage: Usage | None = None
     """What this attempt alone has used."""
     outcome: Outcome | None = None

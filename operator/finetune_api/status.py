@@ -18,6 +18,7 @@ from finetune_api.outcomes import (
     SearchSummary,
     Verdict,
 )
+from finetune_api.plan_status import MemoryParts, Plan
 from finetune_api.status_fields import COUNT_MAX, TEXT_MAX, Count, Name, Text, Time, Uri
 from finetune_api.training_status import (
     Artifact,
@@ -57,10 +58,12 @@ __all__ = [
     "Failure",
     "GateResult",
     "Health",
+    "MemoryParts",
     "Metric",
     "ModelSummary",
     "Name",
     "Phase",
+    "Plan",
     "Progress",
     "Resolved",
     "SearchBest",
@@ -197,7 +200,10 @@ class Usage(StatusModel):
     """What the job has used so far, over all attempts."""
 
     gpu_seconds: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs held, times seconds."""
+    """GPUs held, times seconds: of each pod from when it was given its node to when it ended, whether it trained or waited.
+    The operator counts it by the pods' own times."""
+    counted_time: Time | None = None
+    """Up to when gpuSeconds is counted."""
     trained_tokens: Count = 0
     """Tokens of examples that steps were taken on."""
 
@@ -273,6 +279,8 @@ class Status(StatusModel):
     """The comparison of the untuned and the tuned model."""
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=16)] = ()
     """The results."""
+    plan: Plan | None = None
+    """With spec.planOnly: what the job would take."""
     usage: Usage | None = None
     """What the job has used so far."""
     earlier_usage: Usage | None = None

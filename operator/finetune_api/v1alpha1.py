@@ -115,6 +115,14 @@ def _immutable_where_set(*names: str) -> list[dict[str, str]]:
     ]
 
 
+def _raised_or_removed(*names: str) -> list[dict[str, str]]:
+    """Limits that a spec may be without: a running job's are never made tighter."""
+    return [
+        rule(f"!has(self.{name}) || (has(oldSelf.{name}) && self.{name} >= oldSelf.{name})", f"{name} can only be raised or removed")
+        for name in names
+    ]
+
+
 _A_SEQUENCE_FOR_EACH_WORKER = rule(
     "self.training.globalBatchSize >= self.compute.workers.max",
     "training.globalBatchSize must not be smaller than compute.workers.max: every worker needs a sequence",
@@ -172,7 +180,7 @@ class Spec(SpecModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             *_immutable("model", "data", "method", "objective", "training", "checkpoint", "compute", "output"),
-            *_immutable("evaluation", "backoffLimit"),
+            *_immutable("evaluation", "backoffLimit", "planOnly"),
             *_immutable_where_set("baseline", "search"),
             rule("self.preRunningDeadlineSeconds >= oldSelf.preRunningDeadlineSeconds", "preRunningDeadlineSeconds can only be raised"),
             _A_SEQUENCE_FOR_EACH_WORKER,
@@ -185,11 +193,7 @@ class Spec(SpecModel):
             _EXAMPLES_NEED_PACKING,
             *_ARTIFACTS_FIT_METHOD,
             *(rule(entry.cel, entry.message) for entry in LOOP_RULES),
-            rule(
-                "!has(self.activeDeadlineSeconds) || "
-                "(has(oldSelf.activeDeadlineSeconds) && self.activeDeadlineSeconds >= oldSelf.activeDeadlineSeconds)",
-                "activeDeadlineSeconds can only be raised or removed",
-            ),
+            *_raised_or_removed("activeDeadlineSeconds", "maxGpuHours"),
         )
     )
 
@@ -217,6 +221,11 @@ class Spec(SpecModel):
     """Where checkpoints and results go."""
     suspend: bool = False
     """True takes the pods away after a checkpoint; false goes on from there."""
+    plan_only: bool = False
+    """Check model and data, count, and tell in status.plan what the training would take; nothing is trained, and no worker is asked for."""
+    max_gpu_hours: Annotated[float, Field(gt=0, le=1e7)] | None = None
+    """GPU-hours (status.usage.gpuSeconds / 3600) after which the job is suspended at a checkpoint, with the reason BudgetExceeded;
+    it goes on when this is raised or removed. Absent sets no limit."""
     backoff_limit: Annotated[int, Field(ge=0, le=100)] = 3
     """Failed attempts that are tried again. Preemptions do not count."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = None
@@ -284,7 +293,9 @@ class Spec(SpecModel):
 
 
 def stages_of(spec: Spec) -> tuple[StageName, ...]:
-    """The stages of such a job, in their order: Baseline and Search only where the spec asks for them."""
+    """The stages of such a job, in their order: Baseline and Search only where the spec asks for them, a plan's no more than the first."""
+    if spec.plan_only:
+        return STAGES[:1]
     asked: dict[StageName, bool] = {"Baseline": spec.baseline is not None, "Search": spec.search is not None}
     return (STAGES[0], *(name for name, wanted in asked.items() if wanted), *STAGES[1:])
 

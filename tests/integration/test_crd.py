@@ -158,7 +158,7 @@ def job(server: Server) -> Iterator[dict[str, Any]]:
     """A job in the server, as it is stored; deleted afterwards."""
     manifest = read_manifests((CORPUS / "good/minimal.yaml").read_text())[0]
     content = {**manifest, "metadata": {"name": f"test-{uuid.uuid4().hex[:8]}"}}
-    content["spec"] = {**manifest["spec"], "activeDeadlineSeconds": 3600}
+    content["spec"] = {**manifest["spec"], "activeDeadlineSeconds": 3600, "maxGpuHours": 10}
     created = server.call("POST", JOBS, content)
     assert created.code == 201, created.message
     yield created.body
@@ -226,6 +226,8 @@ ALLOWED = [
     {"ttlSecondsAfterFinished": 60},
     {"activeDeadlineSeconds": 7200},
     {"activeDeadlineSeconds": None},
+    {"maxGpuHours": 10.5},
+    {"maxGpuHours": None},
     {"preRunningDeadlineSeconds": 3600},
 ]
 REFUSED = [
@@ -247,6 +249,8 @@ REFUSED = [
     ({"search": {"parameters": {"method.lora.rank": {"choice": [8, 16]}}}}, "search is immutable"),
     ({"output": {"artifacts": ["adapter"]}}, "output is immutable"),
     ({"backoffLimit": 4}, "backoffLimit is immutable"),
+    ({"maxGpuHours": 9.5}, "maxGpuHours can only be raised or removed"),
+    ({"planOnly": True}, "planOnly is immutable"),
     ({"activeDeadlineSeconds": 1800}, "activeDeadlineSeconds can only be raised or removed"),
     ({"preRunningDeadlineSeconds": 900}, "preRunningDeadlineSeconds can only be raised"),
 ]
@@ -271,17 +275,21 @@ def test_what_a_run_follows_from_cannot_be_changed(server, job, spec, words):
     assert words in answer.message
 
 
-def test_a_deadline_cannot_be_added_later(server, job):
-    assert _change(server, job, {"activeDeadlineSeconds": None}).code == 200
-    answer = _change(server, job, {"activeDeadlineSeconds": 7200})
+@pytest.mark.parametrize("limit", ["activeDeadlineSeconds", "maxGpuHours"])
+def test_a_limit_cannot_be_added_later(server, job, limit):
+    assert _change(server, job, {limit: None}).code == 200
+    answer = _change(server, job, {limit: 7200})
     assert answer.code == 422
-    assert "activeDeadlineSeconds can only be raised or removed" in answer.message
+    assert f"{limit} can only be raised or removed" in answer.message
 
 
 def test_applying_the_same_manifest_again_changes_nothing(server, job):
     """A default that the server filled in is not a change of an immutable field."""
     manifest = {key: job[key] for key in ("apiVersion", "kind")} | {"metadata": {"name": job["metadata"]["name"]}}
-    manifest["spec"] = read_manifests((CORPUS / "good/minimal.yaml").read_text())[0]["spec"] | {"activeDeadlineSeconds": 3600}
+    manifest["spec"] = read_manifests((CORPUS / "good/minimal.yaml").read_text())[0]["spec"] | {
+        "activeDeadlineSeconds": 3600,
+        "maxGpuHours": 10,
+    }
     path = f"{JOBS}/{job['metadata']['name']}?fieldManager=test&force=true"
     answer = server.call("PATCH", path, json.dumps(manifest), kind="application/apply-patch+yaml")
     assert answer.code == 200, answer.message
@@ -294,6 +302,16 @@ STATUS = {
     "message": "step 420 of 1260",
     "warnings": ["40 examples are few for full tuning"],
     "model": {"parameters": 494032768, "trainedParameters": 1081344},
+    "usage": {"gpuSeconds": 5400.0, "trainedTokens": 6100000, "countedTime": "2026-01-31T12:00:00Z"},
+    "plan": {
+        "parameters": 494032768,
+        "processes": 2,
+        "strategy": "ddp",
+        "memoryPerGpu": {"weights": 988097824, "activations": 2147483648, "total": 3135581472},
+        "fits": True,
+        "steps": 1260,
+        "gpuHours": 1.25,
+    },
     "checkpoints": {"best": {"step": 400, "uri": "pvc://models/a/400", "metric": "validation/loss", "value": 1.31}},
     "artifacts": [{"kind": "merged", "uri": "pvc://models/a/merged", "digest": "sha256:0", "bytes": 988097824}],
     "conditions": [

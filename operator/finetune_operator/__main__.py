@@ -92,7 +92,7 @@ class Operator:
                 self.election = Election(self._cluster.client, self.settings.operator_namespace, identity)
             # SIGTERM also counts while the CRD is not there yet.
             _on_signals(stop)
-            tasks = [asyncio.create_task(part) for part in (self._watch(stop), self._resync(), self._work())]
+            tasks = [asyncio.create_task(part) for part in (self._watch(stop), self._resync(), self._work(), self.metrics.follow_lag())]
             if self.election:
                 tasks.append(asyncio.create_task(self.election.run(_lost_lead)))
             stopping = asyncio.create_task(stop.wait())
@@ -124,7 +124,7 @@ class Operator:
             except ApiError as error:
                 log.warning("waiting for the API server, the CRD and the permission to list jobs", error=str(error))
                 await asyncio.sleep(CRD_RETRY_SECONDS)
-        registry = informer_registry(wake=self._wake, seen=self.metrics.jobs.see, login=self._cluster.login)
+        registry = informer_registry(self._wake, self.metrics.jobs.see, self._cluster.login, self.metrics.watched)
         watch = await start_informer(registry, self.settings.watch_namespaces)
         _on_signals(stop)  # kopf has just taken them
         self._watching = True

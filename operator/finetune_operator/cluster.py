@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -42,12 +43,12 @@ among all of the namespace's. Why a pod has no node stands in its own conditions
 log = logging.getLogger(__name__)
 
 
-OnCall = Callable[[str, int], None]
-"""Told of each call's verb and HTTP status (0: no answer)."""
+OnCall = Callable[[str, int, float], None]
+"""Told of each call's verb, HTTP status (0: no answer) and seconds."""
 
 
 @contextlib.asynccontextmanager
-async def connect(report_port: int = REPORT_PORT, on_call: OnCall = lambda verb, code: None) -> AsyncIterator["KubernetesCluster"]:
+async def connect(report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: None) -> AsyncIterator["KubernetesCluster"]:
     """The cluster that KUBECONFIG names, or the one around this pod, or that of the user's kubeconfig.
 
     Raises kubernetes.config.ConfigException where none of them can be used.
@@ -278,7 +279,7 @@ class KubernetesCluster:
         request = await self.client.param_serialize(
             _METHODS[verb], path, query_params=list(query), header_params=headers, body=body, auth_settings=["BearerToken"]
         )
-        code = 0
+        code, begun = 0, time.perf_counter()
         try:
             response = await self.client.call_api(*request, _request_timeout=_TIMEOUT)
             data = await response.read()
@@ -286,7 +287,7 @@ class KubernetesCluster:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ApiError(0, "Unreachable", f"cannot {verb} {what}: no answer from the API server ({error!r})") from error
         finally:
-            self._on_call(verb, code)
+            self._on_call(verb, code, time.perf_counter() - begun)
         if code >= 300:
             raise _api_error(code, data, f"cannot {verb} {what}")
         return dict(json.loads(data))

@@ -19,6 +19,8 @@ Wake = Callable[[JobKey], None]
 """Puts a job on the queue."""
 Seen = Callable[[Mapping[str, Any], bool], None]
 """Told of each job as it is now, and whether it is gone."""
+Watched = Callable[[str], None]
+"""Told of each event's resource (finetunejobs, pods): the watch lives."""
 Login = Callable[[], Awaitable[Mapping[str, Any]]]
 """Where and how to log in, as the arguments of kopf.ConnectionInfo."""
 
@@ -26,7 +28,7 @@ _RETRY_DELAYS = (1, 1, 2, 3, 5, 8, 13, *[20] * 90)
 """Delays between tries when the API server answers with errors: half an hour. kopf's own give up, and end the process, in one minute."""
 
 
-def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegistry:
+def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = lambda resource: None) -> kopf.OperatorRegistry:
     """The handlers, in a registry of their own, so that several can live in one process."""
     registry = kopf.OperatorRegistry()
     fingerprints: dict[str, bytes] = {}
@@ -36,6 +38,7 @@ def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegi
 
     async def on_job(event: Mapping[str, Any], **_: object) -> None:
         job, gone = event["object"], event["type"] == "DELETED"
+        watched(PLURAL)
         seen(job, gone)
         # Most events are the echo of the status that the loop has just written: it need not look again for those.
         uid, fingerprint = job["metadata"]["uid"], _without_status(job)
@@ -49,6 +52,7 @@ def informer_registry(wake: Wake, seen: Seen, login: Login) -> kopf.OperatorRegi
 
     async def on_pod(event: Mapping[str, Any], **_: object) -> None:
         meta = event["object"]["metadata"]
+        watched("pods")
         if name := meta["labels"][LABEL_JOB_NAME]:  # a label may be empty, and anyone may set it
             wake(JobKey(meta["namespace"], name))
 

@@ -63,6 +63,11 @@ class TrainingState:
         """Whether each worker holds a part."""
         return any(is_sharded(tensor) for tensor in self.parameters.values())
 
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors, over all workers."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.parameters.values(), *self.moments.values()))
+
 
 @dataclass(frozen=True)
 class SavedState:

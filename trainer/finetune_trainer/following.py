@@ -6,8 +6,8 @@ from finetune_api.report import Report
 from finetune_api.status import WARNINGS_MAX, Checkpoints, Progress, Usage
 from finetune_trainer.console import Console
 from finetune_trainer.interruption import Interruption
-from finetune_trainer.progress import Answer, WorkerProgress
-from finetune_trainer.report import Reporter, utc_now
+from finetune_trainer.progress import Answer, WorkerProgress, utc_now
+from finetune_trainer.report import Reporter
 
 
 class Following:

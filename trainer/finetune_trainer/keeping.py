@@ -1,6 +1,7 @@
 """How far the training is, what its checkpoints hold of that, and which of them is the best."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from finetune_trainer.evaluation import Losses
 from finetune_trainer.evaluation.history import History
 from finetune_trainer.model import CausalModel
 from finetune_trainer.optimisation import NamedParameters, moments_of, restore, restore_parameters
+from finetune_trainer.pace import SavedCheckpoint
 from finetune_trainer.stopping import Validations
 from finetune_trainer.storage import Storage
 from finetune_trainer.telling import Teller
@@ -109,6 +111,7 @@ class Keeper:
 
     def save(self, teller: Teller) -> None:
         """Save the state as it is: sharded, all workers together; else rank 0 alone, and the others wait for it at the next step."""
+        begun = time.monotonic()
         self._history.keep()
         parameters = {name: parameter.detach() for name, parameter in self._trained.parameters}
         moments = moments_of(self._trained.optimizer, self._trained.parameters)
@@ -116,7 +119,7 @@ class Keeper:
         if self._worker.leads or state.sharded:
             checkpoint.save(self._storage, state, self._config, keep=self._keep, worker=self._worker)
         self._latest = CheckpointRef(step=self.step, uri=self._locate(self.step))
-        teller.checkpoint(self._latest, self.best)
+        teller.checkpoint(self._latest, self.best, SavedCheckpoint(time.monotonic() - begun, state.bytes))
 
     def validate(self, losses: Losses, teller: Teller) -> None:
         """Take the validation loss of the checkpoint just saved. Raises JobError (TrainingDiverged) where it is no number."""

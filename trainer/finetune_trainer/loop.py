@@ -18,6 +18,7 @@ from finetune_trainer import checkpoint
 from finetune_trainer.data.batches import AUTO_TOKENS, plan_batches
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.shares import Limit
+from finetune_trainer.device import Device
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import Losses, measure
 from finetune_trainer.keeping import CHECKPOINTS, VALIDATION, Keeper, Trained
@@ -102,7 +103,7 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
         group=group, processes=worker.world, start_step=keeper.step, step=keeper.step, damaged_checkpoints=damaged, checkpoint=keeper.latest
     )
     begin = begin.model_copy(update={"best_checkpoint": keeper.best})
-    tell = Teller(listener if worker.leads else None, plan, begin)
+    tell = Teller(listener if worker.leads else None, plan, begin, Device(worker.device))
     for warning in (*models.warnings, *shrunk):
         tell.warn(warning)
     if keeper.owes_validation(plan.total_steps):

@@ -6,18 +6,25 @@ import threading
 import time
 import urllib.request
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated
 
 from pydantic import Field
 
 from finetune_api.fields import StatusModel
 from finetune_api.status import BestCheckpoint, CheckpointRef, Count, Metric, Name, StageName, Text, Warnings
+from finetune_trainer.pace import Pace
 
 PROGRESS_SECONDS = 1.0
 """Rank 0 tells the head this often, whether or not a step ended: the answer may be the call to stop."""
 _TIMEOUT_SECONDS = 5.0
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The head is at hand: a proxy that the environment names for the world outside must not be asked, nor see the token."""
+
+
+def utc_now() -> str:
+    """The time in UTC, RFC 3339, whole seconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class WorkerProgress(StatusModel):
     """The one with the lowest validation loss."""
     warnings: Warnings = ()
     """What the job's owner should look at although the training goes on; those of this group so far."""
+    pace: Pace | None = None
+    """How fast the group is; None for one that does not train."""
     damaged_checkpoints: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
     """Checkpoints that were found damaged and set aside when this group began."""
 

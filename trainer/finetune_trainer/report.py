@@ -7,28 +7,25 @@ import asyncio
 import hmac
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
 from finetune_api.report import Outcome, Report
 from finetune_api.status import STAGES, Failure, Stage, StageName, StageState
-from finetune_trainer.progress import Answer, WorkerProgress
+from finetune_trainer.pace import Goodput
+from finetune_trainer.progress import Answer, WorkerProgress, utc_now
+from finetune_trainer.training_series import PREFIX, Workers, running_stage, series
 
 LONGEST_WAIT_SECONDS = 60.0
 LARGEST_BODY_BYTES = 64 * 1024
-
-
-def utc_now() -> str:
-    """The time in UTC, RFC 3339, whole seconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Reporter:
@@ -100,7 +97,8 @@ class ReportServer:
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
         self._registry = CollectorRegistry()
-        self._registry.register(ReportCollector(reporter))
+        self._collector = ReportCollector(reporter)
+        self._registry.register(self._collector)
         self._thread = threading.Thread(target=self._loop.run_forever, name="report", daemon=True)
 
     def start(self) -> None:
@@ -164,6 +162,7 @@ class ReportServer:
             progress = WorkerProgress.model_validate_json(await request.read())
         except ValidationError as error:
             raise web.HTTPBadRequest(text=f"{error.error_count()} fields are wrong\n") from None
+        self._collector.take(progress)
         return web.json_response(asdict(self._on_progress(progress)))
 
     async def _get_health(self, _: web.Request) -> web.Response:
@@ -174,49 +173,29 @@ class ReportServer:
 
 
 class ReportCollector(Collector):
-    """The report as Prometheus gauges: read at each scrape, so that no series outlives what it tells of."""
+    """The report as Prometheus's series: read at each scrape, so that none outlives what it tells of."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
+        self._workers: Callable[[], Workers] = Workers
+        self._goodput = Goodput(time.monotonic)
+
+    def take(self, progress: WorkerProgress) -> None:
+        """Take what the workers say beyond what becomes the report."""
+        if progress.pace is None or progress.start_step is None:
+            return
+        self._goodput.take(progress.group, progress.start_step, progress.step, progress.pace.stepping_seconds)
+        pace, processes = progress.pace, progress.processes
+        self._workers = lambda: Workers(pace, processes, self._goodput.ratio)
 
     def collect(self) -> Iterator[Metric]:
-        """One family for each number that the report holds."""
-        for name, (description, value) in gauges(self._reporter.report).items():
-            if value is not None:
-                yield GaugeMetricFamily(f"finetune_training_{name}", description, value=value)
-        states = GaugeMetricFamily("finetune_training_stage", "1 for the state that the stage is in.", labels=["stage", "state"])
-        for stage in self._reporter.report.stages:
-            states.add_metric([stage.name, stage.state], 1)
-        yield states
-
-
-def gauges(report: Report) -> dict[str, tuple[str, float | None]]:
-    """Name without prefix to description and value; None is left out."""
-    progress, usage, latest = report.progress, report.usage, report.checkpoints.latest if report.checkpoints else None
-    metrics = {metric.name: metric.value for metric in report.metrics}
-    return {
-        "attempt": ("The job's attempt that this is.", report.attempt),
-        "workers_wanted": ("Worker pods that the stage needs.", report.workers_wanted),
-        "step": ("Optimiser steps done.", progress.step if progress else None),
-        "steps_planned": ("Optimiser steps in all.", progress.total_steps if progress else None),
-        "epoch": ("Epochs done.", progress.epoch if progress else None),
-        "progress_ratio": ("Share of the steps that is done.", progress.step / max(1, progress.total_steps) if progress else None),
-        "tokens_per_second": ("Tokens of examples per second, over all workers.", progress.tokens_per_second if progress else None),
-        "eta_seconds": ("Estimated time to the end of the training.", progress.eta_seconds if progress else None),
-        "heartbeat_timestamp_seconds": (
-            "When the workers last reported, Unix time.",
-            _unix(progress.last_update_time) if progress else None,
-        ),
-        "loss": ("Training loss of the latest step, nats per token.", metrics.get("train/loss")),
-        "validation_loss": ("Validation loss, nats per token.", metrics.get("validation/loss")),
-        "learning_rate": ("Learning rate of the latest step.", metrics.get("train/learningRate")),
-        "grad_norm": ("Norm of the gradients before clipping.", metrics.get("train/gradNorm")),
-        "lost_steps": ("Steps that had to be done again.", report.lost_steps),
-        "checkpoint_step": ("Step of the newest complete checkpoint.", latest.step if latest else None),
-        "trained_tokens": ("Tokens of examples that this attempt took steps on.", usage.trained_tokens if usage else None),
-        "gpu_seconds": ("GPUs held by this attempt, times seconds.", usage.gpu_seconds if usage else None),
-    }
-
-
-def _unix(time: str | None) -> float | None:
-    return datetime.fromisoformat(time).timestamp() if time else None
+        """One family for each number that is known, and the stage."""
+        report = self._reporter.report
+        for known in series(report, self._workers()):
+            if known.value is not None:
+                family = CounterMetricFamily if known.kind == "counter" else GaugeMetricFamily
+                yield family(PREFIX + known.name, known.help, value=known.value)
+        stage = GaugeMetricFamily(f"{PREFIX}stage", "1 for the stage that runs.", labels=["stage"])
+        if running := running_stage(report):
+            stage.add_metric([running], 1)
+        yield stage

@@ -5,8 +5,10 @@ from typing import Protocol
 
 from finetune_api.status import WARNING_LENGTH_MAX, WARNINGS_MAX, BestCheckpoint, CheckpointRef, Metric
 from finetune_trainer.data.batches import BatchPlan
+from finetune_trainer.device import Device
 from finetune_trainer.evaluation import Losses, metric_of
-from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.pace import Pace, SavedCheckpoint
+from finetune_trainer.progress import WorkerProgress, utc_now
 
 
 class Listener(Protocol):
@@ -30,19 +32,26 @@ class Listener(Protocol):
 class Teller:
     """Tells the listener how far it is; silent without one, as on all workers but the first."""
 
-    def __init__(self, listener: Listener | None, plan: BatchPlan, progress: WorkerProgress) -> None:
-        self._listener, self._plan = listener, plan
+    def __init__(self, listener: Listener | None, plan: BatchPlan, progress: WorkerProgress, device: Device | None = None) -> None:
+        self._listener, self._plan, self._device = listener, plan, device
+        self._pace = Pace(peak_flops=device.peak_flops if device else None)
         self._progress = progress.model_copy(update={"total_steps": plan.total_steps})
         self._metrics: dict[str, Metric] = {}
-        self._begun = time.monotonic()
+        self._begun = self._stepping_since = time.monotonic()
         self._tokens_left = int(plan.row_tokens.sum()) * plan.epochs - sum(plan.batch(step).tokens for step in range(progress.step))
         self._post()
 
     def step(self, done: int, tokens: int, values: dict[str, float]) -> None:
         """One more step."""
+        now = time.monotonic()
+        taken = now - self._stepping_since
+        peak = self._device.memory_peak if self._device else None
+        self._pace = self._pace.model_copy(
+            update={"step_seconds": taken, "stepping_seconds": self._pace.stepping_seconds + taken, "memory_peak_bytes": peak}
+        )
         self._tokens_left -= tokens
         trained = self._progress.trained_tokens + tokens
-        rate = trained / max(1e-9, time.monotonic() - self._begun)
+        rate = trained / max(1e-9, now - self._begun)
         self._metrics |= {name: Metric(name=name, value=value, step=done) for name, value in values.items()}
         self._progress = self._progress.model_copy(
             update={
@@ -54,16 +63,22 @@ class Teller:
             }
         )
         self._post()
+        self._stepping_since = now
 
     def validation(self, done: int, losses: Losses) -> None:
         """The held-out losses after a step, and what else was measured."""
         self._metrics |= {metric_of(name): Metric(name=metric_of(name), value=value, step=done) for name, value in losses.items()}
         self._post()
+        self._stepping_since = time.monotonic()
 
-    def checkpoint(self, latest: CheckpointRef | None, best: BestCheckpoint | None) -> None:
-        """A checkpoint is complete."""
+    def checkpoint(self, latest: CheckpointRef | None, best: BestCheckpoint | None, saved: SavedCheckpoint | None = None) -> None:
+        """A checkpoint is complete, and has just been saved where `saved` says so; or another one is the best."""
+        if saved:
+            update = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes, "checkpoint_time": utc_now()}
+            self._pace = self._pace.model_copy(update=update)
         self._progress = self._progress.model_copy(update={"checkpoint": latest, "best_checkpoint": best})
         self._post()
+        self._stepping_since = time.monotonic()
 
     def warn(self, text: str) -> None:
         """Something that the job's owner should look at although the job goes on."""
@@ -79,5 +94,5 @@ class Teller:
 
     def _post(self) -> None:
         if self._listener is not None:
-            self._progress = self._progress.model_copy(update={"metrics": tuple(self._metrics.values())})
+            self._progress = self._progress.model_copy(update={"metrics": tuple(self._metrics.values()), "pace": self._pace})
             self._listener.post(self._progress)

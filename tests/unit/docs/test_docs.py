@@ -18,7 +18,7 @@ from finetune_operator.manifest import read_manifests
 from finetune_operator.metrics import Metrics
 from finetune_trainer.data.formats import Format, detect_format, example_from
 from finetune_trainer.data.rows import Fault, Place, Row
-from finetune_trainer.report import gauges
+from finetune_trainer.training_series import PREFIX, Workers, series
 
 COMMANDS = [(f"{block} {' '.join(command)}", command) for block in (*blocks("sh"), *map(comments, EXAMPLES)) for command in commands(block)]
 
@@ -89,7 +89,8 @@ def test_every_job_of_a_method_or_an_objective_says_how_it_is_run() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
 def test_metrics_that_are_named_exist(document: Path) -> None:
     operator = set(re.findall(r"^# TYPE (\w+)", Metrics("1", lambda: 0.0, lambda: True).render().decode(), re.MULTILINE))
-    trainer = {f"finetune_training_{name}" for name in gauges(Report(job_uid="uid", attempt=1))}
+    told = series(Report(job_uid="uid", attempt=1), Workers())
+    trainer = {f"{PREFIX}{each.name}{'_total' if each.kind == 'counter' else ''}" for each in told} | {f"{PREFIX}stage"}
     named = set(re.findall(r"`(finetune_(?:job|training|evaluation|operator)_\w+)`", document.read_text(encoding="utf-8")))
     assert named <= operator | trainer
 

@@ -1,9 +1,16 @@
-from typing import Any
+import asyncio
+import time
+from typing import Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.promtool import check_metrics
 
-from finetune_operator.metrics import SERIES_PER_JOB, Metrics
+from finetune_api.status import ConditionType
+from finetune_operator.job_series import CONDITIONS_SHOWN, SERIES_PER_JOB, JobCollector
+from finetune_operator.metrics import Metrics
+from finetune_operator.port import ApiError
+from finetune_trainer.training_series import SERIES as SERIES_OF_A_HEAD
 
 JOB: dict[str, Any] = {
     "metadata": {"namespace": "team", "name": "bot", "uid": "u-1", "labels": {"kueue.x-k8s.io/queue-name": "gpu-a", "other": "x"}},
@@ -13,10 +20,22 @@ JOB: dict[str, Any] = {
         "phase": "Training",
         "message": "free text that must not become a label",
         "startTime": "2026-01-01T00:00:00Z",
-        "attempt": {"number": 3, "failures": 1, "preemptions": 1, "lostSteps": 20},
+        "attempt": {"number": 3, "failures": 1, "preemptions": 1, "lostSteps": 20, "startTime": "2026-01-01T00:10:00Z"},
+        "stages": [
+            {"name": "Prepare", "state": "Succeeded", "startTime": "2026-01-01T00:10:40Z", "endTime": "2026-01-01T00:12:00Z"},
+            {"name": "Train", "state": "Running", "startTime": "2026-01-01T00:12:00Z"},
+        ],
         "workersWanted": 4,
         "workersReady": 3,
-        "progress": {"percent": 33, "step": 420, "totalSteps": 1260, "epoch": 1.0, "tokensPerSecond": 1000.0, "etaSeconds": 2400},
+        "progress": {
+            "percent": 33,
+            "step": 420,
+            "totalSteps": 1260,
+            "epoch": 1.0,
+            "tokensPerSecond": 1000.0,
+            "etaSeconds": 2400,
+            "lastUpdateTime": "2026-01-01T00:20:00Z",
+        },
         "metrics": [{"name": "train/loss", "value": 1.18, "step": 420}, {"name": "validation/loss", "value": 1.31}],
         "checkpoints": {"latest": {"step": 400, "uri": "pvc://a/b"}},
         "evaluation": {"results": [{"metric": "test/loss", "value": 1.0, "baseline": 2.0}]},
@@ -28,7 +47,14 @@ JOB: dict[str, Any] = {
                 "observedGeneration": 1,
                 "lastTransitionTime": "2026-01-01T00:00:00Z",
                 "reason": "OOMKilled",
-            }
+            },
+            {
+                "type": "Ready",
+                "status": "False",
+                "observedGeneration": 1,
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+                "reason": "OOMKilled",
+            },
         ],
     },
 }
@@ -65,24 +91,75 @@ def test_state_of_a_job_is_told_from_its_status(metrics: Metrics) -> None:
     info = {"uid": "u-1", "method": "lora", "objective": "sft", "base_model": "hf://org/model", "queue": "gpu-a"}
     assert of_job(found, "finetune_job_info", **info) == 1
     assert of_job(found, "finetune_job_status_phase", phase="Training") == 1
-    assert of_job(found, "finetune_job_status_phase", phase="Complete") == 0
-    assert of_job(found, "finetune_job_failed", reason="OOMKilled") == 1
-    assert of_job(found, "finetune_job_start_timestamp_seconds") == 1767225600  # date -d 2026-01-01T00:00:00Z +%s
-    assert of_job(found, "finetune_job_attempt") == 3
+    assert len(found["finetune_job_status_phase"]) == 1
+    assert of_job(found, "finetune_job_status_reason", reason="OOMKilled") == 1
+    assert of_job(found, "finetune_job_condition", condition="Failed", status="True") == 1
+    assert of_job(found, "finetune_job_condition", condition="Ready", status="False") == 1
+    assert found["finetune_jobs"] == {(("namespace", "team"), ("phase", "Training")): 1}
+    assert of_job(found, "finetune_job_restarts_total") == 2
+    assert of_job(found, "finetune_job_queue_wait_seconds") == 40  # 00:10:00 to 00:10:40
+    assert of_job(found, "finetune_job_startup_duration_seconds") == 120  # 00:10:00 to 00:12:00
+    assert of_job(found, "finetune_job_progress_timestamp_seconds") == 1767226800  # date -d 2026-01-01T00:20:00Z +%s
     assert of_job(found, "finetune_job_failures_total") == 1
     assert of_job(found, "finetune_job_preemptions_total") == 1
     assert of_job(found, "finetune_job_workers_wanted") == 4
     assert of_job(found, "finetune_job_workers_ready") == 3
     assert of_job(found, "finetune_job_gpu_seconds_total") == 5400
-    assert of_job(found, "finetune_training_tokens_total") == 6100000
-    assert of_job(found, "finetune_training_step") == 420
-    assert of_job(found, "finetune_training_steps_planned") == 1260
-    assert of_job(found, "finetune_training_progress_ratio") == 0.33
-    assert of_job(found, "finetune_training_loss") == 1.18
-    assert of_job(found, "finetune_training_eval_loss") == 1.31
-    assert of_job(found, "finetune_training_checkpoint_step") == 400
-    assert of_job(found, "finetune_evaluation_test_loss", model="base") == 2.0
-    assert of_job(found, "finetune_evaluation_test_loss", model="tuned") == 1.0
+    assert of_job(found, "finetune_job_trained_tokens_total") == 6100000
+    assert of_job(found, "finetune_job_progress_ratio") == 0.33
+    assert of_job(found, "finetune_job_eta_seconds") == 2400
+    assert of_job(found, "finetune_job_checkpoint_step") == 400
+    assert of_job(found, "finetune_job_evaluation", metric="test/loss", model="base") == 2.0
+    assert of_job(found, "finetune_job_evaluation", metric="test/loss", model="tuned") == 1.0
+
+
+def collected(status: dict[str, Any], now: float) -> dict[str, float]:
+    """The samples of one job without labels of their own, at a moment (Unix time)."""
+    jobs = JobCollector(exposed=lambda: True, clock=lambda: now)
+    jobs.see({**JOB, "status": status}, gone=False)
+    return {
+        sample.name: sample.value for metric in jobs.collect() for sample in metric.samples if set(sample.labels) == {"namespace", "name"}
+    }
+
+
+def test_times_of_a_job_go_on_until_they_end() -> None:
+    noon = 1767268800  # date -d 2026-01-01T12:00:00Z +%s
+    waiting = {"startTime": "2026-01-01T11:00:00Z", "attempt": {"number": 1, "startTime": "2026-01-01T11:59:00Z"}}
+    assert collected(waiting, noon)["finetune_job_queue_wait_seconds"] == 60
+    assert collected(waiting, noon)["finetune_job_duration_seconds"] == 3600
+    ended = {**waiting, "completionTime": "2026-01-01T11:30:00Z"}
+    assert collected(ended, noon)["finetune_job_duration_seconds"] == 1800
+    # The stages of the attempt before say nothing of this one.
+    again = {**waiting, "stages": [{"name": "Train", "state": "Running", "startTime": "2026-01-01T11:10:00Z"}]}
+    assert "finetune_job_startup_duration_seconds" not in collected(again, noon)
+    assert collected(again, noon)["finetune_job_queue_wait_seconds"] == 60
+    assert "finetune_job_duration_seconds" not in collected({}, noon)
+
+
+def ending(kind: str, reason: str) -> dict[str, Any]:
+    condition = {"type": kind, "status": "True", "observedGeneration": 1, "lastTransitionTime": "2026-01-01T00:00:00Z", "reason": reason}
+    return {**JOB, "status": {"phase": kind, "conditions": [condition]}}
+
+
+def test_ends_of_jobs_are_counted_once(metrics: Metrics) -> None:
+    running = {**JOB, "status": {"phase": "Training"}}
+    for job in running, ending("Complete", "Succeeded"), ending("Complete", "Succeeded"):
+        metrics.jobs.see(job, gone=False)
+    metrics.jobs.see(ending("Complete", "Succeeded"), gone=True)
+    other = {**running, "metadata": {**JOB["metadata"], "uid": "u-2"}}
+    metrics.jobs.see(other, gone=False)
+    metrics.jobs.see({**other, "status": ending("Failed", "OOMKilled")["status"]}, gone=False)
+    odd = {**running, "metadata": {**JOB["metadata"], "uid": "u-3"}}
+    metrics.jobs.see(odd, gone=False)
+    metrics.jobs.see({**odd, "status": ending("Failed", "ByTheTenant")["status"]}, gone=False)
+    # One that had ended before this operator came was counted by another.
+    metrics.jobs.see({**ending("Failed", "OOMKilled"), "metadata": {**JOB["metadata"], "uid": "u-4"}}, gone=False)
+    found = samples(metrics)
+    assert found["finetune_job_completed_total"] == {(("namespace", "team"),): 1}
+    assert found["finetune_job_failed_total"] == {
+        (("namespace", "team"), ("reason", "OOMKilled")): 1,
+        (("namespace", "team"), ("reason", "Other")): 1,
+    }
 
 
 EVALUATED = {
@@ -94,7 +171,7 @@ EVALUATED = {
             {"metric": "judged/judgeWinRate", "value": 0.625},
             {"metric": "a tenant's own words", "value": 1.0},
         ],
-        "gates": [{"metric": "task/f1", "verdict": verdict, "required": "x"} for verdict in ("Passed", "Failed", "Passed")],
+        "gates": [{"metric": "judged/judgeWinRate", "verdict": verdict, "required": "x"} for verdict in ("Passed", "Failed", "Passed")],
     },
 }
 
@@ -114,17 +191,25 @@ def test_evaluation_gates_and_search_are_told(metrics: Metrics) -> None:
 def test_job_with_all_that_it_may_measure_has_few_series(metrics: Metrics) -> None:
     before = sum(len(each) for each in samples(metrics).values())
     results = [{"metric": f"suite-{index}/f1", "value": 0.5, "baseline": 0.25} for index in range(260)]
-    status = {**JOB["status"], **EVALUATED, "evaluation": {**EVALUATED["evaluation"], "results": results}}
+    gates = [{"metric": f"suite-{index}/f1", "verdict": "Passed", "required": "x"} for index in (200, 250)]
+    conditions = [{**ending(kind, "Pending")["status"]["conditions"][0], "status": "False"} for kind in get_args(ConditionType)]
+    status = {**JOB["status"], **EVALUATED, "conditions": conditions, "evaluation": {"results": results, "gates": gates}}
     metrics.jobs.see({**JOB, "status": status}, gone=False)
-    assert sum(len(each) for each in samples(metrics).values()) - before <= SERIES_PER_JOB
-    assert len(samples(metrics)["finetune_job_evaluation"]) == 48
+    found = samples(metrics)
+    of_the_namespace = 1  # finetune_jobs
+    told = sum(len(each) for each in found.values()) - before - of_the_namespace
+    assert set(CONDITIONS_SHOWN) <= set(get_args(ConditionType))
+    assert len(found["finetune_job_condition"]) == len(CONDITIONS_SHOWN)
+    assert {dict(labels)["metric"] for labels in found["finetune_job_evaluation"]} == {"suite-0/f1", "suite-200/f1", "suite-250/f1"}
+    assert told <= SERIES_PER_JOB
+    assert SERIES_PER_JOB + SERIES_OF_A_HEAD <= 60
 
 
 def test_job_has_few_series_and_no_free_text(metrics: Metrics) -> None:
     before = sum(len(each) for each in samples(metrics).values())
     metrics.jobs.see(JOB, gone=False)
     found = samples(metrics)
-    assert 20 < sum(len(each) for each in found.values()) - before <= SERIES_PER_JOB
+    assert 20 < sum(len(each) for each in found.values()) - before <= SERIES_PER_JOB + 1  # finetune_jobs is the namespace's
     assert "free text" not in metrics.render().decode()
 
 
@@ -149,13 +234,13 @@ def test_measure_that_a_status_no_longer_has_is_gone(metrics: Metrics) -> None:
     metrics.jobs.see(JOB, gone=False)
     metrics.jobs.see({**JOB, "status": {"phase": "Pending"}}, gone=False)
     found = samples(metrics)
-    assert "finetune_training_loss" not in found
+    assert "finetune_job_progress_ratio" not in found
     assert of_job(found, "finetune_job_status_phase", phase="Pending") == 1
 
 
 def test_job_without_a_status_is_told_of(metrics: Metrics) -> None:
     metrics.jobs.see({"metadata": {"namespace": "team", "name": "bot", "uid": "u"}, "spec": {}}, gone=False)
-    assert of_job(samples(metrics), "finetune_job_status_phase", phase="Pending") == 0
+    assert of_job(samples(metrics), "finetune_job_status_phase", phase="Pending") == 1
 
 
 def test_status_that_cannot_be_read_costs_only_its_own_series(metrics: Metrics) -> None:
@@ -172,21 +257,30 @@ def test_replica_that_stands_by_tells_of_no_job() -> None:
     metrics.jobs.see(JOB, gone=False)
     found = samples(metrics)
     assert "finetune_job_info" not in found
+    assert "finetune_jobs" not in found
     assert found["finetune_operator_leader"][()] == 0
 
 
 def test_operator_tells_of_itself(metrics: Metrics) -> None:
-    metrics.api_request("list", 200)
-    metrics.api_request("list", 200)
-    metrics.api_request("patch", 0)
+    metrics.api_request("list", 200, 0.02)
+    metrics.api_request("list", 200, 0.3)
+    metrics.api_request("patch", 0, 15.0)
+    metrics.watched("pods")
     with metrics.reconcile():
         pass
     with pytest.raises(ZeroDivisionError), metrics.reconcile():
         1 / 0  # noqa: B018
+    for status in 0, 503:
+        with pytest.raises(ApiError), metrics.reconcile():
+            raise ApiError(status, "free words", "of the server")
     found = samples(metrics)
     assert found["finetune_operator_api_requests_total"] == {(("code", "200"), ("verb", "list")): 2, (("code", "0"), ("verb", "patch")): 1}
-    assert found["finetune_operator_reconcile_total"] == {(("result", "done"),): 1, (("result", "error"),): 1}
-    assert found["finetune_operator_reconcile_duration_seconds_count"][()] == 2
+    assert found["finetune_operator_reconcile_total"] == {(("result", "done"),): 1, (("result", "error"),): 3}
+    assert found["finetune_operator_reconcile_errors_total"] == {(("reason", name),): 1 for name in ("Defect", "Http503", "NoAnswer")}
+    assert found["finetune_operator_reconcile_duration_seconds_count"][()] == 4
+    assert found["finetune_operator_api_request_duration_seconds_sum"] == {(("verb", "list"),): 0.32, (("verb", "patch"),): 15}
+    assert found["finetune_operator_watch_last_event_timestamp_seconds"][(("resource", "pods"),)] == pytest.approx(time.time(), abs=60)
+    assert found["finetune_operator_event_loop_lag_seconds"][()] == 0
     assert found["finetune_operator_workqueue_depth"][()] == 5
     assert found["finetune_operator_leader"][()] == 1
     assert [dict(labels)["version"] for labels in found["finetune_operator_build_info"]] == ["1.2.3"]
@@ -199,3 +293,20 @@ def test_metrics_have_help_and_base_units(metrics: Metrics) -> None:
     for family in families:
         assert family.documentation.endswith("."), family.name
         assert not family.name.endswith(("_ms", "_milliseconds", "_percent", "_minutes")), family.name
+
+
+async def test_event_loop_that_is_held_up_is_told(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_operator.metrics.LAG_TICK_SECONDS", 0.01)
+    follower = asyncio.create_task(metrics.follow_lag())
+    await asyncio.sleep(0.05)
+    time.sleep(0.3)  # noqa: ASYNC251 - this is what is to be seen
+    await asyncio.sleep(0.05)
+    follower.cancel()
+    assert 0.2 < samples(metrics)["finetune_operator_event_loop_lag_seconds"][()] < 30
+
+
+def test_promtool_has_nothing_to_object_to(metrics: Metrics) -> None:
+    metrics.api_request("list", 200, 0.02)
+    metrics.watched("pods")
+    metrics.jobs.see({**JOB, "status": {**JOB["status"], **EVALUATED}}, gone=False)
+    assert check_metrics(metrics.render()) == ""

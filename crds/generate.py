@@ -64,7 +64,8 @@ def reference(schema: dict[str, Any]) -> str:
         f"`apiVersion: {API_VERSION}`, `kind: {KIND}`, short name `ftj`. {schema['description']}",
         "",
         "Unknown fields are refused. A field without a default is optional unless it says *required*.",
-        "`spec` does not change once the job exists, but for `suspend`, `ttlSecondsAfterFinished` and deadlines that are raised.",
+        "`spec` does not change once the job exists, but for `suspend`, `monitoring`, `ttlSecondsAfterFinished` and deadlines that are "
+        "raised.",
         f"A job's name is a DNS label of at most {schema['properties']['metadata']['properties']['name']['maxLength']} characters.",
         "",
     ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from finetune_api.monitoring import NEEDS_MODEL, measured_again
 from finetune_api.search import SEARCHABLE
 
 if TYPE_CHECKING:
@@ -72,6 +73,19 @@ def _goal_is_known(spec: "Spec") -> bool:
 
 def _made_examples_fit(spec: "Spec") -> bool:
     return spec.objective.dpo is None or not spec.data.preparation.makes_examples
+
+
+def _monitored_are_suites(spec: "Spec") -> bool:
+    return spec.monitoring is None or {suite.name for suite in spec.monitoring.suites} <= measured_again(spec).keys()
+
+
+def _endpoint_gives_metrics(spec: "Spec") -> bool:
+    return all(metrics for metrics in measured_again(spec).values())
+
+
+def _degraded_is_measured(spec: "Spec") -> bool:
+    found = {f"{suite}/{metric}" for suite, metrics in measured_again(spec).items() for metric in metrics}
+    return spec.monitoring is None or {bound.metric for bound in spec.monitoring.degraded_if} <= found
 
 
 def _optional_parts(model: BaseModel | None, path: str, parts: Iterable[str]) -> bool:
@@ -160,5 +174,25 @@ LOOP_RULES: tuple[LoopRule, ...] = (
         "(!has(self.objective.distillation) || !has(self.objective.distillation.teacher.endpoint)))",
         "planOnly counts data that is there: it goes with neither data.preparation.contentPoints, questions nor a teacher's endpoint",
         _plan_needs_nothing_made,
+    ),
+    LoopRule(
+        "!has(self.monitoring) || self.monitoring.suites.all(fresh, "
+        "self.evaluation.suites.exists(suite, suite.name == fresh.name && !has(suite.lmEval)))",
+        "monitoring.suites must be names of evaluation.suites that have examples (no lmEval)",
+        _monitored_are_suites,
+    ),
+    LoopRule(
+        "!has(self.monitoring) || !has(self.monitoring.endpoint) || self.evaluation.suites.all(suite, has(suite.lmEval) || "
+        "!self.monitoring.suites.exists(fresh, fresh.name == suite.name) || "
+        f"suite.metrics.exists(metric, !(metric in {list(NEEDS_MODEL)})))",
+        f"monitoring.suites: an endpoint gives no {', '.join(NEEDS_MODEL[:-1])} and {NEEDS_MODEL[-1]}, so each suite needs another metric",
+        _endpoint_gives_metrics,
+    ),
+    LoopRule(
+        "!has(self.monitoring) || self.monitoring.degradedIf.all(bound, "
+        f"(!has(self.monitoring.endpoint) || !{[f'/{metric}' for metric in NEEDS_MODEL]}.exists(end, bound.metric.endsWith(end))) && "
+        f"self.monitoring.suites.exists(fresh, bound.metric.startsWith(fresh.name + '/')) && {_SUITES.format('bound.metric')})",
+        "monitoring.degradedIf: every metric must be suite/metric of monitoring.suites, and one that is measured there",
+        _degraded_is_measured,
     ),
 )

@@ -20,6 +20,7 @@ class Reason(StrEnum):
     BASELINE_SUFFICIENT = "BaselineSufficient"
     GATES_PASSED = "GatesPassed"
     PLANNED = "Planned"
+    QUALITY_HELD = "QualityHeld"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
     RETRYING = "Retrying"
@@ -42,10 +43,12 @@ class Reason(StrEnum):
     SEARCH_FAILED = "SearchFailed"
     GATES_NOT_PASSED = "GatesNotPassed"
     GATES_INCONCLUSIVE = "GatesInconclusive"
+    DEGRADED = "Degraded"
     # What the platform must change.
     TEACHER_UNAVAILABLE = "TeacherUnavailable"
     GENERATOR_UNAVAILABLE = "GeneratorUnavailable"
     JUDGE_UNAVAILABLE = "JudgeUnavailable"
+    ENDPOINT_UNAVAILABLE = "EndpointUnavailable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     UNSCHEDULABLE = "Unschedulable"
     FORBIDDEN = "Forbidden"
@@ -82,6 +85,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.BASELINE_SUFFICIENT: "A prompt alone reached baseline.sufficientIf: nothing was trained or published; see status.baseline.",
     Reason.GATES_PASSED: "The tuned model passed every gate of evaluation.gates.",
     Reason.PLANNED: "spec.planOnly: model and data are checked, and status.plan tells what the training would take; nothing was trained.",
+    Reason.QUALITY_HELD: "On fresh data the published model is not worse than when it was released, as far as monitoring.degradedIf asks.",
     Reason.SUSPENDED: "spec.suspend is set: the pods save a checkpoint and go. Set it to false to go on.",
     Reason.RESUMED: "spec.suspend is unset: a new attempt goes on from the last checkpoint.",
     Reason.RETRYING: "An attempt has ended for the reason that the message names, and another one follows it.",
@@ -146,6 +150,11 @@ ADVICE: dict[Reason, Advice] = {
         "The examples are too few to tell whether a gate is passed, so nothing is published: give its suite more examples, raise its "
         "limit, or lower evaluation.confidence.",
     ),
+    Reason.DEGRADED: Advice(
+        False,
+        "On fresh data the published model is worse than when it was released: see status.monitoring.results. Nothing is trained by "
+        "itself: look at the fresh examples, and apply a new job with newer data where it is to learn from them.",
+    ),
     Reason.TEACHER_UNAVAILABLE: Advice(
         True,
         "The teacher's storage or endpoint does not answer, or not as it should: check that it runs, and the endpoint's url and model.",
@@ -156,6 +165,11 @@ ADVICE: dict[Reason, Advice] = {
     ),
     Reason.JUDGE_UNAVAILABLE: Advice(
         True, "The judge's endpoint does not answer, or not as it should: check that it runs, and its url and model."
+    ),
+    Reason.ENDPOINT_UNAVAILABLE: Advice(
+        True,
+        "The endpoint of monitoring does not answer, or not as it should: check that it runs, its url and model. The next run comes on "
+        "schedule.",
     ),
     Reason.IMAGE_PULL_FAILED: Advice(True, "Check the trainer image of the operator's settings and the cluster's access to its registry."),
     Reason.UNSCHEDULABLE: Advice(True, "No node has what compute.resourcesPerWorker, nodeSelector and tolerations ask for."),

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.fields import StatusModel
+from finetune_api.monitoring_status import MonitoringStatus
 from finetune_api.outcomes import (
     BASELINES_MAX,
     BaselineResult,
@@ -61,6 +62,7 @@ __all__ = [
     "MemoryParts",
     "Metric",
     "ModelSummary",
+    "MonitoringStatus",
     "Name",
     "Phase",
     "Plan",
@@ -116,6 +118,7 @@ ConditionType = Literal[
     "Ready",
     "Reconciling",
     "Stalled",
+    "Degraded",
 ]
 
 
@@ -287,6 +290,8 @@ class Status(StatusModel):
     """The part of usage that attempts before the current one count."""
     failure: Failure | None = None
     """Why the last attempt that failed did."""
+    monitoring: MonitoringStatus | None = None
+    """How the published model does on fresh data."""
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of that type, where it is set."""

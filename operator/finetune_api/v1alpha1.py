@@ -31,6 +31,7 @@ from finetune_api.methods import (
     PromptTuningMethod,
     PTuningMethod,
 )
+from finetune_api.monitoring import MonitoringPlan
 from finetune_api.objectives import (
     DistillationObjective,
     DpoObjective,
@@ -77,6 +78,7 @@ __all__ = [
     "Method",
     "ModelReference",
     "ModelSource",
+    "MonitoringPlan",
     "ObjectMeta",
     "Objective",
     "Output",
@@ -219,6 +221,8 @@ class Spec(SpecModel):
     """How the tuned model is measured, and what it must reach to be published."""
     output: Output
     """Where checkpoints and results go."""
+    monitoring: MonitoringPlan | None = None
+    """How the published model is measured again after its release; it can be added, changed and removed at any time."""
     suspend: bool = False
     """True takes the pods away after a checkpoint; false goes on from there."""
     plan_only: bool = False

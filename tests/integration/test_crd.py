@@ -275,6 +275,23 @@ def test_what_a_run_follows_from_cannot_be_changed(server, job, spec, words):
     assert words in answer.message
 
 
+def test_monitoring_can_be_added_changed_and_removed(server):
+    manifest = read_manifests((CORPUS / "good/monitoring.yaml").read_text())[0]
+    plan = manifest["spec"].pop("monitoring")
+    manifest["metadata"] = {"name": f"test-{uuid.uuid4().hex[:8]}"}
+    created = server.call("POST", JOBS, manifest)
+    assert created.code == 201, created.message
+    try:
+        assert _change(server, created.body, {"monitoring": plan}).body["spec"]["monitoring"] == {**plan, "degradedIf": []}
+        assert (
+            _change(server, created.body, {"monitoring": {"schedule": "30 4 * * 0"}}).body["spec"]["monitoring"]["schedule"] == "30 4 * * 0"
+        )
+        assert "a range must begin" in _change(server, created.body, {"monitoring": {"schedule": "0 3 * * 5-1"}}).message
+        assert "monitoring" not in _change(server, created.body, {"monitoring": None}).body["spec"]
+    finally:
+        server.call("DELETE", f"{JOBS}/{manifest['metadata']['name']}")
+
+
 @pytest.mark.parametrize("limit", ["activeDeadlineSeconds", "maxGpuHours"])
 def test_a_limit_cannot_be_added_later(server, job, limit):
     assert _change(server, job, {limit: None}).code == 200
@@ -344,6 +361,16 @@ STATUS = {
         "gates": [{"metric": "task/exactMatch", "verdict": "Passed", "observed": 0.88, "required": "at least 0.8"}],
         "health": [{"name": "overfitting", "verdict": "Good"}],
         "candidate": 400,
+    },
+    "monitoring": {
+        "runs": 2,
+        "failedRuns": 1,
+        "schedule": "0 3 * * *",
+        "nextRunTime": "2026-01-02T03:00:00Z",
+        "results": [
+            {"metric": "task/f1", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "released": 0.8, "difference": -0.3, "verdict": "Degraded"}
+        ],
+        "failure": {"reason": "DatasetNotFound", "message": "there is no such file"},
     },
     "attempt": {"number": 2},
     "progress": {"percent": 33},

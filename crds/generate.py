@@ -1,4 +1,4 @@
-"""Write what follows from the API's models: the CRD, the chart's copy of it and the reference. `--check` only says what is stale.
+"""Write what follows from the API's models: the CRD, the chart's copy, the reference, the pages of reasons. `--check` tells what is stale.
 
 Run by `make generate` and `make check`.
 """
@@ -14,6 +14,7 @@ import yaml
 
 from finetune_api import API_VERSION, KIND
 from finetune_api.crd import custom_resource_definition, job_schema
+from finetune_api.reason_pages import document
 from finetune_api.reasons import ADVICE, MEANINGS
 from finetune_api.search import SEARCHABLE
 
@@ -28,6 +29,7 @@ def outputs() -> dict[Path, str]:
         ROOT / "crds/finetunejobs.yaml": f"# {NOTICE}\n{dump(definition)}",
         ROOT / "charts/finetune-operator/templates/crd.yaml": chart_template(definition),
         ROOT / "docs/reference.md": reference(job_schema()),
+        ROOT / "docs/reasons.md": document(NOTICE),
     }
 
 
@@ -76,7 +78,7 @@ def reference(schema: dict[str, Any]) -> str:
         "## Reasons",
         "",
         "The same words stand in conditions, Events, metrics and `status.failure`.",
-        "A failure that another attempt may cure is retried, up to `spec.backoffLimit` times.",
+        "A failure that another attempt may cure is retried, up to `spec.backoffLimit` times. [Reasons](reasons.md) has causes and checks.",
         "",
         "| Reason | Retried | What it says, or what to do |",
         "| --- | --- | --- |",

@@ -55,11 +55,25 @@ class Reason(StrEnum):
     STORAGE_FULL = "StorageFull"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     OUT_OF_MEMORY = "OOMKilled"
+    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
+    SHARED_MEMORY_FULL = "SharedMemoryFull"
     GPU_OUT_OF_MEMORY = "GPUOutOfMemory"
+    GPU_HARDWARE_ERROR = "GPUHardwareError"
+    GPU_UNAVAILABLE = "GPUUnavailable"
+    GPU_KERNEL_FAILED = "GPUKernelFailed"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    ADMISSION_DENIED = "AdmissionDenied"
+    CONTAINER_START_FAILED = "ContainerStartFailed"
     # What the cluster did.
     PREEMPTED = "Preempted"
+    EVICTED = "Evicted"
+    NODE_LOST = "NodeLost"
+    NODE_REJECTED = "NodeRejected"
     HEAD_LOST = "HeadLost"
     WORKERS_LOST = "WorkersLost"
+    COMMUNICATION_FAILED = "CommunicationFailed"
+    NCCL_HANG = "NCCLHang"
+    NO_PROGRESS = "NoProgress"
     # Limits of the spec.
     PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
@@ -69,6 +83,7 @@ class Reason(StrEnum):
     CHECKPOINT_CORRUPTED = "CheckpointCorrupted"
     EVALUATION_FAILED = "EvaluationFailed"
     PUBLISH_FAILED = "PublishFailed"
+    PROCESS_CRASHED = "ProcessCrashed"
     INTERNAL_ERROR = "InternalError"
 
 
@@ -96,7 +111,7 @@ MEANINGS: dict[Reason, str] = {
 
 @dataclass(frozen=True)
 class Advice:
-    """Whether another attempt may help, and what to do."""
+    """Whether another attempt may help, and what to do. Why it came about, and how one finds out, stands in `reason_pages`."""
 
     retryable: bool
     hint: str
@@ -113,8 +128,8 @@ ADVICE: dict[Reason, Advice] = {
     ),
     Reason.MODEL_INVALID: Advice(
         False,
-        "The model, or the teacher where the message names it, must be a causal language model that transformers knows, "
-        "with its tokenizer and undamaged weights.",
+        "The model, or the teacher where the message names it, must be a causal language model that transformers knows, with its tokenizer "
+        "and undamaged weights.",
     ),
     Reason.UNSAFE_MODEL_FORMAT: Advice(False, "Only safetensors are loaded: convert the model's weights first."),
     Reason.AUTHENTICATION_FAILED: Advice(
@@ -172,19 +187,85 @@ ADVICE: dict[Reason, Advice] = {
         "schedule.",
     ),
     Reason.IMAGE_PULL_FAILED: Advice(True, "Check the trainer image of the operator's settings and the cluster's access to its registry."),
-    Reason.UNSCHEDULABLE: Advice(True, "No node has what compute.resourcesPerWorker, nodeSelector and tolerations ask for."),
-    Reason.FORBIDDEN: Advice(True, "The cluster refused an object of this job: see the message for the quota, policy or permission."),
+    Reason.UNSCHEDULABLE: Advice(
+        True, "No node has what compute.resourcesPerWorker, compute.nodeSelector and compute.tolerations ask for: ask for less, or wait."
+    ),
+    Reason.FORBIDDEN: Advice(True, "The cluster refused an object of this job: have the operator's role grant what the message names."),
+    Reason.QUOTA_EXCEEDED: Advice(
+        True,
+        "The namespace's quota is used up: lower compute.resourcesPerWorker or compute.workers, end other jobs, or have the ResourceQuota "
+        "that the message names raised.",
+    ),
+    Reason.ADMISSION_DENIED: Advice(
+        True, "A policy of the cluster refused a pod or another object of this job: see the message for its name, and ask who owns it."
+    ),
+    Reason.CONTAINER_START_FAILED: Advice(
+        True,
+        "The container could not be started: check the trainer image of the operator's settings (its architecture, its python), the node's "
+        "container runtime, and what the cluster adds to pods.",
+    ),
     Reason.STORAGE_FULL: Advice(True, "Free or add space on the volume of output.storage, or lower checkpoint.keep."),
     Reason.STORAGE_UNAVAILABLE: Advice(True, "Check that output.storage can be written to from the job's namespace."),
     Reason.OUT_OF_MEMORY: Advice(
         True, "Raise memory in compute.resourcesPerWorker, or lower training.microBatchSize or maxSequenceLength."
     ),
+    Reason.HOST_OUT_OF_MEMORY: Advice(
+        True,
+        "A process could not have the memory that it asked for: raise memory in compute.resourcesPerWorker (the head's is the platform's "
+        "setting FINETUNE_HEAD_MEMORY), or lower training.maxSequenceLength.",
+    ),
+    Reason.SHARED_MEMORY_FULL: Advice(
+        True,
+        "The shared memory (/dev/shm) is full, or a mapped file lost what it was mapped from: use fewer GPUs for each worker in "
+        "compute.resourcesPerWorker, and check the volumes that the job reads.",
+    ),
     Reason.GPU_OUT_OF_MEMORY: Advice(
         True, "Lower training.microBatchSize or maxSequenceLength, use method.lora, or shard with compute.strategy fsdp."
     ),
+    Reason.GPU_HARDWARE_ERROR: Advice(
+        True, "A GPU is broken: have its node cordoned and the GPU reset or replaced, or keep the job off it with compute.nodeSelector."
+    ),
+    Reason.GPU_UNAVAILABLE: Advice(
+        True,
+        "The container has no usable GPU: ask for one in compute.resourcesPerWorker (nvidia.com/gpu), and have the node's driver and its "
+        "device plugin checked; the driver must be as new as the trainer image's CUDA asks for.",
+    ),
+    Reason.GPU_KERNEL_FAILED: Advice(
+        True,
+        "A program on the GPU failed: mostly a token that the model's embedding does not have, or a defect of a kernel. Try "
+        "training.precision float32; where other jobs fail on the same node, its GPU is broken.",
+    ),
     Reason.PREEMPTED: Advice(True, "The cluster took the pods away; the job goes on from its last checkpoint."),
+    Reason.EVICTED: Advice(
+        True,
+        "The node was short of memory, disk or processes, and the pod had to go; the job goes on from its last checkpoint. Raise memory in "
+        "compute.resourcesPerWorker to what is really used, so that the pod is among the last to be chosen.",
+    ),
+    Reason.NODE_LOST: Advice(
+        True, "The node went away or does not answer; the job goes on from its last checkpoint. Where one node is lost often, look at it."
+    ),
+    Reason.NODE_REJECTED: Advice(
+        True,
+        "The node that was chosen would not take the pod, since what it had offered was gone; the pod is made anew. Where that goes on, "
+        "look at the node's device plugin.",
+    ),
     Reason.HEAD_LOST: Advice(True, "The head pod went without a word; the job goes on from its last checkpoint."),
     Reason.WORKERS_LOST: Advice(True, "Worker pods kept dying; look at their logs and at the nodes they ran on."),
+    Reason.COMMUNICATION_FAILED: Advice(
+        True,
+        "The workers cannot talk to each other (NCCL): check the NetworkPolicies, the network between the nodes, and that their drivers "
+        "are the same; compute.nodeSelector keeps the workers on nodes of one kind.",
+    ),
+    Reason.NCCL_HANG: Advice(
+        True,
+        "The workers waited for one of them too long: see which rank the message names, and look at its pod and its node. The job goes on "
+        "from its last checkpoint.",
+    ),
+    Reason.NO_PROGRESS: Advice(
+        True,
+        "The training took no step for progressDeadlineSeconds: look at the workers' pods and at the storage that they write to; raise "
+        "progressDeadlineSeconds where a single step takes that long.",
+    ),
     Reason.PRE_RUNNING_DEADLINE_EXCEEDED: Advice(
         False, "The pods never ran: see the message, then raise preRunningDeadlineSeconds or ask for less."
     ),
@@ -197,5 +278,10 @@ ADVICE: dict[Reason, Advice] = {
     Reason.CHECKPOINT_CORRUPTED: Advice(True, "Every checkpoint is damaged; they were set aside and the training begins anew."),
     Reason.EVALUATION_FAILED: Advice(True, "The trained model could not be measured; see the head pod's log."),
     Reason.PUBLISH_FAILED: Advice(True, "The result could not be written to output.storage; see the message."),
+    Reason.PROCESS_CRASHED: Advice(
+        True,
+        "Native code crashed (a library, a driver, or an instruction that the CPU does not have): see the last lines of the log, and try "
+        "another node with compute.nodeSelector.",
+    ),
     Reason.INTERNAL_ERROR: Advice(True, "This is a defect of the trainer or the operator; please report it with the head pod's log."),
 }

@@ -25,7 +25,7 @@ def generate():
 
 def test_the_generated_files_are_fresh(generate):
     names = [str(path.relative_to(ROOT)) for path in generate.outputs()]
-    assert names == ["crds/finetunejobs.yaml", "charts/finetune-operator/templates/crd.yaml", "docs/reference.md"]
+    assert names == ["crds/finetunejobs.yaml", "charts/finetune-operator/templates/crd.yaml", "docs/reference.md", "docs/reasons.md"]
     assert generate.stale(generate.outputs()) == [], "run `make generate` and commit the result"
 
 

@@ -71,20 +71,25 @@ def _check_resources(resources: dict[str, int | str]) -> dict[str, int | str]:
     return resources
 
 
+Resources = Annotated[
+    dict[ResourceName, Quantity],
+    Field(max_length=16, json_schema_extra=rules(_WHOLE_DEVICES)),
+    AfterValidator(_check_resources),
+]
+NodeSelector = Annotated[dict[LabelKey, LabelValue], Field(max_length=16)]
+Tolerations = Annotated[tuple[Toleration, ...], Field(max_length=16)]
+
+
 class Compute(SpecModel):
     """The workers that train."""
 
     workers: Workers = Workers()
     """Number of workers."""
-    resources_per_worker: Annotated[
-        dict[ResourceName, Quantity],
-        Field(max_length=16, json_schema_extra=rules(_WHOLE_DEVICES)),
-        AfterValidator(_check_resources),
-    ] = {}
+    resources_per_worker: Resources = {}
     """Requests and limits of each worker, as in a Pod: {nvidia.com/gpu: 1, cpu: 8, memory: 64Gi}."""
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = {}
+    node_selector: NodeSelector = {}
     """Labels of the nodes that may run a worker."""
-    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
+    tolerations: Tolerations = ()
     """Taints that a worker tolerates."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """ddp holds the whole model on every worker, fsdp shards it over them; auto is fsdp where a worker's memory does not hold it."""

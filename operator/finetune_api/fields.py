@@ -154,6 +154,7 @@ RESOURCE_PATTERN = rf"^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMGT]i|{_S
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 
 ObjectName = _text(rf"^{_SUBDOMAIN}$", 253, "the name of a Kubernetes object (lower-case letters, digits, inner hyphens and dots)")
+ProfileName = _text(LABEL_PATTERN, 63, "a profile's name (lower-case letters, digits and inner hyphens)")
 ConfigMapKey = _text(r"^[-_a-zA-Z0-9][-._a-zA-Z0-9]*$", 253, "a ConfigMap's key (letters, digits, -, _ and .)")
 Revision = _text(r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$", 128, "a branch, tag or commit (quote one that reads as a number)")
 ColumnName = _text(r"^[^\x00-\x1f]+$", 128, "a column's name, without control characters")
@@ -179,18 +180,18 @@ Quantity = Annotated[
 
 # A folder or file name that is not `.` or `..`; any number of them after a root.
 _SEGMENT = r"\.?[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]*"
-_PATH = rf"(/{_SEGMENT})*/?"
+PATH = rf"(/{_SEGMENT})*/?"
 _HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
-_S3 = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]{_PATH}"
-_PVC = rf"pvc://{_SUBDOMAIN}{_PATH}"
+_S3 = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]{PATH}"
+_PVC = rf"pvc://{_SUBDOMAIN}{PATH}"
 MODEL_URI = rf"^(hf://{_HUB_NAME}|{_S3}|{_PVC})$"
-_DATA = rf"hf://datasets/{_HUB_NAME}{_PATH}|{_S3}|{_PVC}"
+_DATA = rf"hf://datasets/{_HUB_NAME}{PATH}|{_S3}|{_PVC}"
 DATA_URI = rf"^({_DATA})$"
 SUITE_SOURCE = rf"^(test|validation|{_DATA})$"
 STORAGE_URI = rf"^({_S3}|{_PVC})$"
 FILE_URI = r"^file://[^\x00-\x1f:]+$"
 _HOST_LABEL = "[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?"
-ENDPOINT_URL = rf"^https?://{_HOST_LABEL}(\.{_HOST_LABEL})*(:[0-9]{{1,5}})?{_PATH}$"
+ENDPOINT_URL = rf"^https?://{_HOST_LABEL}(\.{_HOST_LABEL})*(:[0-9]{{1,5}})?{PATH}$"
 URI_MAX = 1024
 
 NO_PARENT_PATH = rule("!self.contains('..')", "a URI must not contain '..'")

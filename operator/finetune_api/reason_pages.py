@@ -14,6 +14,7 @@ FAILURE = f"{_GET} finetunejob JOB -o jsonpath='{{.status.failure}}'"
 DATA = f"{_GET} finetunejob JOB -o jsonpath='{{.status.data}}'"
 EVALUATION = f"{_GET} finetunejob JOB -o jsonpath='{{.status.evaluation}}'"
 SPEC = f"{_GET} finetunejob JOB -o yaml"
+PROFILES = "kubectl get tuningprofiles"
 PODS = f"{_GET} pods {_OF_JOB} -o wide"
 DESCRIBE = f"kubectl -n NAMESPACE describe pods {_OF_JOB}"
 EVENTS = f"{_GET} events --sort-by=.lastTimestamp"
@@ -41,6 +42,16 @@ PAGES: dict[Reason, Page] = {
     Reason.INVALID_SPEC: Page(
         "The spec breaks a rule that the API server could not check, or was stored by an older CRD.",
         ("finetune validate JOB.yaml", FAILURE),
+    ),
+    Reason.PROFILE_VIOLATED: Page(
+        "The job asks for more than its TuningProfile allows: a source that is not on its list, a method, a number of workers or GPUs, a "
+        "longer time; or for code of its model's without the profile's consent.",
+        (FAILURE, PROFILES),
+    ),
+    Reason.PROFILE_NOT_FOUND: Page(
+        "The job names a TuningProfile that the cluster does not have, or it names none where the platform wants one. It goes on by itself "
+        "when the profile appears.",
+        (PROFILES, SPEC),
     ),
     Reason.DATASET_INVALID: Page(
         "Rows of the data cannot be read as examples, too many were left out, or none were left. Found before a GPU was asked for.",

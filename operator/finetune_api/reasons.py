@@ -26,6 +26,8 @@ class Reason(StrEnum):
     RETRYING = "Retrying"
     WARNED = "Warned"
     # What the user must change.
+    PROFILE_VIOLATED = "ProfileViolated"
+    PROFILE_NOT_FOUND = "ProfileNotFound"
     INVALID_SPEC = "InvalidSpec"
     DATASET_INVALID = "DatasetInvalid"
     DATASET_NOT_FOUND = "DatasetNotFound"
@@ -118,6 +120,15 @@ class Advice:
 
 
 ADVICE: dict[Reason, Advice] = {
+    Reason.PROFILE_VIOLATED: Advice(
+        False,
+        "The job asks for what its TuningProfile does not allow: change the field that the message names, or name another profile "
+        "(kubectl get tuningprofiles), and apply the job under a new name.",
+    ),
+    Reason.PROFILE_NOT_FOUND: Advice(
+        True,
+        "The job waits for the TuningProfile that the message names: create it, or apply the job under a new name with another profileRef.",
+    ),
     Reason.INVALID_SPEC: Advice(False, "Correct the field that the message names and apply the job under a new name."),
     Reason.DATASET_INVALID: Advice(
         False, "Correct the rows that the message names, or set data.format and data.columns to what the file holds."

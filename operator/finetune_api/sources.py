@@ -11,6 +11,7 @@ from finetune_api.fields import (
     EndpointUrl,
     ModelUri,
     ObjectName,
+    ProfileName,
     Revision,
     ServedModel,
     SpecModel,
@@ -55,6 +56,13 @@ def check_revision(revision: str | None, source: str | None) -> None:
     check(revision is None or (source or "").startswith("hf://"), REVISION_NEEDS_HUB["message"])
 
 
+class ProfileReference(SpecModel):
+    """A TuningProfile of the cluster."""
+
+    name: ProfileName
+    """Name of the TuningProfile."""
+
+
 class ModelReference(SpecModel):
     """A model beside the one that is tuned, in safetensors, with its tokenizer."""
 
@@ -96,6 +104,8 @@ class ModelSource(SpecModel):
     """Secret with the key `token` (hub), or `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Hold the frozen weights in four (nf4, Dettmers et al. 2023) or eight bits (int8), which needs a GPU; none holds them as they are."""
+    trust_remote_code: bool = False
+    """Run the Python code that lies beside the model's weights, in this job's pods. It needs a profile that says allowRemoteCode."""
 
     @model_validator(mode="after")
     def _fits_source(self) -> Self:
@@ -168,7 +178,9 @@ class Endpoint(SpecModel):
     """Requests at a time."""
 
 
-_SECRET_NEEDS_S3 = rule("!has(self.secretRef) || self.storage.startsWith('s3://')", "secretRef goes with an s3:// storage")
+_SECRET_NEEDS_S3 = rule(
+    "!has(self.secretRef) || !has(self.storage) || self.storage.startsWith('s3://')", "secretRef goes with an s3:// storage"
+)
 
 
 class Output(SpecModel):
@@ -176,8 +188,9 @@ class Output(SpecModel):
 
     model_config = ConfigDict(json_schema_extra=rules(_SECRET_NEEDS_S3))
 
-    storage: StorageUri
-    """Folder for checkpoints, report and artifacts: pvc://claim/path or s3://bucket/path. Local runs also take file://path."""
+    storage: StorageUri | None = None
+    """Folder for checkpoints, report and artifacts: pvc://claim/path or s3://bucket/path. Local runs also take file://path. Absent is
+    what the profile offers."""
     secret_ref: SecretReference | None = None
     """Secret with the keys `accessKeyId`, `secretAccessKey` and optionally `endpoint`, `region` (s3)."""
     artifacts: (
@@ -193,5 +206,5 @@ class Output(SpecModel):
 
     @model_validator(mode="after")
     def _secret_fits_storage(self) -> Self:
-        check(self.secret_ref is None or self.storage.startswith("s3://"), _SECRET_NEEDS_S3["message"])
+        check(self.secret_ref is None or (self.storage or "s3://").startswith("s3://"), _SECRET_NEEDS_S3["message"])
         return self

@@ -20,6 +20,7 @@ from finetune_api.outcomes import (
     Verdict,
 )
 from finetune_api.plan_status import MemoryParts, Plan
+from finetune_api.resolved_profile import ResolvedProfile
 from finetune_api.status_fields import COUNT_MAX, TEXT_MAX, Count, Name, Text, Time, Uri
 from finetune_api.training_status import (
     Artifact,
@@ -68,6 +69,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Resolved",
+    "ResolvedProfile",
     "SearchBest",
     "SearchSummary",
     "Stage",
@@ -197,6 +199,8 @@ class Resolved(StatusModel):
     """Digest of everything in the spec that the result follows from."""
     trainer_image: Annotated[str, Field(max_length=512)] | None = None
     """Image that the pods run."""
+    profile: ResolvedProfile | None = None
+    """The TuningProfile that the job runs under, as it was when the job was first looked at; absent where it runs under none."""
 
 
 class Usage(StatusModel):

@@ -6,18 +6,18 @@ A shared corpus of manifests (tests/data/jobs) proves that both give the same ve
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from finetune_api import JOB_NAME_MAX
+from finetune_api.as_stored import as_stored
 from finetune_api.baseline import BaselinePlan
 from finetune_api.compute import Compute, Toleration, Workers
 from finetune_api.data import Data, HeldOutSource
 from finetune_api.evaluation import EvaluationPlan, Gate, Suite
-from finetune_api.fields import LABEL_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, model_in, rule, rules
+from finetune_api.fields import LABEL_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, rule, rules
 from finetune_api.loop_rules import LOOP_RULES
 from finetune_api.methods import (
     WHOLE_MODEL_METHODS,
@@ -45,7 +45,16 @@ from finetune_api.objectives import (
 )
 from finetune_api.preparation import ContentPoints, Generator, KnowledgeBase, Preparation, Questions, Retriever
 from finetune_api.search import SearchPlan
-from finetune_api.sources import ConfigMapSource, DataSource, Endpoint, ModelReference, ModelSource, Output, SecretReference
+from finetune_api.sources import (
+    ConfigMapSource,
+    DataSource,
+    Endpoint,
+    ModelReference,
+    ModelSource,
+    Output,
+    ProfileReference,
+    SecretReference,
+)
 from finetune_api.status import STAGES, ArtifactKind, StageName, Status
 from finetune_api.training import Checkpoint, EarlyStopping, Training
 
@@ -85,6 +94,7 @@ __all__ = [
     "PTuningMethod",
     "PrefixTuningMethod",
     "Preparation",
+    "ProfileReference",
     "PromptTuningMethod",
     "Questions",
     "RelationForm",
@@ -130,7 +140,7 @@ _A_SEQUENCE_FOR_EACH_WORKER = rule(
     "training.globalBatchSize must not be smaller than compute.workers.max: every worker needs a sequence",
 )
 _QUANTIZED_NEEDS_GPU = rule(
-    "self.model.quantization == 'none' || self.compute.resourcesPerWorker.exists(name, "
+    "has(self.profileRef) || self.model.quantization == 'none' || self.compute.resourcesPerWorker.exists(name, "
     "name.endsWith('/gpu') && string(self.compute.resourcesPerWorker[name]).matches('[1-9]'))",
     "model.quantization needs a GPU: ask for one in compute.resourcesPerWorker, such as nvidia.com/gpu: 1",
 )
@@ -150,6 +160,10 @@ _PISSA_NEEDS_WHOLE_WEIGHTS = rule(
     "!has(self.method.lora) || self.method.lora.variant != 'pissa' || "
     "(self.model.quantization == 'none' && self.compute.strategy != 'fsdp')",
     "method.lora.variant pissa splits whole weights: it goes with neither model.quantization nor compute.strategy fsdp",
+)
+_STORAGE_IS_KNOWN = rule(
+    "has(self.profileRef) || has(self.output.storage)",
+    "output.storage must be set, or profileRef name a profile that offers one",
 )
 _DPO_NEEDS_PREFERENCES = rule(
     "has(self.objective.dpo) ? self.data.format in ['auto', 'preference'] : self.data.format != 'preference'",
@@ -183,7 +197,7 @@ class Spec(SpecModel):
         json_schema_extra=rules(
             *_immutable("model", "data", "method", "objective", "training", "checkpoint", "compute", "output"),
             *_immutable("evaluation", "backoffLimit", "planOnly"),
-            *_immutable_where_set("baseline", "search"),
+            *_immutable_where_set("baseline", "search", "profileRef"),
             rule("self.preRunningDeadlineSeconds >= oldSelf.preRunningDeadlineSeconds", "preRunningDeadlineSeconds can only be raised"),
             _A_SEQUENCE_FOR_EACH_WORKER,
             _QUANTIZED_NEEDS_GPU,
@@ -191,6 +205,7 @@ class Spec(SpecModel):
             _QUANTIZED_IS_NOT_MERGED,
             _QUANTIZED_IS_NOT_SHARDED,
             _PISSA_NEEDS_WHOLE_WEIGHTS,
+            _STORAGE_IS_KNOWN,
             _DPO_NEEDS_PREFERENCES,
             _EXAMPLES_NEED_PACKING,
             *_ARTIFACTS_FIT_METHOD,
@@ -219,8 +234,10 @@ class Spec(SpecModel):
     """Trials of other values before the training; absent trains with the spec's own."""
     evaluation: EvaluationPlan = EvaluationPlan()
     """How the tuned model is measured, and what it must reach to be published."""
-    output: Output
-    """Where checkpoints and results go."""
+    output: Output = Output()
+    """Where checkpoints and results go. storage must be set, here or by the profile that profileRef names."""
+    profile_ref: ProfileReference | None = None
+    """The platform's TuningProfile whose defaults and limits hold; absent is the default profile, where the cluster has one."""
     monitoring: MonitoringPlan | None = None
     """How the published model is measured again after its release; it can be added, changed and removed at any time."""
     suspend: bool = False
@@ -248,10 +265,16 @@ class Spec(SpecModel):
     def _quantized_fits(self) -> Self:
         if self.model.quantization != "none":
             devices = {name: amount for name, amount in self.compute.resources_per_worker.items() if name.endswith("/gpu")}
-            check(any(int(amount) > 0 for amount in devices.values()), _QUANTIZED_NEEDS_GPU["message"])
+            known = self.profile_ref is not None or any(int(amount) > 0 for amount in devices.values())
+            check(known, _QUANTIZED_NEEDS_GPU["message"])
             check(self.method.chosen not in WHOLE_MODEL_METHODS, _QUANTIZED_STAYS_FROZEN["message"])
             check("merged" not in self.artifacts, _QUANTIZED_IS_NOT_MERGED["message"])
             check(self.compute.strategy != "fsdp", _QUANTIZED_IS_NOT_SHARDED["message"])
+        return self
+
+    @model_validator(mode="after")
+    def _storage_is_known(self) -> Self:
+        check(self.profile_ref is not None or self.output.storage is not None, _STORAGE_IS_KNOWN["message"])
         return self
 
     @model_validator(mode="after")
@@ -340,27 +363,5 @@ def parse_job(manifest: Mapping[str, Any], *, local: bool = False) -> FineTuneJo
 
     `local` also allows `file://` sources. Raises pydantic.ValidationError naming each field at fault.
     """
-    text = json.dumps(_as_stored(manifest, FineTuneJob))
+    text = json.dumps(as_stored(manifest, FineTuneJob))
     return FineTuneJob.model_validate_json(text, by_alias=True, by_name=False, context=LOCAL_RUN if local else None)
-
-
-@cache
-def _parts(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The fields of a model by their names in JSON, each with the model inside it. The operator asks at every look at every job."""
-    return {field.alias or name: model_in(field.annotation) for name, field in model.model_fields.items()}
-
-
-def _as_stored(value: Any, model: type[BaseModel] | None) -> Any:  # noqa: ANN401 - JSON
-    """The value as the API server reads it: a known field that is null is absent, and 3.0 is the integer 3."""
-    if isinstance(value, Mapping):
-        fields = _parts(model) if model else None
-        return {
-            key: _as_stored(item, fields.get(key) if fields else None)
-            for key, item in value.items()
-            if item is not None or (fields and key not in fields)
-        }
-    if isinstance(value, (list, tuple)):
-        return [_as_stored(item, model) for item in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
-        return int(value)
-    return value

@@ -47,11 +47,11 @@ def _wanted(status: Status, report: Report, spec: Spec) -> int:
 
 
 def _resolved(known: Resolved | None, said: Resolved | None) -> Resolved | None:
-    """What is said replaces what was known, but for the image: the operator chose that."""
+    """What is said replaces what was known, but for the image and the profile: the operator chose those."""
     if said is None:
         return known
-    merged = {**(known.to_json() if known else {}), **said.to_json(), "trainerImage": known.trainer_image if known else None}
-    return Resolved.model_validate(merged)
+    ours = {"trainer_image": known.trainer_image if known else None, "profile": known.profile if known else None}
+    return Resolved.model_validate({**(known.to_json() if known else {}), **said.to_json()}).model_copy(update=ours)
 
 
 def _usage(status: Status, said: Usage | None) -> Usage | None:

@@ -97,7 +97,9 @@ def resolve_data(source: DataSource, mounts: Mounts) -> Location:
 
 
 def resolve_storage(output: Output, mounts: Mounts) -> Location:
-    """Where the output storage is. Raises JobError."""
+    """Where the output storage is: a job that runs names one, or its profile did. Raises JobError."""
+    if output.storage is None:
+        raise JobError(Reason.INVALID_SPEC, "output.storage is not set")
     return resolve(output.storage, mounts, output.secret_ref.name if output.secret_ref else None)
 
 

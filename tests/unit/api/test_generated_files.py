@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from finetune_api.crd import custom_resource_definition
+from finetune_api.profile_crd import profile_definition
 from finetune_api.reasons import ADVICE, MEANINGS, Reason
 
 ROOT = Path(__file__).parents[3]
@@ -25,21 +26,33 @@ def generate():
 
 def test_the_generated_files_are_fresh(generate):
     names = [str(path.relative_to(ROOT)) for path in generate.outputs()]
-    assert names == ["crds/finetunejobs.yaml", "charts/finetune-operator/templates/crd.yaml", "docs/reference.md", "docs/reasons.md"]
+    assert names == [
+        "crds/finetunejobs.yaml",
+        "crds/tuningprofiles.yaml",
+        "charts/finetune-operator/templates/crd.yaml",
+        "charts/finetune-operator/templates/crd-tuningprofiles.yaml",
+        "docs/reference.md",
+        "docs/reasons.md",
+    ]
     assert generate.stale(generate.outputs()) == [], "run `make generate` and commit the result"
 
 
-def test_the_file_holds_the_definition():
-    assert yaml.safe_load((ROOT / "crds/finetunejobs.yaml").read_text(encoding="utf-8")) == custom_resource_definition()
+DEFINITIONS = [("finetunejobs", "crd", custom_resource_definition()), ("tuningprofiles", "crd-tuningprofiles", profile_definition())]
 
 
-def test_the_charts_copy_differs_by_its_switches_alone(generate):
-    lines = (ROOT / "charts/finetune-operator/templates/crd.yaml").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(("file", "_template", "definition"), DEFINITIONS)
+def test_the_file_holds_the_definition(file, _template, definition):
+    assert yaml.safe_load((ROOT / f"crds/{file}.yaml").read_text(encoding="utf-8")) == definition
+
+
+@pytest.mark.parametrize(("_file", "template", "definition"), DEFINITIONS)
+def test_the_charts_copy_differs_by_its_switches_alone(_file, template, definition):
+    lines = (ROOT / f"charts/finetune-operator/templates/{template}.yaml").read_text(encoding="utf-8").splitlines()
     switches = [line.strip() for line in lines if "{{" in line]
     assert switches[1:] == ["{{- if .Values.crds.enabled }}", "{{- if .Values.crds.keep }}", "{{- end }}", "{{- end }}"]
     copy = yaml.safe_load("\n".join(line for line in lines if "{{" not in line))
     assert copy["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
-    assert copy == custom_resource_definition()
+    assert copy == definition
 
 
 def test_check_names_a_stale_file_and_fails(generate, monkeypatch, tmp_path, capsys):

@@ -110,7 +110,7 @@ spec:
     source: hf://Qwen/Qwen2.5-0.5B
   data: {train: {source: pvc://a/b.jsonl}}
   method: {lora: }
-  output: {}
+  output: {artifacts: adapter}
   trainig: {epochs: 3}
   training:
     epochs: "5"
@@ -131,7 +131,7 @@ def test_every_fault_is_explained_with_its_line_and_remedy():
     assert sorted(explain(refused.value, manifest), key=lambda line: int(line.split()[1].rstrip(":"))) == [
         "line 8: spec.method: exactly one of full, freeze, lora, adapter, ia3, promptTuning, prefixTuning, pTuning must be set; "
         "lora has no value here: write `lora: {}` for its defaults",
-        "line 9: spec.output.storage: is required",
+        "line 9: spec.output.artifacts: must be a list, not 'adapter'",
         "line 10: spec.trainig: unknown field; did you mean training?",
         "line 12: spec.training.epochs: must be an integer, not '5'; remove the quotes",
         "line 13: spec.training.microBatchSize: must be an integer from 1 to 4096, or auto, not 'many'",

@@ -1,0 +1,40 @@
+"""The profile as it was when a job was first looked at: what it gave to the job, and what still bounds it."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune_api.compute import NodeSelector, Resources, Tolerations
+from finetune_api.fields import Quantity, StatusModel
+from finetune_api.status_fields import Count, Name, Text, Uri
+
+
+class ResolvedProfile(StatusModel):
+    """The profile that the job runs under, as it was when the job was first looked at."""
+
+    name: Name
+    """Name of the TuningProfile."""
+    generation: Count = 1
+    """Its generation then."""
+    chosen: Text = ""
+    """How it was chosen: named by the job, or the default."""
+    trainer_image: Annotated[str, Field(max_length=512)] | None = None
+    """Image that it gave."""
+    head_cpu: Quantity | None = None
+    """CPUs of the head that it gave."""
+    head_memory: Quantity | None = None
+    """Memory of the head that it gave."""
+    node_selector: NodeSelector = {}
+    """Labels of nodes that it asks for."""
+    tolerations: Tolerations = ()
+    """Tolerations that it added."""
+    resources_per_worker: Resources = {}
+    """Resources that it gave where the job names none."""
+    storage: Uri | None = None
+    """Storage that it gave, for a job that names none."""
+    storage_secret: Name | None = None
+    """Secret of that storage."""
+    active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
+    """Longest activeDeadlineSeconds, also where the job's is raised later."""
+    allow_remote_code: bool = False
+    """Whether it allows model.trustRemoteCode."""

@@ -35,7 +35,13 @@ def at(seconds: float) -> datetime:
 
 
 def raw_job(
-    *, name: str = NAME, uid: str = UID, labels: Mapping[str, str] | None = None, status: Status | None = None, **spec: Any
+    *,
+    name: str = NAME,
+    uid: str = UID,
+    labels: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+    status: Status | None = None,
+    **spec: Any,
 ) -> dict[str, Any]:
     """A FineTuneJob as the API server returns it, with every default; `spec` replaces whole parts of a small LoRA job's spec."""
     manifest = {
@@ -48,6 +54,7 @@ def raw_job(
             "generation": 1,
             "resourceVersion": "1",
             "labels": dict(labels or {}),
+            "annotations": dict(annotations or {}),
         },
         "spec": {
             "model": {"source": "hf://org/model"},

@@ -128,6 +128,13 @@ class FakeCluster:
         self.job["metadata"]["generation"] += 1
         self._touch(self.job)
 
+    def annotate(self, **annotations: str) -> None:
+        """The user annotates the job; an empty value removes the annotation."""
+        assert self.job is not None
+        kept = {**self.job["metadata"].get("annotations", {}), **annotations}
+        self.job["metadata"]["annotations"] = {key: value for key, value in kept.items() if value}
+        self._touch(self.job)
+
     @property
     def status(self) -> Status:
         assert self.job is not None

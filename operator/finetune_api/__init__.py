@@ -22,5 +22,12 @@ LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_ROLE = f"{GROUP}/role"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 
+ANNOTATION_RETRY = f"{GROUP}/retry"
+"""A new value has a failed job tried again."""
+ANNOTATION_CANCEL = f"{GROUP}/cancel"
+"""true ends the job as Failed, after a checkpoint."""
+ANNOTATION_RECONCILE = f"{GROUP}/reconcile"
+"""disabled has the operator leave the job alone."""
+
 JOB_NAME_MAX = 48
 """Longest job name: `<job>-<attempt>-worker-<index>` must still be a DNS label (63 characters)."""

@@ -222,6 +222,9 @@ PAGES: dict[Reason, Page] = {
         "The job as a whole took longer than activeDeadlineSeconds, or a pod longer than something else allows pods here.", (SPEC, HEAD_LOG)
     ),
     Reason.BACKOFF_LIMIT_EXCEEDED: Page("As many attempts failed as backoffLimit allows, and one more.", (FAILURE, EVENTS)),
+    Reason.CANCELED: Page(
+        "Somebody gave the job up with the annotation finetune.dev/cancel; its pods saved a checkpoint first.", (SPEC, EVENTS)
+    ),
     Reason.BUDGET_EXCEEDED: Page(
         "The GPU-hours that the job has used reached maxGpuHours; a checkpoint was saved first.",
         (f"{_GET} finetunejob JOB -o jsonpath='{{.status.usage}}'", SPEC),

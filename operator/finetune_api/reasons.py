@@ -25,6 +25,7 @@ class Reason(StrEnum):
     RESUMED = "Resumed"
     RETRYING = "Retrying"
     WARNED = "Warned"
+    PAUSED = "Paused"
     # What the user must change.
     PROFILE_VIOLATED = "ProfileViolated"
     PROFILE_NOT_FOUND = "ProfileNotFound"
@@ -76,6 +77,8 @@ class Reason(StrEnum):
     COMMUNICATION_FAILED = "CommunicationFailed"
     NCCL_HANG = "NCCLHang"
     NO_PROGRESS = "NoProgress"
+    # What somebody decided.
+    CANCELED = "Canceled"
     # Limits of the spec.
     PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
@@ -107,6 +110,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.RESUMED: "spec.suspend is unset: a new attempt goes on from the last checkpoint.",
     Reason.RETRYING: "An attempt has ended for the reason that the message names, and another one follows it.",
     Reason.WARNED: "The job runs; the message says what its owner should know of it.",
+    Reason.PAUSED: "The annotation finetune.dev/reconcile is disabled: the operator does nothing for the job until it is removed.",
 }
 """What the reasons of a job say with which nothing is wrong."""
 
@@ -276,6 +280,9 @@ ADVICE: dict[Reason, Advice] = {
         True,
         "The training took no step for progressDeadlineSeconds: look at the workers' pods and at the storage that they write to; raise "
         "progressDeadlineSeconds where a single step takes that long.",
+    ),
+    Reason.CANCELED: Advice(
+        False, "Remove the annotation finetune.dev/cancel and set finetune.dev/retry to a new value to go on from the last checkpoint."
     ),
     Reason.PRE_RUNNING_DEADLINE_EXCEEDED: Advice(
         False, "The pods never ran: see the message, then raise preRunningDeadlineSeconds or ask for less."

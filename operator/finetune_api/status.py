@@ -38,6 +38,7 @@ from finetune_api.training_status import (
 __all__ = [
     "BASELINES_MAX",
     "COUNT_MAX",
+    "RETRY_MAX",
     "STAGES",
     "TEXT_MAX",
     "WARNINGS_MAX",
@@ -100,6 +101,8 @@ Phase = Literal[
 ]
 StageName = Literal["Prepare", "Baseline", "Search", "Train", "Evaluate", "Publish"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed"]
+RETRY_MAX = 64
+"""Longest value of the retry annotation that is kept as it is; as long as a SHA-256 in hexadecimal."""
 WARNINGS_MAX = 8
 WARNING_LENGTH_MAX = 512
 Warnings = Annotated[tuple[Annotated[str, Field(max_length=WARNING_LENGTH_MAX)], ...], Field(max_length=WARNINGS_MAX)]
@@ -148,6 +151,8 @@ class Attempt(StatusModel):
     """The current attempt, from 1; 0 before the first."""
     failures: Count = 0
     """Attempts that failed; backoffLimit bounds these."""
+    forgiven_failures: Count = 0
+    """The part of failures that backoffLimit does not count, since the job was retried afterwards."""
     preemptions: Count = 0
     """Attempts that the cluster took away; these are not bounded."""
     lost_steps: Count = 0
@@ -252,7 +257,9 @@ class Status(StatusModel):
     suspended_time: Time | None = None
     """Since when the job has been in suspension."""
     suspended_seconds: Count = 0
-    """Time spent in earlier suspensions, which activeDeadlineSeconds does not count."""
+    """Time spent in earlier suspensions, and ended before a retry, which activeDeadlineSeconds does not count."""
+    retry_seen: Annotated[str, Field(max_length=RETRY_MAX)] | None = None
+    """Value of the annotation finetune.dev/retry that has had its effect (a long one's SHA-256); a new one retries a failed job."""
     attempt: Attempt = Attempt()
     """The current set of pods and the count of those before."""
     workers_wanted: Count = 0

@@ -37,14 +37,15 @@ def counted(look: Look, ending: Ending) -> Verdict:
         retry = rfc3339(later(attempt.start_time or rfc3339(look.now), base))
         return Verdict(summary, end(look, ending.reason, ending.message, preemptions=attempt.preemptions + 1, retry_time=retry))
     failures = attempt.failures + 1
-    wait = min(base * 2 ** min(failures - 1, 16), RETRY_MAX_SECONDS)
+    against = failures - attempt.forgiven_failures
+    wait = min(base * 2 ** min(against - 1, 16), RETRY_MAX_SECONDS)
     ended = end(look, ending.reason, ending.message, failures=failures, retry_time=rfc3339(look.now + timedelta(seconds=wait)))
     changes = {**ended, "failure": ending.failure}
-    if ending.failure.retryable and failures <= look.spec.backoff_limit:
+    if ending.failure.retryable and against <= look.spec.backoff_limit:
         return Verdict(summary, changes)
     reason, message = ending.reason, ending.message
     if ending.failure.retryable:
-        reason, message = Reason.BACKOFF_LIMIT_EXCEEDED, f"attempt {attempt.number} was the last of {failures} that failed: {message}"
+        reason, message = Reason.BACKOFF_LIMIT_EXCEEDED, f"attempt {attempt.number} was the last of {against} that failed: {message}"
     changes |= {**finish(look.status.model_copy(update=changes), look.now), "stages": _stopped(look.status, look.now)}
     return Verdict(Summary("Failed", reason, message), changes)
 
@@ -52,8 +53,15 @@ def counted(look: Look, ending: Ending) -> Verdict:
 def failed(look: Look, reason: Reason, message: str) -> Verdict:
     """The job fails, and another attempt would not help."""
     why = failure(reason, message, retryable=False, stage=current_stage(look.status.stages))
-    changes = {"failure": why, "stages": _stopped(look.status, look.now), **finish(look.status, look.now)}
+    ended = look.status.model_copy(update=end(look, reason, why.message)) if look.attempt.running else look.status
+    changes = {"failure": why, "stages": _stopped(look.status, look.now), **finish(ended, look.now)}
     return Verdict(Summary("Failed", reason, why.message), changes)
+
+
+def rested(status: Status, since: str | None, now: datetime) -> dict[str, Any]:
+    """The time since then is no time of the job's: activeDeadlineSeconds does not count it."""
+    seconds = int((now - later(since, 0)).total_seconds()) if since else 0
+    return {"suspended_seconds": status.suspended_seconds + max(seconds, 0)}
 
 
 def _stopped(status: Status, now: datetime) -> tuple[Stage, ...]:

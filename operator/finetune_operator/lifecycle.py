@@ -12,12 +12,13 @@ from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
 from finetune_api.status import TEXT_MAX, Resolved, Status
 from finetune_operator.conditions import PHASES, Summary, conditions_of
-from finetune_operator.endings import counted, end, failed, finish
+from finetune_operator.endings import counted, end, failed, finish, rested
 from finetune_operator.failures import ending_of, failure, head_lost
 from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
 from finetune_operator.observed import Job, Observed, head_name
 from finetune_operator.pace import deadline, paced
 from finetune_operator.reported import current_stage, with_report
+from finetune_operator.requests import canceled, canceling, is_paused, noted, paused, revival
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
 
@@ -40,10 +41,12 @@ def advance(job: Job, observed: Observed, settings: Settings, now: datetime) -> 
 
 def _step(job: Job, observed: Observed, settings: Settings, now: datetime) -> Status:
     if job.status.finished:
-        return _seen(job.status, job.generation)
+        again = revival(job, now)
+        return _conclude(job, job.status, again, now) if again else _seen(job.status, job.generation)
+    job = replace(job, status=noted(job))
     if job.spec is None:
         return _conclude(job, job.status, _invalid(job, now), now)
-    report = observed.report_of(job.uid, job.status.attempt.number)
+    report = None if is_paused(job) else observed.report_of(job.uid, job.status.attempt.number)
     status = with_report(job.status, report, job.spec) if report else job.status
     look = Look(job, job.spec, status, observed, settings, now)
     verdict = next(verdict for check in CHECKS if (verdict := check(look)) is not None)
@@ -98,8 +101,7 @@ def resumed(look: Look) -> Verdict | None:
     """The user wants the pods back. The time of the suspension is added up, since activeDeadlineSeconds does not count it."""
     if look.status.suspended_time is None:
         return None
-    slept = int((look.now - later(look.status.suspended_time, 0)).total_seconds())
-    changes = {"suspended_time": None, "suspended_seconds": look.status.suspended_seconds + max(slept, 0)}
+    changes = {"suspended_time": None, **rested(look.status, look.status.suspended_time, look.now)}
     return Verdict(Summary("Pending", Reason.RESUMED, "going on from the last checkpoint"), changes)
 
 
@@ -200,7 +202,10 @@ def running(look: Look) -> Verdict:
 
 
 CHECKS: tuple[Check, ...] = (
+    paused,
     succeeded,
+    canceling,
+    canceled,
     suspending,
     suspended,
     resumed,

@@ -122,6 +122,7 @@ class Job:
     uid: str
     generation: int
     labels: Mapping[str, str]
+    annotations: Mapping[str, str]
     deleting: bool
     spec: Spec | None
     """None where the spec cannot be understood."""
@@ -140,6 +141,7 @@ def job_from(raw: Raw, *, local: bool = False) -> Job:
         uid=meta["uid"],
         generation=meta.get("generation", 1),
         labels=meta.get("labels") or {},
+        annotations=meta.get("annotations") or {},
         deleting=meta.get("deletionTimestamp") is not None,
         spec=spec,
         problem=problem,

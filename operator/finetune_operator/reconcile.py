@@ -16,6 +16,7 @@ from finetune_operator.observed import Job, Observed, Waiting, job_from, observe
 from finetune_operator.pace import SOON_SECONDS, expiry, next_look
 from finetune_operator.plan import desired_objects, missing, surplus
 from finetune_operator.port import Cluster, Conflict, JobKey, Refused
+from finetune_operator.requests import is_paused
 from finetune_operator.settings import Settings
 from finetune_operator.transitions import events_between
 
@@ -33,6 +34,8 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
         return None
     job = job_from(raw.job, local=settings.local)
     observed = observe(job.name, job.uid, raw.pods, raw.config_maps, raw.events)
+    if is_paused(job):
+        return await _leave_alone(cluster, raw.job, job, observed, settings, now)
     observed = replace(observed, report=await _report(cluster, job, observed, settings))
     try:
         stored, status = await _decide(cluster, raw.job, job, observed, settings, now)
@@ -45,6 +48,17 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
     if (end := expiry(job.spec, status)) and now >= end and not job.deleting:
         await cluster.delete_job(raw.job)
     return next_look(job, status, observed, settings, now)
+
+
+async def _leave_alone(
+    cluster: Cluster, raw: dict[str, Any], job: Job, observed: Observed, settings: Settings, now: datetime
+) -> float | None:
+    """Say that nothing is done, and do nothing: the end of the pause is an event."""
+    try:
+        await _decide(cluster, raw, job, observed, settings, now)
+    except Conflict:
+        return min(SOON_SECONDS, settings.poll_seconds)
+    return None
 
 
 async def _report(cluster: Cluster, job: Job, observed: Observed, settings: Settings) -> Report | None:

@@ -18,7 +18,7 @@ import typer
 import yaml
 from tests.unit.docs.markdown import EXAMPLES, ROOT, Block, blocks, comments
 
-from finetune_api import KIND
+from finetune_api import ANNOTATION_CANCEL, ANNOTATION_RECONCILE, ANNOTATION_RETRY, KIND
 from finetune_api.status import ConditionType
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.cli import app
@@ -261,6 +261,13 @@ def _rollout(objects: list[str], options: dict[str, list[str]]) -> str | None:
     return _named(objects[1:], options) if objects[0] == "status" else f"kubectl rollout {objects[0]} is not known"
 
 
+def _annotate(objects: list[str], options: dict[str, list[str]]) -> str | None:
+    """KIND NAME KEY=VALUE KEY-, where every key is one that the operator reads."""
+    keys = {re.split(r"=|-$", word)[0] for word in objects[2:]}
+    unknown = keys - {ANNOTATION_RETRY, ANNOTATION_CANCEL, ANNOTATION_RECONCILE}
+    return f"the operator does not read {sorted(unknown)}" if unknown or not keys else _named(objects[:2], options)
+
+
 def _explain(objects: list[str], _: dict[str, list[str]]) -> str | None:
     """KIND.FIELD.FIELD, as the CRD's schema has it."""
     kind, *path = objects[0].split(".")
@@ -277,6 +284,7 @@ def _explain(objects: list[str], _: dict[str, list[str]]) -> str | None:
 _KUBECTL: dict[str, Callable[[list[str], dict[str, list[str]]], str | None]] = {
     "apply": lambda objects, options: f"{objects} is not a file given with -f" if objects or not _OPENS_FILE & options.keys() else None,
     **dict.fromkeys(("get", "describe", "wait", "delete"), _named),
+    "annotate": _annotate,
     "label": lambda objects, options: _named(objects[:-1], options),
     "cp": _copy,
     "create": _create,

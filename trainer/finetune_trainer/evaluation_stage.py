@@ -13,8 +13,8 @@ from finetune_trainer.crew import Crew
 from finetune_trainer.evaluation import compare
 from finetune_trainer.evaluation.answered import BASELINE
 from finetune_trainer.evaluation.evidence import report_uri
-from finetune_trainer.evaluation.health import GAP, VALIDATION, forgetting, gap, overfitting, train_loss
-from finetune_trainer.evaluation.history import Course, Point, read_history
+from finetune_trainer.evaluation.health import GAP, forgetting, gap, overfitting
+from finetune_trainer.evaluation.history import VALIDATION, Course, Point, read_history, train_loss
 from finetune_trainer.evaluation.others import beside, find_others, reached
 from finetune_trainer.evaluation.samples import Sample, samples_of
 from finetune_trainer.evaluation.scores import Change, Measured, changes, results

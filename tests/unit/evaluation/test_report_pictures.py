@@ -121,11 +121,11 @@ def test_no_course_breaks_a_picture(losses: dict[int, float], marked: int) -> No
     assert picture is None if not steps else words(picture or b"")
 
 
-def test_the_gap_is_taken_over_the_steps_since_the_validation_before() -> None:
+def test_the_gap_is_taken_over_the_latest_steps() -> None:
     train = tuple(Point(step, {"train/loss": float(step)}) for step in range(1, 7))
     held_out = tuple(Point(step, {"validation/loss": 10.0}) for step in (0, 2, 6))
-    # Steps 1 and 2 have the mean 1.5, steps 3 to 6 the mean 4.5; before the first step there is no training loss.
-    assert gaps(Course(train, held_out)) == [(2, 8.5), (6, 5.5)]
+    # Steps 1 and 2 have the mean 1.5, steps 1 to 6 the mean 3.5; before the first step there is no gap.
+    assert gaps(Course(train, held_out)) == [(2, 8.5), (6, 6.5)]
 
 
 def test_loss_curves_name_what_they_show() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from finetune_api.evaluation import Suite
 from finetune_trainer.evaluation.answered import Answered, Case
-from finetune_trainer.evaluation.health import forgetting, gap, overfitting, train_loss
-from finetune_trainer.evaluation.history import Course, Point
+from finetune_trainer.evaluation.health import forgetting, gap, overfitting
+from finetune_trainer.evaluation.history import Course, Point, train_loss
 from finetune_trainer.evaluation.scores import Change, Measured, changes, measured
 from finetune_trainer.gate import Bounded
 
@@ -157,7 +157,10 @@ def test_the_gap_is_validation_less_training() -> None:
     assert gap(Measured("train/loss", None), Measured("validation/loss", 1.5)) == Measured("train/gap", None)
 
 
-def test_the_training_loss_of_a_step_is_that_since_the_measurement_before() -> None:
-    """Also of a step whose own measurement was thinned out of the course."""
-    known = course({0: 3.0, 2: 2.0, 4: 1.0, 8: 1.0}, {1: 3.0, 2: 2.5, 3: 2.0, 4: 1.5, 5: 1.0, 6: 0.5})
-    assert [train_loss(known, step) for step in (0, 2, 4, 6)] == [3.0, 2.75, 1.75, 0.75]
+def test_the_training_loss_of_a_step_is_that_of_the_latest_ones() -> None:
+    """Independent: the means of 1..5 and of 91..100 and of 181..200; how often the validation loss was measured changes nothing."""
+    falling = {step: float(step) for step in range(1, 201)}
+    for held_out in ({0: 9.0}, {0: 9.0, 99: 9.0, 199: 9.0}):
+        known = course(held_out, falling)
+        assert [train_loss(known, step) for step in (0, 5, 100, 200)] == [1.0, 3.0, 95.5, 190.5]
+    assert train_loss(course({0: 9.0}, {1: 1.0}), 50) is None

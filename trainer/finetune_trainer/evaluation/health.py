@@ -8,12 +8,11 @@ A verdict says what is clear at the confidence of the intervals (see gate.py), b
 """
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Literal
 
 from finetune_api.evaluation import Suite
 from finetune_api.status import Health, Verdict
-from finetune_trainer.evaluation.history import Course, Point
+from finetune_trainer.evaluation.history import VALIDATION, Course, Point, gap_at, train_loss
 from finetune_trainer.evaluation.intervals import apart
 from finetune_trainer.evaluation.scores import Change, Measured
 from finetune_trainer.gate import Bounded, Known, at_most, lower_is_better, turned
@@ -26,7 +25,7 @@ WIDE = 0.25
 """Share of the validation loss from which on the training loss is far below it."""
 ENOUGH = 3
 """Measurements of the validation loss after the first step that show a trend."""
-GAP, TRAIN, VALIDATION = "train/gap", "train/loss", "validation/loss"
+GAP = "train/gap"
 
 Finding = Literal["Good", "Bad", "Inconclusive"]
 _WORST: tuple[Verdict, ...] = ("Passed", "Inconclusive", "Failed")
@@ -92,7 +91,7 @@ def _by_gap(course: Course, points: Sequence[Point], known: Known) -> Health:
             "Inconclusive", f"the validation loss was measured {len(after_start)} times, which shows no trend, with a gap {apart_by}"
         )
     half = after_start[len(after_start) // 2]
-    then, later = (_gap_at(course, point) for point in (half, points[-1]))
+    then, later = (gap_at(course, point) for point in (half, points[-1]))
     if then is not None and later is not None and later - then > _tolerated(now):
         message = f"the validation loss has not risen, but the gap has grown from {then:.4g} at step {half.step} to {later:.4g}"
         return _overfitting("Inconclusive", f"{message}: the training loss falls on alone")
@@ -120,23 +119,6 @@ def _tolerated(before: float) -> float:
 
 def _between(change: Change) -> str:
     return "" if change.low is None or change.high is None else f" (interval of the change {change.low:.4g} to {change.high:.4g})"
-
-
-def train_loss(course: Course, step: int) -> float | None:
-    """The mean training loss of the steps since the measurement before: that of one step is mostly its examples' own.
-
-    Before the first step it is what that step began with.
-    """
-    if step == 0:
-        return course.train[0].values.get(TRAIN) if course.train else None
-    start = max((point.step for point in course.held_out if point.step < step), default=0)  # its own point may be thinned out
-    losses = [point.values[TRAIN] for point in course.train if start < point.step <= step and TRAIN in point.values]
-    return fmean(losses) if losses else None
-
-
-def _gap_at(course: Course, point: Point) -> float | None:
-    train = train_loss(course, point.step)
-    return None if train is None else point.values[VALIDATION] - train
 
 
 def _overfitting(verdict: Finding, message: str) -> Health:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from finetune_trainer.errors import JobError
@@ -17,6 +18,9 @@ from finetune_trainer.storage import Storage
 HISTORY = "history.json"
 POINTS_MAX = 1000
 """Of the training, and as many of the validation."""
+TRAIN, VALIDATION = "train/loss", "validation/loss"
+RECENT, RECENT_LEAST = 10, 10
+"""The training loss at a step is the mean of the last tenth of the steps, and of ten at least: one step's is mostly its examples' own."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,24 @@ def read_history(storage: Storage) -> Course:
     """What the workers have kept in the job's folder; empty where they have not. Raises JobError (StorageUnavailable)."""
     kept = storage.read_json(HISTORY)
     return Course(tuple(_series(kept, "train").points), tuple(_series(kept, "heldOut").points))
+
+
+def train_loss(course: Course, step: int) -> float | None:
+    """The mean training loss of the latest steps (RECENT): neither where it was measured nor saved before has a part in it.
+
+    Before the first step it is what that step began with. None where none is known.
+    """
+    if step == 0:
+        return course.train[0].values.get(TRAIN) if course.train else None
+    start = step - max(step // RECENT, RECENT_LEAST)
+    losses = [point.values[TRAIN] for point in course.train if start < point.step <= step and TRAIN in point.values]
+    return fmean(losses) if losses else None
+
+
+def gap_at(course: Course, point: Point) -> float | None:
+    """The validation loss of a point less the training loss there; None where one of them is not known."""
+    train = train_loss(course, point.step)
+    return None if train is None or VALIDATION not in point.values else point.values[VALIDATION] - train
 
 
 def _json_of(series: Thinned) -> dict[str, Any]:

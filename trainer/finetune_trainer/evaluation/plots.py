@@ -9,7 +9,7 @@ from finetune_api.status import BaselineResult, EvaluationResult
 from finetune_trainer.evaluation.drawing import BETTER, FAINT, HELD_OUT, INK, TUNED, UNCLEAR, UNTUNED, WORSE, figure_of, svg_of
 from finetune_trainer.evaluation.escaping import clipped
 from finetune_trainer.evaluation.figures import Kind, change_of, kind_of, largest, number, signed
-from finetune_trainer.evaluation.history import Course, Point
+from finetune_trainer.evaluation.history import Course, Point, gap_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,15 +97,9 @@ def strategies(entries: Sequence[BaselineResult]) -> bytes | None:
 
 
 def gaps(course: Course) -> list[tuple[int, float]]:
-    """Validation loss less the mean training loss of the steps since the validation before, after each step that it was measured."""
-    train, held_out = _series(course.train, "train/loss"), _series(course.held_out, "validation/loss")
-    found, before = [], 0
-    for step, loss in held_out:
-        near = [value for at, value in train if before < at <= step]
-        if near:
-            found.append((step, loss - sum(near) / len(near)))
-        before = step
-    return found
+    """Validation loss less training loss, after each step that the validation loss was measured."""
+    found = ((point.step, gap_at(course, point)) for point in course.held_out if point.step > 0)
+    return [(step, gap) for step, gap in found if gap is not None]
 
 
 def _draw_losses(axes: "Axes", train: list[tuple[int, float]], held_out: list[tuple[int, float]], marked: int | None) -> None:

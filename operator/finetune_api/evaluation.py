@@ -57,20 +57,7 @@ SuiteMetric = Literal[
 ]
 SCORED_METRICS: tuple[SuiteMetric, ...] = ("loss", "perplexity", "tokenAccuracy")
 """Metrics of the golden answer's own tokens: nothing is generated for them."""
-GENERATED_METRICS: tuple[SuiteMetric, ...] = (
-    "exactMatch",
-    "f1",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-    "bleu",
-    "chrf",
-    "jsonValidity",
-    "regex",
-    "embeddingSimilarity",
-    "judgeScore",
-    "judgeWinRate",
-)
+GENERATED_METRICS: tuple[SuiteMetric, ...] = tuple(metric for metric in get_args(SuiteMetric) if metric not in SCORED_METRICS)
 """Metrics of a generated answer; the higher the better."""
 JUDGED_METRICS: tuple[SuiteMetric, ...] = ("judgeScore", "judgeWinRate")
 _SHORT = Field(json_schema_extra={"maxLength": max(len(metric) for metric in get_args(SuiteMetric))})

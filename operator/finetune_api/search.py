@@ -90,7 +90,6 @@ def _fields(path: str, model: type[BaseModel]) -> Iterator[SearchField]:
 
 SEARCHABLE: dict[str, SearchField] = {field.path: field for root, model in _ROOTS.items() for field in _fields(root, model)}
 """Every field that can be searched for, by its path in the spec."""
-PATH_MAX = max(len(path) for path in SEARCHABLE)
 
 _Ends = Annotated[
     tuple[float, ...],
@@ -103,7 +102,6 @@ def _check_ends(ends: tuple[float, ...]) -> tuple[float, ...]:
     return ends
 
 
-_ONE_RANGE = "exactly one of uniform, logUniform, choice must be set"
 _LOG_OF_POSITIVE = rule("!has(self.logUniform) || self.logUniform[0] > 0.0", "logUniform needs a low end above 0")
 
 

@@ -12,9 +12,8 @@ import base64
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 from finetune_api.v1alpha1 import Endpoint
@@ -22,9 +21,10 @@ from finetune_trainer.completions import Answer, Question, Token
 from finetune_trainer.data.shelf import Shelf
 from finetune_trainer.endpoint import MissingRouteError, Party, RefusedQuestionError, ServedModel, answers
 from finetune_trainer.errors import JobError
+from finetune_trainer.kept_answers import keep, read_kept
 from finetune_trainer.manifest import digest_of
 from finetune_trainer.sources import Mounts
-from finetune_trainer.storage import Storage, storage_errors
+from finetune_trainer.storage import Storage
 
 FOLDER = ".finetune/cache/answers"
 FORMAT = 2
@@ -118,8 +118,8 @@ class Asker:
     def outcomes(self, questions: Sequence[Question]) -> list[Answer | None]:
         """The answer to each, which may be empty; None where it is refused. Raises JobError as ServedModel does."""
         if not self._is_read:
-            for name, content in _read(self._storage):
-                self._shelf.put(name.encode(), content)
+            for name, value in read_kept(self._storage):
+                self._shelf.put(name.encode(), json.dumps(value).encode())
             self._is_read = True
         names = [_digest(question) for question in questions]
         known = {name: answer for name in names if (answer := _from_bytes(self._shelf.get(name.encode()))) is not None}
@@ -151,9 +151,7 @@ class Asker:
             done = {name: _as_json(known[name]) for name in names if name in known}
             for name, value in done.items():
                 self._shelf.put(name.encode(), json.dumps(value).encode())
-            said = {name: value for name, value in done.items() if value["text"].strip()}
-            if said:
-                self._storage.write_json(f"{digest_of({'questions': list(said)})[7:39]}.json", said)
+            keep(self._storage, {name: value for name, value in done.items() if value["text"].strip()})
 
     def _counted(self, answer: Answer | None, refusal: str) -> Answer | None:
         if answer is None:
@@ -201,18 +199,6 @@ class Asker:
 def _digest(question: Question) -> str:
     asked = {"prompt": question.prompt, "messages": list(question.messages), "tools": list(question.tools)}
     return digest_of(asked)[7:39]
-
-
-def _read(storage: Storage) -> Iterator[tuple[str, bytes]]:
-    """The answers that are in the storage, as JSON, by the digest of their question. What cannot be read counts for nothing."""
-    with storage_errors(storage.uri):
-        storage.fs.invalidate_cache()
-        names = [PurePosixPath(path).name for path in storage.fs.ls(storage.root, detail=False)] if storage.fs.exists(storage.root) else []
-    for name in sorted(names):
-        batch = storage.read_json(name) if name.endswith(".json") and not name.startswith(".") else None
-        if isinstance(batch, dict):
-            for digest, value in batch.items():
-                yield digest, json.dumps(value).encode()
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:

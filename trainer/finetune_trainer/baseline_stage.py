@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any
 
 from finetune_api.baseline import BaselineModel, BaselinePlan, PromptStrategy
+from finetune_api.evaluation import BASELINE
 from finetune_trainer.answering import Candidate, outstanding
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.baseline import Outcome, compared, is_enough, metric_to_choose_by, prompted, strategies
 from finetune_trainer.crew import Crew
 from finetune_trainer.encoder import Encoder, load_encoder
 from finetune_trainer.errors import JobError
-from finetune_trainer.evaluation.answered import BASELINE, Case
+from finetune_trainer.evaluation.answered import Case
 from finetune_trainer.evaluation.evidence import publish_report
 from finetune_trainer.evaluation.markdown import Findings
 from finetune_trainer.measuring import Asked, Measuring

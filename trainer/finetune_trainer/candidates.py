@@ -6,20 +6,17 @@ The next candidate with the same weights finds them loaded; another checkpoint o
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune_api.fields import LOCAL_RUN
-from finetune_api.status import ArtifactKind
 from finetune_api.v1alpha1 import FineTuneJob, ModelSource
 from finetune_trainer import checkpoint
 from finetune_trainer.answering import Asking, Candidate
 from finetune_trainer.data.prepare import loss_on
 from finetune_trainer.generation import Speaker, Voice
 from finetune_trainer.keeping import CHECKPOINTS
-from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import CausalModel, load_tokenizer, longest_example
 from finetune_trainer.model_files import ModelFiles
 from finetune_trainer.placement import spread
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Untuned:
-    """The method that adds and trains nothing."""
+    """The change that adds and trains nothing."""
 
     freezes_base = True
     virtual_tokens = 0
@@ -40,10 +37,6 @@ class Untuned:
         """The model as it is."""
         del seed, tokenizer
         return model.requires_grad_(False)
-
-    def export(self, model: torch.nn.Module, folder: Path, base: BaseModel, kind: ArtifactKind) -> None:
-        """There is nothing to write."""
-        raise NotImplementedError
 
 
 Fetch = Callable[[ModelSource, str | None], ModelFiles]

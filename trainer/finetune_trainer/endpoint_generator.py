@@ -1,4 +1,4 @@
-"""A served model that writes texts, as a local one does (generation.LocalGenerator). What it says is kept, so that it is paid for once."""
+"""A served model that writes texts, as the job's own workers do elsewhere (worker_generator). What it says is kept: it is paid for once."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from finetune_api.evaluation import BASELINE
 from finetune_api.reasons import Reason
 from finetune_api.status import Evaluation, Health
 from finetune_trainer import checkpoint
@@ -11,7 +12,6 @@ from finetune_trainer.answering import Candidate
 from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.crew import Crew
 from finetune_trainer.evaluation import compare
-from finetune_trainer.evaluation.answered import BASELINE
 from finetune_trainer.evaluation.evidence import report_uri
 from finetune_trainer.evaluation.health import GAP, forgetting, gap, overfitting
 from finetune_trainer.evaluation.history import VALIDATION, Course, Point, read_history, train_loss

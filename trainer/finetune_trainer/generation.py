@@ -4,7 +4,7 @@ The text of an answer is what transformers' own greedy `generate` gives for what
 those of the model's generation configuration and the tokenizer's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,6 @@ from finetune_trainer.worker import Worker
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, Any]]
-WINDOW = 256
-"""Prompts of which nearly equally long ones are computed together."""
 HELD_TOKENS: dict[str, int] = {"cpu": 16384, "cuda": 32768}
 """Positions whose keys and values are held at once, by device."""
 LOGITS = 1 << 24
@@ -217,25 +214,3 @@ def _scores(model: CausalModel, batch: MicroBatch) -> list[Answered]:
         Answered("", loss=loss, labels=labels, correct=round(correct))
         for loss, labels, correct in zip(losses_of, batch.document_labels, right_of, strict=True)
     ]
-
-
-class LocalGenerator:
-    """A model in this process that writes texts, as a served one does elsewhere."""
-
-    def __init__(self, voice: Voice, *, tokens: int | None = None) -> None:
-        self._speaker = Speaker(voice, tokens=tokens)
-
-    def generate(self, prompts: Sequence[Messages], max_new_tokens: int) -> Iterator[str]:
-        """What the model says to each conversation, in their order, WINDOW after WINDOW.
-
-        Raises JobError (DatasetInvalid where one is longer than the model takes, or the chat template refuses it; GPUOutOfMemory).
-        """
-        for start in range(0, len(prompts), WINDOW):
-            cases = [Case(str(start + place), "", messages=tuple(each)) for place, each in enumerate(prompts[start : start + WINDOW])]
-            tokens = [self._speaker.prompt(case) for case in cases]
-            for case, asked, reply in zip(cases, tokens, self._speaker.replies(tokens, max_new_tokens), strict=True):
-                if reply.too_long:
-                    limit = self._speaker.voice.context
-                    problem = f"prompt {case.id} has {len(asked)} tokens, and the model takes {limit}: give it fewer or shorter passages"
-                    raise JobError(Reason.DATASET_INVALID, problem)
-                yield reply.text

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_api.evaluation import BASELINE
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.answering import Candidate, outstanding, read_answers, suite_file, write_cases
 from finetune_trainer.environment import environment_from, scratch_folder
 from finetune_trainer.errors import JobError
-from finetune_trainer.evaluation.answered import BASELINE
 from finetune_trainer.manifest import read_manifest
 from finetune_trainer.measuring import questions_of, scored, suites_of
 from finetune_trainer.result import RESULT

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from finetune_api.evaluation import Suite
+from finetune_api.evaluation import BASELINE, SCORED_METRICS, Suite
 from finetune_api.status import StageName
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.answering import Candidate, Questions, outstanding, read_answers, suite_file, write_cases
@@ -14,15 +14,12 @@ from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.crew import Crew
 from finetune_trainer.data.cases import read_cases
 from finetune_trainer.data.examples import SUITE
-from finetune_trainer.evaluation.answered import BASELINE, Answered, Case
+from finetune_trainer.evaluation.answered import Answered, Case
 from finetune_trainer.evaluation.given import Givers
 from finetune_trainer.evaluation.lm_eval import measured_tasks, read_results
 from finetune_trainer.evaluation.scores import Measured, measured
 from finetune_trainer.sources import Mounts
 from finetune_trainer.storage import Storage
-
-TOKEN_METRICS = ("loss", "perplexity", "tokenAccuracy")
-"""Metrics of the golden answers' own tokens."""
 
 Answers = Mapping[str, Sequence[Answered]]
 """By suite."""
@@ -153,5 +150,5 @@ def by_weights(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def questions_of(suite: Suite, file: str) -> Questions:
     """What of a suite's cases is to be known for its metrics."""
-    losses = suite.role == "forgetting" or any(metric in TOKEN_METRICS for metric in suite.metrics)
+    losses = suite.role == "forgetting" or any(metric in SCORED_METRICS for metric in suite.metrics)
     return Questions(suite.name, suite.max_new_tokens if suite.generates else 0, losses=losses, cases=file)

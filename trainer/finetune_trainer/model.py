@@ -20,7 +20,7 @@ from finetune_api.v1alpha1 import Method as MethodSpec
 from finetune_trainer.attention import choose_layout, forward_arguments, probe
 from finetune_trainer.data.tensors import Layout, MicroBatch
 from finetune_trainer.errors import JobError
-from finetune_trainer.methods import Method, check_mergeable, method_for
+from finetune_trainer.methods import ModelChange, check_mergeable, method_for
 from finetune_trainer.methods.method import BaseModel, count_parameters
 from finetune_trainer.methods.peft_models import without_recomputation
 from finetune_trainer.model_files import ModelFiles
@@ -218,7 +218,7 @@ def load_tokenizer(files: ModelFiles) -> "PreTrainedTokenizerBase":
 
 
 def load_model(
-    files: ModelFiles, job: FineTuneJob, device: torch.device, *, precision: torch.dtype | None = None, method: Method | None = None
+    files: ModelFiles, job: FineTuneJob, device: torch.device, *, precision: torch.dtype | None = None, method: ModelChange | None = None
 ) -> CausalModel:
     """The model with the job's method applied, or another, on its device, in training mode. New parameters follow from training.seed alone.
 
@@ -239,7 +239,7 @@ def load_model(
 
 
 def model_without_weights(
-    files: ModelFiles, job: FineTuneJob, precision: torch.dtype, method: Method | None = None
+    files: ModelFiles, job: FineTuneJob, precision: torch.dtype, method: ModelChange | None = None
 ) -> tuple[torch.nn.Module, "PreTrainedModel"]:
     """The module with the method applied and the transformers model in it, as `load_model` has them, on the `meta` device."""
     method = method or method_for(job.spec.method)
@@ -248,7 +248,7 @@ def model_without_weights(
     return method.apply(transformer, seed=job.spec.training.seed, tokenizer=tokenizer).train(), transformer
 
 
-def _kept_in(method: Method, job: FineTuneJob, base: BaseModel, precision: torch.dtype) -> torch.dtype:
+def _kept_in(method: ModelChange, job: FineTuneJob, base: BaseModel, precision: torch.dtype) -> torch.dtype:
     """The number format of the weights in memory: the computation's, where they stay frozen and nothing that is published is lost by it."""
     whole = any(kind in ("model", "merged") for kind in job.spec.artifacts)
     loses = whole and base.dtype != str(precision).removeprefix("torch.")

@@ -7,7 +7,7 @@ from finetune_trainer.activations import with_activations
 from finetune_trainer.attention import use_flat_attention
 from finetune_trainer.compiling import compile_layers
 from finetune_trainer.memory import STATE_SHARE, coming_bytes, state_bytes
-from finetune_trainer.methods import Method, method_for
+from finetune_trainer.methods import ModelChange, method_for
 from finetune_trainer.model import CausalModel, load_model, model_without_weights, precision_for
 from finetune_trainer.model_files import ModelFiles
 from finetune_trainer.sharding import shard
@@ -22,7 +22,7 @@ def placed(files: ModelFiles, job: FineTuneJob, worker: Worker) -> tuple[CausalM
     return _ready(spread(files, job, worker), job, worker)
 
 
-def spread(files: ModelFiles, job: FineTuneJob, worker: Worker, method: Method | None = None, *, trains: bool = True) -> CausalModel:
+def spread(files: ModelFiles, job: FineTuneJob, worker: Worker, method: ModelChange | None = None, *, trains: bool = True) -> CausalModel:
     """The job's model with its method, or another, whole on this worker or a part of it. Every worker calls it.
 
     `trains` says whether room is needed for gradients and moments. Raises JobError (ModelInvalid).
@@ -44,7 +44,7 @@ def spread(files: ModelFiles, job: FineTuneJob, worker: Worker, method: Method |
     return CausalModel(module, transformer, "flat" if flat else "padded", scale, precision, worker.device, sharded=True)
 
 
-def _is_to_be_sharded(files: ModelFiles, job: FineTuneJob, worker: Worker, method: Method, *, trains: bool) -> bool:
+def _is_to_be_sharded(files: ModelFiles, job: FineTuneJob, worker: Worker, method: ModelChange, *, trains: bool) -> bool:
     """compute.strategy; auto is fsdp where one GPU holds not all of weights and, in training, of gradients and moments."""
     strategy, lora = job.spec.compute.strategy, job.spec.method.lora
     if strategy != "auto" or worker.world == 1:

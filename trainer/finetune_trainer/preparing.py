@@ -1,7 +1,5 @@
 """The first stage: storage, model and data are checked, and the tokenised data written, so that a fault costs no worker."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune_trainer.data.inputs import Input
-    from finetune_trainer.made_data import Generator, Writer
+    from finetune_trainer.made_data import Writer
     from finetune_trainer.model import Inspected
     from finetune_trainer.teacher import CheckedTeacher
 
@@ -175,19 +173,17 @@ def _model_writer(attempt: Attempt, crew: Crew, models: _Models, spec: Generator
     from finetune_trainer.model import load_tokenizer
     from finetune_trainer.worker_generator import WorkerGenerator
 
-    source, files = attempt.job.spec.model, models.files
+    source, files, other = attempt.job.spec.model, models.files, None
     if spec is not None and spec.model is not None:
         source = spec.model.model_source()
         files = fetch_model(source, attempt.mounts, attempt.cache, weights=False)
+        other = source.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if source.source.startswith("hf://"):
+            other["revision"] = files.revision  # the workers take the very weights that the answers are kept under
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(files)
-    other = None if source is attempt.job.spec.model else {**source.model_dump(mode="json", by_alias=True, exclude_none=True)}
-    if other is not None and source.source.startswith("hf://"):
-        other["revision"] = files.revision
     identity = {"model": source.source, "revision": files.revision, "namespace": attempt.job.metadata.namespace}
-    open_: Callable[[], AbstractContextManager[Generator]] = lambda: WorkerGenerator(  # noqa: E731 - named for its type
-        attempt, crew, str(models.files.revision), other, is_chat=tokenizer.chat_template is not None
-    )
-    return Writer(identity, open_)
+    is_chat = tokenizer.chat_template is not None
+    return Writer(identity, partial(WorkerGenerator, attempt, crew, str(models.files.revision), other, is_chat=is_chat))
 
 
 def _tell(attempt: Attempt, resolved: Resolved, data: DataSummary, found: tuple[str, ...]) -> None:

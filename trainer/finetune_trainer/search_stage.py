@@ -6,6 +6,7 @@ from finetune_trainer.attempt import Attempt, Preparation
 from finetune_trainer.crew import Crew
 from finetune_trainer.goal import SuiteGoal
 from finetune_trainer.measuring import Measuring
+from finetune_trainer.search_space import told
 from finetune_trainer.trials import Trial
 
 
@@ -15,7 +16,7 @@ def search(attempt: Attempt, preparation: Preparation, crew: Crew, plan: SearchP
 
     searching = Search(preparation.job, preparation.for_workers, attempt.own)
     wanted = 0 if searching.over else attempt.job.spec.compute.workers.max
-    attempt.reporter.start_stage("Search", f"trying {plan.trials} combinations of values", workers_wanted=wanted)
+    attempt.reporter.start_stage("Search", f"trying {searching.total} combinations of values", workers_wanted=wanted)
 
     def tell(summary: SearchSummary) -> None:
         ended = summary.completed + summary.failed + summary.pruned
@@ -34,8 +35,6 @@ def search(attempt: Attempt, preparation: Preparation, crew: Crew, plan: SearchP
         crew.run(work, lambda: searching.over or None, lambda: sum(trial.ended for trial in searching.trials.all()))
     best = searching.result().best
     attempt.reporter.announce(search=searching.summary())
-    values = ", ".join(f"{path} {value}" for path, value in best.values.items())
-    attempt.console.say(
-        f"search: trial {best.number} of {len(searching.trials.all())} is the best, {plan.goal.metric} {best.value:.4g}: {values}"
-    )
+    count = len(searching.trials.all())
+    attempt.console.say(f"search: trial {best.number} of {count} is the best, {plan.goal.metric} {best.value:.4g}: {told(best.values)}")
     return preparation.with_values(best.values), searching.trials.all()

@@ -12,7 +12,7 @@ from finetune_trainer.worker_group import fit, fit_answers
 
 PATIENCE = 600.0
 """Seconds for the workers to join."""
-CASES = 300
+CASES = 900
 QUESTIONS = Questions("task", max_new_tokens=100)
 """Long answers of a model that never ends them: time to kill a worker."""
 

@@ -21,7 +21,7 @@ from finetune_trainer.decoding import Bounds, Decoder, in_halves
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import measure
 from finetune_trainer.evaluation.answered import Case
-from finetune_trainer.generation import LocalGenerator, Speaker, Voice, references
+from finetune_trainer.generation import Speaker, Voice, references
 from finetune_trainer.methods import method_for
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model import CausalModel, load_model
@@ -166,9 +166,6 @@ def test_an_answer_ends_where_the_context_does(model_files: ModelFiles, tokenize
     assert [reply.too_long for reply in replies] == [False, True, True, False]
     assert [bool(reply.text) for reply in replies] == [True, False, False, True]
     assert not any(reply.too_long for reply in Speaker(Voice(model, tokenizer)).replies([[65] * 60], 1))
-    with pytest.raises(JobError, match=r"prompt 0 has 139 tokens, and the model takes 125") as caught:
-        list(LocalGenerator(voice).generate([[{"role": "user", "content": "a" * 120}]], 5))
-    assert caught.value.reason == Reason.DATASET_INVALID
 
 
 def test_a_conversation_is_asked_as_its_template_has_it(model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -187,17 +184,13 @@ def test_a_conversation_is_asked_as_its_template_has_it(model_files: ModelFiles,
         Speaker(Voice(model, tokenizer_without, 128)).prompt(Case("0", "", messages=messages, place="file, line 3"))
 
 
-def test_texts_come_in_the_order_of_their_prompts(
-    model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replies_come_in_the_order_of_their_prompts(model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tuned_model(model_files, {"lora": {"rank": 4}}, tokenizer)
-    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    together = list(LocalGenerator(Voice(model, tokenizer, 128)).generate(prompts, 8))
-    alone = [next(LocalGenerator(Voice(model, tokenizer, 128), tokens=1).generate([prompt], 8)) for prompt in prompts]
-    assert together == alone
-    assert len(set(together)) > 1
-    monkeypatch.setattr("finetune_trainer.generation.WINDOW", 2)
-    assert list(LocalGenerator(Voice(model, tokenizer, 128)).generate(prompts, 8)) == together
+    speaker, one_at_a_time = (Speaker(Voice(model, tokenizer, 128), tokens=tokens) for tokens in (None, 1))
+    prompts = [speaker.prompt(Case("0", "", messages=({"role": "user", "content": prompt},))) for prompt in PROMPTS]
+    together = speaker.replies(prompts, 8)
+    assert together == [reply for prompt in prompts for reply in one_at_a_time.replies([prompt], 8)]
+    assert len({reply.text for reply in together}) > 1
 
 
 def test_batches_hold_rows_of_like_lengths_and_no_more_than_is_asked() -> None:

@@ -1,32 +1,23 @@
 """Made examples on their way to the trainer: through the data's own checks into the cache, by generators as they really are."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tenacity
-import torch
 from fake_endpoint import FakeEndpoint, chat
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from made_site import HANDBOOK, OUTPUTS, SAYS, Author, Site
-from tiny_models import byte_tokenizer, job_manifest
-from transformers import PreTrainedTokenizerFast
-from tuned import shake
+from made_site import OUTPUTS, SAYS, Author, Site
+from tiny_models import byte_tokenizer
 
 from finetune_api.preparation import Generator as GeneratorSpec
-from finetune_api.v1alpha1 import Endpoint, parse_job
+from finetune_api.v1alpha1 import Endpoint
 from finetune_trainer import data_cache, endpoint
 from finetune_trainer.asking import Served, identity_of
 from finetune_trainer.data.examples import open_prepared
 from finetune_trainer.endpoint_generator import EndpointGenerator, generator_at
-from finetune_trainer.generation import LocalGenerator, Voice
-from finetune_trainer.made_data import Generator, Means, Writer, made_rows
-from finetune_trainer.made_data.writer import Desk
-from finetune_trainer.model import load_model
-from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.made_data import Means, Writer, made_rows
 from finetune_trainer.retrieval.documents import KnowledgeFiles
 from finetune_trainer.sources import Location, Mounts
 from finetune_trainer.storage import Storage
@@ -87,30 +78,6 @@ def test_an_endpoint_writes_and_is_paid_once(site: Site, monkeypatch: pytest.Mon
             assert made is not None
             assert len(list(made.rows())) == 2
     assert len(server.questions()) == 2
-
-
-def test_a_model_of_this_process_writes(model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = load_model(model_files, parse_job(job_manifest(), local=True), torch.device("cpu"))
-    shake(model.module, 0.3)
-    voice = Voice(model, tokenizer, 128)
-
-    @contextmanager
-    def open_model() -> Iterator[Generator]:
-        yield LocalGenerator(voice)
-
-    storage = Storage(MemoryFileSystem(), "/made-test", "s3://bucket/out")
-    prompts = [({"role": "user", "content": HANDBOOK[:40]},), ({"role": "user", "content": "Short."},)]
-    with Desk(Writer({"name": "tiny"}, open_model), 4, storage, "field", print) as desk:
-        texts = desk.write(prompts)
-    assert len(texts) == 2
-
-    def refuse() -> Any:
-        raise AssertionError("what is kept is not written again")
-
-    said = [prompt for prompt, text in zip(prompts, texts, strict=True) if text.strip()]
-    with Desk(Writer({"name": "tiny"}, refuse), 4, storage, "field", print) as desk:
-        assert desk.write(said) == [text for text in texts if text.strip()]
-    assert any(text.strip() for text in texts)
 
 
 def test_documents_are_read_from_an_object_store_too() -> None:

@@ -6,11 +6,11 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cached_jobs import MODEL, find, job, of, write
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -18,18 +18,15 @@ from pyarrow import fs as arrow
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_api.reasons import Reason
-from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer import data_cache
 from finetune_trainer.data.cases import read_cases
 from finetune_trainer.data.examples import open_prepared
 from finetune_trainer.data.inputs import Files
 from finetune_trainer.data.rows import Place, Row
-from finetune_trainer.data_cache import FOLDER, KEEP_DAYS, Entry, find_or_prepare, mark_used
+from finetune_trainer.data_cache import FOLDER, Entry, find_or_prepare
 from finetune_trainer.errors import JobError
 from finetune_trainer.sources import Location, Mounts
-from finetune_trainer.storage import MANIFEST, Storage
-
-MODEL = Path(__file__).parents[3] / "examples" / "models" / "tiny-llama"
+from finetune_trainer.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -42,45 +39,10 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(LocalFileSystem(), str(tmp_path / "out"), f"file://{tmp_path}/out")
 
 
-def write(path: Path, *completions: str) -> None:
-    path.write_text("".join(json.dumps({"prompt": "Which batteries?", "completion": text, "text": text}) + "\n" for text in completions))
-
-
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
     write(tmp_path / "train.jsonl", "Two AA.", "None at all.", "One.")
     return tmp_path / "train.jsonl"
-
-
-def job(
-    train: Path,
-    training: dict[str, object] | None = None,
-    objective: dict[str, object] | None = None,
-    suites: list[dict[str, object]] | None = None,
-    baseline: dict[str, object] | None = None,
-    **data: object,
-) -> FineTuneJob:
-    spec = {
-        **({} if baseline is None else {"baseline": baseline}),
-        "evaluation": {"suites": suites or []},
-        "model": {"source": f"file://{MODEL}"},
-        "data": {"train": {"source": f"file://{train}"}} | data,
-        "method": {"lora": {}},
-        "objective": objective or {"sft": {}},
-        "training": training or {},
-        "output": {"storage": f"file://{train.parent}/out"},
-    }
-    metadata = {"name": "bot", "namespace": "team", "uid": "u1"}
-    return parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, local=True)
-
-
-def of(made: FineTuneJob, **metadata: str) -> FineTuneJob:
-    """The same job under another name, or of another namespace."""
-    return made.model_copy(update={"metadata": made.metadata.model_copy(update=metadata)})
-
-
-def find(storage: Storage, spec: FineTuneJob, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> Entry:
-    return find_or_prepare(storage, spec, Mounts(Path("/nowhere"), local=True), tokenizer, longest)
 
 
 def test_a_second_job_finds_what_the_first_prepared(
@@ -395,63 +357,6 @@ def test_a_damaged_folder_is_made_again(storage: Storage, train: Path, tokenizer
     again = find(storage, job(train), tokenizer)
     assert (again.is_new, again.manifest) == (True, first.manifest)
     assert find(storage, job(train), tokenizer).is_new is False
-
-
-def test_what_a_killed_process_has_left_is_removed_after_a_while(storage: Storage) -> None:
-    folder = Path(storage.location(FOLDER).path)
-    for name in ("old", "new"):
-        (folder / f".key.{name}.partial").mkdir(parents=True)
-    os.utime(folder / ".key.old.partial", (0, 0))
-    with storage.shared_folder(f"{FOLDER}/key") as made:
-        (made / MANIFEST).write_text("{}")
-    assert sorted(path.name for path in folder.iterdir()) == [".key.new.partial", "key"]
-
-
-def used(storage: Storage, key: str, days_ago: float) -> None:
-    with storage.shared_folder(f"{FOLDER}/{key}") as folder:
-        (folder / MANIFEST).write_text("{}")
-    storage.write_json(f"{FOLDER}/{key}.json", {"used": (datetime.now(UTC) - timedelta(days=days_ago)).isoformat()})
-
-
-def test_what_no_job_has_begun_with_for_long_is_removed(storage: Storage) -> None:
-    used(storage, "old", KEEP_DAYS + 1)
-    used(storage, "fresh", KEEP_DAYS - 1)
-    used(storage, "mine", KEEP_DAYS + 1)
-    with storage.shared_folder(f"{FOLDER}/being-begun-with") as folder:
-        (folder / MANIFEST).write_text("{}")
-    mark_used(storage, f"{FOLDER}/mine")
-    assert storage.folders(FOLDER) == ["being-begun-with", "fresh", "mine"]
-    assert not storage.exists(f"{FOLDER}/old.json")
-
-
-def test_what_was_never_completed_goes_with_it(storage: Storage) -> None:
-    """Data that nobody prepares again: its half would else stay for ever."""
-    folder = Path(storage.location(FOLDER).path)
-    for name in (".gone.12345678.partial", ".fresh.12345678.partial"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "train-tokens.npy").write_bytes(b"half")
-    (folder / ".mark.json.12345678.partial").write_text("{")
-    for name in (".gone.12345678.partial", ".mark.json.12345678.partial"):
-        os.utime(folder / name, (0, 0))
-    mark_used(storage, f"{FOLDER}/mine")
-    assert sorted(path.name for path in folder.iterdir()) == [".fresh.12345678.partial", "mine.json"]
-
-
-@pytest.mark.parametrize("mark", ["", "[]", "{}", '{"used": 3}', '{"used": "yesterday"}', '{"used": "2020-01-01"}'])
-def test_a_mark_that_says_nothing_removes_nothing(storage: Storage, mark: str) -> None:
-    used(storage, "odd", 0)
-    Path(storage.location(f"{FOLDER}/odd.json").path).write_text(mark)
-    mark_used(storage, f"{FOLDER}/mine")
-    assert storage.folders(FOLDER) == ["odd"]
-
-
-def test_a_storage_that_is_full_does_not_keep_a_job_from_its_data(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise JobError(Reason.STORAGE_FULL, "no space is left")
-
-    monkeypatch.setattr(Storage, "write_json", full)
-    mark_used(storage, f"{FOLDER}/mine")
-    assert storage.folders(FOLDER) == []
 
 
 def test_texts_suites_and_what_was_left_out_are_found_in_an_object_store(

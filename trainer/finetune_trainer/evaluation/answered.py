@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 from finetune_trainer.data.cases import Case, read, written
 
-__all__ = ["BASELINE", "Answered", "Case", "read", "written"]
-
-BASELINE = "baseline"
-"""The candidate that others are compared with."""
+__all__ = ["Answered", "Case", "read", "written"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -18,8 +17,9 @@ from finetune_trainer.completions import Messages
 from finetune_trainer.data.shelf import Shelf
 from finetune_trainer.data_cache import mark_used
 from finetune_trainer.errors import JobError
+from finetune_trainer.kept_answers import keep, read_kept
 from finetune_trainer.manifest import digest_of
-from finetune_trainer.storage import Storage, storage_errors
+from finetune_trainer.storage import Storage
 
 FOLDER = ".finetune/cache/made"
 FORMAT = 1
@@ -87,8 +87,9 @@ class Desk:
         if self._shelf is None:
             self._shelf = self._open.enter_context(Shelf())
             mark_used(self._outer, self._name)
-            for digest, text in _read(self._outer.at(self._name)):
-                self._shelf.put(digest.encode(), text.encode(errors="replace"))
+            for digest, text in read_kept(self._outer.at(self._name)):
+                if isinstance(text, str):
+                    self._shelf.put(digest.encode(), text.encode(errors="replace"))
         content = self._shelf.get(name.encode())
         return None if content is None else content.decode()
 
@@ -122,19 +123,8 @@ class Desk:
     def _keep(self, texts: Mapping[str, str]) -> None:
         """Keep texts for other attempts, those that say something: another time an empty one may be another."""
         said = {name: text for name, text in texts.items() if text.strip()}
-        if self._shelf is None or not said:
+        if self._shelf is None:
             return
         for name, text in said.items():
             self._shelf.put(name.encode(), text.encode())
-        self._outer.at(self._name).write_json(f"{digest_of({'prompts': list(said)})[7:39]}.json", said)
-
-
-def _read(storage: Storage) -> Iterator[tuple[str, str]]:
-    """The texts that are in the storage, by what was told. What cannot be read counts for nothing."""
-    with storage_errors(storage.uri):
-        storage.fs.invalidate_cache()
-        names = [PurePosixPath(path).name for path in storage.fs.ls(storage.root, detail=False)] if storage.fs.exists(storage.root) else []
-    for name in sorted(names):
-        batch = storage.read_json(name) if name.endswith(".json") and not name.startswith(".") else None
-        if isinstance(batch, dict):
-            yield from ((digest, text) for digest, text in batch.items() if isinstance(text, str))
+        keep(self._outer.at(self._name), said)

@@ -16,11 +16,22 @@ from finetune_trainer.methods.freeze import Freezing
 from finetune_trainer.methods.full import FullTuning
 from finetune_trainer.methods.ia3 import Ia3
 from finetune_trainer.methods.lora import Lora
-from finetune_trainer.methods.method import Method
+from finetune_trainer.methods.method import Method, ModelChange
 from finetune_trainer.methods.peft_models import check_mergeable
 from finetune_trainer.methods.prompts import SoftPrompt
 
-__all__ = ["BottleneckAdapter", "Freezing", "FullTuning", "Ia3", "Lora", "Method", "SoftPrompt", "check_mergeable", "method_for"]
+__all__ = [
+    "BottleneckAdapter",
+    "Freezing",
+    "FullTuning",
+    "Ia3",
+    "Lora",
+    "Method",
+    "ModelChange",
+    "SoftPrompt",
+    "check_mergeable",
+    "method_for",
+]
 
 
 def method_for(spec: MethodSpec) -> Method:

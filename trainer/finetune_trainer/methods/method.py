@@ -24,8 +24,8 @@ class BaseModel:
     """Number format of its weights, which a published whole model keeps: bfloat16, float16, float32."""
 
 
-class Method(Protocol):
-    """One way in which weights change."""
+class ModelChange(Protocol):
+    """What is done to a model before it is used: a method's parameters added, or nothing."""
 
     @property
     def freezes_base(self) -> bool:
@@ -44,6 +44,10 @@ class Method(Protocol):
         not fit the model.
         """
         ...
+
+
+class Method(ModelChange, Protocol):
+    """One way in which weights change."""
 
     def export(self, model: torch.nn.Module, folder: Path, base: BaseModel, kind: ArtifactKind) -> None:
         """Write what the ecosystem loads into an empty folder (safetensors and configuration; no tokenizer).

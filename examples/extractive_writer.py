@@ -60,5 +60,7 @@ def served(port: int = 0) -> ThreadingHTTPServer:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 where others are to reach it, as in a pod")
     parser.add_argument("--port", type=int, default=8099)
-    ThreadingHTTPServer(("127.0.0.1", parser.parse_args().port), Writer).serve_forever()
+    options = parser.parse_args()
+    ThreadingHTTPServer((options.host, options.port), Writer).serve_forever()

@@ -142,6 +142,18 @@ def endpoint(kubectl: Kubectl, images: Images, storage: str) -> None:
     kubectl("wait", f"pod/{teacher.NAME}", "--for=condition=Ready", "--timeout=120s", timeout=140)
 
 
+@pytest.fixture(scope="session")
+def writer(kubectl: Kubectl, images: Images, storage: str) -> str:
+    """The URL of the closed loop's writer of content points, which runs in a pod."""
+    program = f"import sys; sys.argv[1:] = ['--host', '0.0.0.0', '--port', '8099']\n{(ROOT / 'examples/extractive_writer.py').read_text()}"
+    pod = _pod("writer", images.trainer, program, {"emptyDir": {}}, user=10001)
+    pod["metadata"]["labels"] = {"app": "writer"}
+    service = {"selector": {"app": "writer"}, "ports": [{"port": 8099}]}
+    kubectl.apply(pod, {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "writer"}, "spec": service})
+    kubectl("wait", "pod/writer", "--for=condition=Ready", "--timeout=120s", timeout=140)
+    return f"http://writer.{kubectl.namespace}.svc:8099/v1"
+
+
 _EMPTY = """
 import pathlib, shutil
 for path in pathlib.Path("/storage").iterdir():

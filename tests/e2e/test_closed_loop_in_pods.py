@@ -1,4 +1,4 @@
-"""The closed loop in pods: documents and golden replies become a gated adapter; the same with a gate that cannot be passed publishes nothing."""
+"""The closed loop in pods: documents and golden replies become a gated adapter; with a gate that cannot be passed nothing is published."""
 
 import copy
 import json

@@ -10,6 +10,9 @@ TRAINER_IMAGE  ?= docker.io/local/finetune-trainer:e2e
 IMAGE_BUILD    ?= docker build -t
 IMAGE_LOAD     ?= kind load docker-image
 
+# Of the tests that start no Ray and no API server: files of tests that run at a time, each in some 2 GiB of memory.
+TEST_PROCESSES ?= 2
+
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
@@ -31,7 +34,8 @@ demo: install  ## tune the quickstart's model on this machine and ask it three q
 	@$(BIN)/python examples/demo.py
 
 test: install $(VENV)/quantization/.installed  ## all tests that this machine can run; says what it left out and why
-	$(BIN)/python -m pytest -m 'not cluster and not quantization'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not cluster and not quantization and not ray and not api'
+	$(BIN)/python -m pytest -m 'ray or api'
 	PYTHONPATH=$(VENV)/quantization $(BIN)/python -m pytest -m quantization
 
 # In a folder of its own: PEFT imports bitsandbytes wherever it finds it, which takes every process of the other tests seconds.

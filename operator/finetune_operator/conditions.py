@@ -97,6 +97,7 @@ def _truth(value: bool) -> Literal["True", "False"]:
     return "True" if value else "False"
 
 
+_NOTHING_TRAINED = {Reason.BASELINE_SUFFICIENT: "a prompt alone is good enough", Reason.PLANNED: "spec.planOnly trains nothing"}
 _HELD_BACK = (Reason.GATES_NOT_PASSED, Reason.GATES_INCONCLUSIVE)
 
 
@@ -114,8 +115,8 @@ def _stage_fact(kind: ConditionType, name: StageName, status: Status, summary: S
         return _Fact(kind, "True", Reason.SUCCEEDED)
     if stage and stage.state == "Running":
         return _Fact(kind, "False", PHASES[name][1])
-    if summary.reason is Reason.BASELINE_SUFFICIENT:
-        return _Fact(kind, "False", summary.reason, "a prompt alone is good enough")
+    if summary.reason in _NOTHING_TRAINED:
+        return _Fact(kind, "False", summary.reason, _NOTHING_TRAINED[summary.reason])
     return _Fact(kind, "Unknown", Reason.PENDING)
 
 

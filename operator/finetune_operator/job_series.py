@@ -20,6 +20,7 @@ from finetune_api.methods import METHODS
 from finetune_api.objectives import OBJECTIVES
 from finetune_api.reasons import Reason
 from finetune_api.status import EvaluationResult, StageName, Status, Verdict
+from finetune_operator.usage_totals import UsageTotals, Used
 
 SERIES_PER_JOB = 40
 """With those of its head, a job has 60 at most."""
@@ -220,6 +221,17 @@ FAMILIES: tuple[_Family, ...] = (
 )
 
 
+def _namespaces(totals: Iterable[tuple[str, Used]]) -> Iterator[Metric]:
+    """What jobs have used by namespace, whether they are still there or not."""
+    since = "by the jobs of a namespace since this operator's process began, deleted ones included."
+    seconds = CounterMetricFamily("finetune_namespace_gpu_seconds", f"GPUs held, times seconds, {since}", labels=["namespace"])
+    tokens = CounterMetricFamily("finetune_namespace_trained_tokens", f"Tokens trained on {since}", labels=["namespace"])
+    for namespace, used in totals:
+        seconds.add_metric([namespace], used.gpu_seconds)
+        tokens.add_metric([namespace], used.trained_tokens)
+    yield from (seconds, tokens)
+
+
 class JobCollector(Collector):
     """The series of all jobs, made from their latest statuses when they are asked for."""
 
@@ -230,10 +242,12 @@ class JobCollector(Collector):
         """Namespace to jobs that were seen to complete."""
         self._failed: Counter[tuple[str, str]] = Counter()
         """Namespace and reason to jobs that were seen to fail."""
+        self._totals = UsageTotals()
 
     def see(self, job: Mapping[str, Any], gone: bool) -> None:
         """Take note of a job as it is now. Only what the series need is kept."""
         meta = job["metadata"]
+        self._totals.see(job)
         if gone:
             self._jobs.pop(meta["uid"], None)
             return
@@ -248,6 +262,7 @@ class JobCollector(Collector):
         """Forget jobs other than these: of one deleted while the watch was down nobody tells."""
         for uid in self._jobs.keys() - set(uids):
             del self._jobs[uid]
+        self._totals.keep(uids)
 
     def collect(self) -> Iterator[Metric]:
         """One metric per family. Only the leader tells of jobs, so that a sum over replicas counts each once."""
@@ -266,11 +281,13 @@ class JobCollector(Collector):
                     metric.add_metric([*where, *labels], value)  # type: ignore[attr-defined]
         yield from metrics
         yield from self._sums(phases)
+        yield from _namespaces(self._totals if self._exposed() else ())
 
     def describe(self) -> Iterator[Metric]:
         """The families, without samples."""
         yield from (family.metric() for family in FAMILIES)
         yield from self._sums(Counter())
+        yield from _namespaces(())
 
     def _count(self, namespace: str, ending: tuple[str, str] | None) -> None:
         if ending is not None and ending[0] == "Complete":

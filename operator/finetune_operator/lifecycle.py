@@ -11,6 +11,7 @@ from datetime import datetime
 from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
 from finetune_api.status import TEXT_MAX, Resolved, Status
+from finetune_operator.budget import hold_of
 from finetune_operator.conditions import PHASES, Summary, conditions_of
 from finetune_operator.endings import counted, end, failed, finish, rested
 from finetune_operator.failures import ending_of, failure, head_lost
@@ -21,6 +22,7 @@ from finetune_operator.reported import current_stage, with_report
 from finetune_operator.requests import canceled, canceling, is_paused, noted, paused, revival
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
+from finetune_operator.usage import with_gpu_seconds
 
 _STEPS = 8
 """More changes of state than one look at a job can bring about."""
@@ -41,13 +43,14 @@ def advance(job: Job, observed: Observed, settings: Settings, now: datetime) -> 
 
 def _step(job: Job, observed: Observed, settings: Settings, now: datetime) -> Status:
     if job.status.finished:
-        again = revival(job, now)
-        return _conclude(job, job.status, again, now) if again else _seen(job.status, job.generation)
+        again, status = revival(job, now), with_gpu_seconds(job.status, observed, now)
+        return _conclude(job, status, again, now) if again else _seen(status, job.generation)
     job = replace(job, status=noted(job))
     if job.spec is None:
         return _conclude(job, job.status, _invalid(job, now), now)
     report = None if is_paused(job) else observed.report_of(job.uid, job.status.attempt.number)
     status = with_report(job.status, report, job.spec) if report else job.status
+    status = with_gpu_seconds(status, observed, now)
     look = Look(job, job.spec, status, observed, settings, now)
     verdict = next(verdict for check in CHECKS if (verdict := check(look)) is not None)
     return _conclude(job, status, verdict, now)
@@ -64,6 +67,8 @@ def succeeded(look: Look) -> Verdict | None:
     if report.sufficient and look.spec.baseline is not None and look.spec.baseline.sufficient_if is not None:
         words = report.message or "a prompt alone reaches baseline.sufficientIf"
         return Verdict(Summary("Complete", Reason.BASELINE_SUFFICIENT, words), finish(look.status, look.now))
+    if look.spec.plan_only:
+        return Verdict(Summary("Complete", Reason.PLANNED, report.message or "see status.plan"), finish(look.status, look.now))
     if (refused := _not_passed(look)) is not None:
         return refused
     summary = Summary("Complete", Reason.SUCCEEDED, report.message or "the result is published")
@@ -81,20 +86,22 @@ def _not_passed(look: Look) -> Verdict | None:
 
 
 def suspending(look: Look) -> Verdict | None:
-    """The user wants the pods away: the attempt ends, and its pods get the time to save a checkpoint."""
-    if not look.spec.suspend or not (look.attempt.running or look.observed.alive):
+    """The user wants the pods away, or the budget does: the attempt ends, and its pods get the time to save a checkpoint."""
+    hold = hold_of(look)
+    if hold is None or not (look.attempt.running or look.observed.alive):
         return None
-    summary = Summary(look.status.phase or "Pending", Reason.SUSPENDED, "suspending: the pods save a checkpoint, then go")
-    return Verdict(summary, end(look, Reason.SUSPENDED, summary.message) if look.attempt.running else {})
+    summary = Summary(look.status.phase or "Pending", hold.reason, hold.going)
+    return Verdict(summary, end(look, hold.reason, summary.message) if look.attempt.running else {})
 
 
 def suspended(look: Look) -> Verdict | None:
     """The pods have gone, and stay away until the user wants them back."""
-    if not look.spec.suspend:
+    hold = hold_of(look)
+    if hold is None:
         return None
     since = look.status.suspended_time or rfc3339(look.now)
     changes = {"suspended_time": since, "workers_wanted": 0, "workers_ready": 0}
-    return Verdict(Summary("Suspended", Reason.SUSPENDED, "set spec.suspend to false to go on from the last checkpoint"), changes)
+    return Verdict(Summary("Suspended", hold.reason, hold.gone), changes)
 
 
 def resumed(look: Look) -> Verdict | None:

@@ -66,6 +66,12 @@ class Pod:
     reason: str = ""
     message: str = ""
     """The kubelet's word, and words, about the pod as a whole."""
+    gpus: int = 0
+    """GPUs that it holds while it has a node."""
+    scheduled: datetime | None = None
+    """When it was given its node."""
+    ended: datetime | None = None
+    """When its containers ended, or the cluster took it away."""
 
     @property
     def finished(self) -> bool:
@@ -223,7 +229,26 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         disruption=_disruption(status),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
+        gpus=_gpus(raw),
+        scheduled=_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else _time(status.get("startTime")),
+        ended=_ended(status),
     )
+
+
+def _gpus(raw: Raw) -> int:
+    limits = ((container.get("resources") or {}).get("limits") or {} for container in (raw.get("spec") or {}).get("containers") or ())
+    return sum(int(amount) for each in limits for name, amount in each.items() if name.endswith("/gpu"))
+
+
+def _ended(status: Raw) -> datetime | None:
+    """When the last of its containers ended; of a pod whose node is gone, when the cluster gave it up."""
+    states = ((each.get("state") or {}).get("terminated") or {} for each in status.get("containerStatuses") or ())
+    ends = [end for state in states if (end := _time(state.get("finishedAt")))]
+    return max(ends, default=None) or _time(_condition(status, "DisruptionTarget").get("lastTransitionTime"))
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
 
 
 def _condition(status: Raw, kind: str) -> Raw:

@@ -9,6 +9,7 @@ from finetune_operator.observed import Job, Observed
 from finetune_operator.reported import current_stage
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
+from finetune_operator.usage import usage_waits
 
 SOON_SECONDS = 2.0
 """Until the next look at a job that is about to change."""
@@ -28,6 +29,8 @@ _LONG_STAGES = ("Search", "Train")
 
 def paced(before: Status, after: Status, settings: Settings, now: datetime) -> Status:
     """Progress alone is written at most every `poll_seconds`, so that a job costs the API server the same whatever wakes the operator."""
+    if usage_waits(before, after, settings, now):
+        return before
     if after == before or after.progress is None:
         return after
     quiet = {name: getattr(before, name) for name in _QUIET}
@@ -35,7 +38,7 @@ def paced(before: Status, after: Status, settings: Settings, now: datetime) -> S
     last = before.progress.last_update_time if before.progress else None
     if last and now < later(last, settings.poll_seconds) and after.model_copy(update={**quiet, "attempt": attempt}) == before:
         return before
-    if all(getattr(after, name) == value for name, value in quiet.items()):
+    if all(getattr(after, name) == value for name, value in quiet.items() if name != "usage"):
         return after
     return after.model_copy(update={"progress": after.progress.model_copy(update={"last_update_time": rfc3339(now)})})
 

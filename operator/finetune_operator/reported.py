@@ -29,6 +29,7 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
             "search": report.search or status.search,
             "evaluation": _fuller(status.evaluation, report.evaluation, brief_evaluation),
             "artifacts": report.artifacts or status.artifacts,
+            "plan": report.plan or status.plan,
             "usage": _usage(status, report.usage),
             "attempt": status.attempt.model_copy(update={"lost_steps": lost_steps}),
         }
@@ -42,7 +43,7 @@ def _fuller(known: Part | None, said: Part | None, brief: Callable[[Part], Part]
 
 def _wanted(status: Status, report: Report, spec: Spec) -> int:
     """The head is a tenant's pod: it gets no more workers than the job's spec says, and none once the attempt has ended."""
-    ended = report.outcome is not None or not status.attempt.running
+    ended = report.outcome is not None or not status.attempt.running or spec.plan_only
     return 0 if ended else min(report.workers_wanted, spec.compute.workers.max)
 
 
@@ -55,15 +56,16 @@ def _resolved(known: Resolved | None, said: Resolved | None) -> Resolved | None:
 
 
 def _usage(status: Status, said: Usage | None) -> Usage | None:
-    """A report counts its whole attempt each time: what earlier attempts used is added to it, not to the sum."""
+    """A report counts its whole attempt each time: what earlier attempts used is added to it, not to the sum.
+
+    GPU-seconds are not its say.
+    """
     if said is None:
         return status.usage
     earlier = status.earlier_usage or Usage()
     # The head is a tenant's pod: a sum beyond what a status may hold must not make one that cannot be read again.
-    return Usage(
-        gpu_seconds=min(earlier.gpu_seconds + said.gpu_seconds, float(COUNT_MAX)),
-        trained_tokens=min(earlier.trained_tokens + said.trained_tokens, COUNT_MAX),
-    )
+    tokens = min(earlier.trained_tokens + said.trained_tokens, COUNT_MAX)
+    return (status.usage or Usage()).model_copy(update={"trained_tokens": tokens})
 
 
 def current_stage(stages: tuple[Stage, ...]) -> StageName | None:

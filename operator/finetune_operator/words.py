@@ -13,6 +13,7 @@ def status_lines(status: Status) -> list[str]:
         f"attempt {status.attempt.number} ({status.attempt.failures} failed, {status.attempt.preemptions} preempted)",
         *(f"{stage.name:10} {stage.state:10} {stage.start_time or ''} {stage.end_time or ''}".rstrip() for stage in status.stages),
         *_achieved(status),
+        *_used(status),
         *_measured(status),
         *(f"{artifact.kind}: {artifact.uri} ({artifact.bytes} bytes)" for artifact in status.artifacts),
         *(f"warning: {warning}" for warning in status.warnings),
@@ -28,6 +29,11 @@ def _achieved(status: Status) -> Iterator[str]:
     yield from (f"{metric.name}: {metric.value:.6g}" for metric in status.metrics)
     if best := status.checkpoints and status.checkpoints.best:
         yield f"best checkpoint: step {best.step}, {best.metric} {best.value:.6g}"
+
+
+def _used(status: Status) -> Iterator[str]:
+    if usage := status.usage:
+        yield f"used: {usage.gpu_seconds / 3600:.2f} GPU-hours, {usage.trained_tokens} tokens trained on"
 
 
 def _left_out_and_made(status: Status) -> str:

@@ -101,7 +101,7 @@ def test_sums_of_what_a_head_claims_stay_within_what_a_status_may_hold() -> None
     status = status.model_copy(update={"earlier_usage": status.usage})
     status = status.model_copy(update={"attempt": status.attempt.model_copy(update={"earlier_lost_steps": most})})
     status = step(status, HEAD, report=make_report(**claim))
-    assert (status.usage, status.attempt.lost_steps) == (Usage(gpu_seconds=float(most), trained_tokens=most), most)
+    assert (status.usage, status.attempt.lost_steps) == (Usage(trained_tokens=most), most)
     assert Status.model_validate(status.to_json()) == status, "what was written can be read"
 
 
@@ -110,13 +110,13 @@ def test_usage_and_lost_steps_are_summed_over_attempts_and_each_counted_once() -
     for seconds, used in ((20, 10), (40, 25), (60, 25)):
         report = make_report(usage=Usage(gpu_seconds=used, trained_tokens=100 * used), lost_steps=2)
         status = step(status, HEAD, *WORKERS, report=report, now=at(seconds))
-    assert (status.usage, status.attempt.lost_steps) == (Usage(gpu_seconds=25, trained_tokens=2500), 2)
+    assert (status.usage, status.attempt.lost_steps) == (Usage(trained_tokens=2500), 2)
     second = step(step(status, now=at(600)), make_pod(attempt=2), now=at(610))
     assert second.usage == status.usage
     for seconds in (620, 640):
         report = make_report(attempt=2, usage=Usage(gpu_seconds=5, trained_tokens=500), lost_steps=3, workers_wanted=0)
         second = step(second, make_pod(attempt=2), report=report, now=at(seconds))
-    assert (second.usage, second.attempt.lost_steps) == (Usage(gpu_seconds=30, trained_tokens=3000), 5)
+    assert (second.usage, second.attempt.lost_steps) == (Usage(trained_tokens=3000), 5)
 
 
 # Suspension and deadlines.

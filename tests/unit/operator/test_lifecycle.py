@@ -62,7 +62,7 @@ def test_what_the_trainer_says_is_the_status() -> None:
             best=BestCheckpoint(step=2, uri="pvc://models/bot/2", metric="validation/loss", value=1.25),
         ),
         "artifacts": (Artifact(kind="adapter", uri="pvc://models/bot/adapter", digest="sha256:0", bytes=1),),
-        "usage": Usage(gpu_seconds=12.5, trained_tokens=1000),
+        "usage": Usage(trained_tokens=1000),
     }
     status = step(BEGUN, HEAD, *WORKERS, report=make_report("Train", resolved=Resolved(model_revision="abc", trainer_image="evil"), **said))
     assert {name: getattr(status, name) for name in said} == said

@@ -198,6 +198,11 @@ class KubernetesCluster:
             if error.status not in (404, 409):  # 409: an object of another UID, so this one is gone
                 raise
 
+    async def try_job(self, job: Mapping[str, Any]) -> None:
+        """Offer a job to the API server without making it. Raises ApiError where it would be refused."""
+        namespace, what = job["metadata"]["namespace"], f"{KIND} {job['metadata']['namespace']}/{job['metadata']['name']}"
+        await self._call("create", KINDS[KIND].path(namespace), what, body=job, query=[("dryRun", "All")])
+
     async def delete_job(self, job: Mapping[str, Any]) -> None:
         """Delete this very job, not another of the same name. What it owns goes with it."""
         meta = job["metadata"]

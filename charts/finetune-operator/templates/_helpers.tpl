@@ -20,6 +20,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
+{{/* Annotations of what `helm test` makes, and takes away when it has passed: include "finetune.testHook" "weight" */}}
+{{- define "finetune.testHook" -}}
+helm.sh/hook: test
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end -}}
+
 {{- define "finetune.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create -}}
 {{- default (include "finetune.fullname" .) .Values.serviceAccount.name -}}

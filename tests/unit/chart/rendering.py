@@ -37,15 +37,35 @@ EVERYTHING = {
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
     "priorityClassName": "system-cluster-critical",
     "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "networkPolicy": {
+        "enabled": True,
+        "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+    },
+    "podDisruptionBudget": {"enabled": True, "maxUnavailable": "50%"},
     "metrics": {
         "serviceMonitor": {"enabled": True, "interval": "10s", "labels": {"release": "prometheus"}},
         "podMonitor": {"enabled": True, "interval": "5s", "labels": {"release": "prometheus"}},
+        "prometheusRule": {"enabled": True, "runbookUrl": "https://runbooks.example/finetune", "labels": {"release": "prometheus"}},
+        "dashboards": {"enabled": True, "namespace": "grafana", "labels": {"grafana": "1"}, "annotations": {"grafana_folder": "Tuning"}},
     },
 }
 """Values that leave no default in place."""
 
 
+HOOK = "helm.sh/hook"
+
+
 def render(chart: helm_python.Chart, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """What an installation makes."""
+    return [item for item in render_all(chart, values) if HOOK not in item["metadata"].get("annotations", {})]
+
+
+def render_test(chart: helm_python.Chart, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """What `helm test` makes."""
+    return [item for item in render_all(chart, values) if item["metadata"].get("annotations", {}).get(HOOK) == "test"]
+
+
+def render_all(chart: helm_python.Chart, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     manifests = chart.render(values, **RELEASE)
     return [
         document

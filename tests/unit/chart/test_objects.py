@@ -1,12 +1,14 @@
 """The chart as Helm 4 reads it: it lints, and renders the objects that it should."""
 
+import re
 from typing import Any
 
 import helm_python
 import pytest
 import yaml
-from tests.unit.chart.rendering import CHART, EVERYTHING, RELEASE, ROOT, of_kind, one, render
+from tests.unit.chart.rendering import CHART, EVERYTHING, RELEASE, ROOT, of_kind, one, render, render_test
 
+from finetune_api import LABEL_JOB_NAME
 from finetune_api.status import Attempt, Status
 from finetune_operator.observed import job_from
 from finetune_operator.plan import desired_objects
@@ -29,6 +31,7 @@ def test_renders_these_objects_by_default(chart: helm_python.Chart) -> None:
         ("ClusterRoleBinding", "finetune-operator"),
         ("CustomResourceDefinition", "finetunejobs.finetune.dev"),
         ("Deployment", "finetune-operator"),
+        ("NetworkPolicy", "finetune-operator"),
         ("Role", "finetune-operator-leader"),
         ("RoleBinding", "finetune-operator-leader"),
         ("Secret", "finetune-operator-token-key"),
@@ -43,9 +46,14 @@ def test_renders_these_objects_with_everything_on(chart: helm_python.Chart) -> N
     ) == [
         ("ClusterRole", "", "tuning-editor"),
         ("ClusterRole", "", "tuning-viewer"),
+        ("ConfigMap", "grafana", "tuning-dashboard-job"),
+        ("ConfigMap", "grafana", "tuning-dashboard-platform"),
         ("CustomResourceDefinition", "", "finetunejobs.finetune.dev"),
         ("Deployment", "finetune-system", "tuning"),
+        ("NetworkPolicy", "finetune-system", "tuning"),
+        ("PodDisruptionBudget", "finetune-system", "tuning"),
         ("PodMonitor", "finetune-system", "tuning-trainers"),
+        ("PrometheusRule", "finetune-system", "tuning"),
         ("Role", "finetune-system", "tuning-leader"),
         ("Role", "team-a", "tuning"),
         ("Role", "team-b", "tuning"),
@@ -64,6 +72,8 @@ def test_asks_only_for_apis_that_old_and_new_clusters_have(chart: helm_python.Ch
         "apps/v1",
         "rbac.authorization.k8s.io/v1",
         "apiextensions.k8s.io/v1",
+        "networking.k8s.io/v1",
+        "policy/v1",  # before 1.21 policy/v1beta1, as the API server says
         "monitoring.coreos.com/v1",  # only with a monitor switched on
     }
     assert {item["apiVersion"] for item in render(chart, EVERYTHING)} == known
@@ -97,6 +107,40 @@ def test_service_and_monitors_select_the_pods_they_mean(chart: helm_python.Chart
     assert monitor["spec"]["endpoints"][0]["port"] in [port["name"] for port in one(objects, "Service")["spec"]["ports"]]
     assert one(objects, "PodMonitor")["spec"]["namespaceSelector"] == {"matchNames": ["team-a", "team-b"]}
     assert one(render(chart, {"metrics": {"podMonitor": {"enabled": True}}}), "PodMonitor")["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_series_have_the_labels_that_alerts_and_dashboards_ask_for(chart: helm_python.Chart) -> None:
+    objects = render(chart, EVERYTHING)
+    assert one(objects, "ServiceMonitor")["spec"]["endpoints"][0]["honorLabels"] is True
+    (relabeling,) = one(objects, "PodMonitor")["spec"]["podMetricsEndpoints"][0]["relabelings"]
+    # Prometheus writes what is no letter, digit or underscore in the name of a label as an underscore.
+    name = re.sub(r"\W", "_", LABEL_JOB_NAME)
+    assert relabeling == {"sourceLabels": [f"__meta_kubernetes_pod_label_{name}"], "targetLabel": "name"}
+
+
+def test_operator_is_asked_for_metrics_by_whom_the_values_name(chart: helm_python.Chart) -> None:
+    for values, peer in ({}, {"finetune.dev/metrics": "true"}), (EVERYTHING, {"kubernetes.io/metadata.name": "monitoring"}):
+        objects = render(chart, values)
+        policy = one(objects, "NetworkPolicy")["spec"]
+        assert policy["podSelector"]["matchLabels"].items() <= one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+        assert policy["policyTypes"] == ["Ingress"]
+        (ingress,) = policy["ingress"]
+        assert ingress["ports"] == [{"port": "http", "protocol": "TCP"}]
+        prometheus, test = ingress["from"]
+        assert prometheus == {"namespaceSelector": {"matchLabels": peer}}
+        (pod,) = of_kind(render_test(chart, values), "Pod")
+        assert test["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert of_kind(render(chart, {"networkPolicy": {"enabled": False}}), "NetworkPolicy") == []
+    # Nobody is named: nobody but the chart's own test asks.
+    nobody = one(render(chart, {"networkPolicy": {"metricsFrom": []}}), "NetworkPolicy")["spec"]["ingress"][0]["from"]
+    assert [peer.keys() for peer in nobody] == [{"podSelector"}]
+
+
+def test_drain_takes_one_replica_after_the_other(chart: helm_python.Chart) -> None:
+    objects = render(chart, {"podDisruptionBudget": {"enabled": True}})
+    budget = one(objects, "PodDisruptionBudget")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"]["matchLabels"].items() <= one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
 
 
 def test_pod_monitor_finds_the_heads_of_jobs(chart: helm_python.Chart) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import helm_python
 import pytest
-from tests.unit.chart.rendering import EVERYTHING, of_kind, one, render
+from tests.unit.chart.rendering import EVERYTHING, of_kind, one, render, render_test
 
 from finetune_operator.settings import Settings, settings_from
 
@@ -13,11 +13,22 @@ from finetune_operator.settings import Settings, settings_from
 @pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
 def test_operator_pod_keeps_to_the_restricted_standard(chart: helm_python.Chart, values: dict[str, Any]) -> None:
     pod = one(render(chart, values), "Deployment")["spec"]["template"]["spec"]
+    for container in pod["containers"]:
+        assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
+        assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+        assert [port for port in container["ports"] if port["name"] == "http"] == [
+            {"name": "http", "containerPort": 8080, "protocol": "TCP"}
+        ]
+    assert_restricted(pod)
+    assert_restricted(one(render_test(chart, values), "Pod")["spec"])
+
+
+def assert_restricted(pod: dict[str, Any]) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert {next(iter(volume.keys() - {"name"})) for volume in pod["volumes"]} <= {"secret", "emptyDir", "configMap", "projected"}
+    assert {next(iter(volume.keys() - {"name"})) for volume in pod.get("volumes", ())} <= {"secret", "emptyDir", "configMap", "projected"}
     for container in pod["containers"]:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
@@ -26,11 +37,6 @@ def test_operator_pod_keeps_to_the_restricted_standard(chart: helm_python.Chart,
         }
         assert container["resources"]["limits"]["memory"]
         assert container["resources"]["requests"]["cpu"]
-        assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
-        assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
-        assert [port for port in container["ports"] if port["name"] == "http"] == [
-            {"name": "http", "containerPort": 8080, "protocol": "TCP"}
-        ]
 
 
 def environment(objects: list[dict[str, Any]]) -> dict[str, str]:

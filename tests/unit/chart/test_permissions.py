@@ -4,7 +4,7 @@ from typing import Any
 
 import helm_python
 import pytest
-from tests.unit.chart.rendering import EVERYTHING, of_kind, one, render
+from tests.unit.chart.rendering import EVERYTHING, of_kind, one, render, render_test
 
 from finetune_operator.kinds import required_lease_rules, required_rules
 
@@ -55,6 +55,22 @@ def test_every_binding_names_the_operators_account_and_a_role_of_the_chart(chart
             assert (ref["kind"], binding["metadata"].get("namespace"), ref["name"]) in roles
             assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "finetune-system"}]
         assert one(objects, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"] == account
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_the_test_of_an_installation_may_only_offer_jobs(chart: helm_python.Chart, values: dict[str, Any]) -> None:
+    objects = render_test(chart, values)
+    assert sorted(item["kind"] for item in objects) == ["Pod", "Role", "RoleBinding", "ServiceAccount"]
+    assert rules_of(one(objects, "Role")) == {("finetune.dev", "finetunejobs", "create")}
+    account, pod = one(objects, "ServiceAccount")["metadata"]["name"], one(objects, "Pod")
+    assert one(objects, "RoleBinding")["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "finetune-system"}]
+    assert pod["spec"]["serviceAccountName"] == account
+    assert {item["metadata"]["namespace"] for item in objects} == {"finetune-system"}
+    # Nothing of the installation takes the pod for one of its own.
+    labels = pod["metadata"]["labels"]
+    assert not one(render(chart, values), "Service")["spec"]["selector"].items() <= labels.items()
+    weights = {item["kind"]: int(item["metadata"]["annotations"]["helm.sh/hook-weight"]) for item in objects}
+    assert weights["Role"] < weights["RoleBinding"] < weights["Pod"]
 
 
 def test_people_get_their_roles_by_aggregation(chart: helm_python.Chart) -> None:

@@ -88,8 +88,7 @@ def test_gpus_are_known_by_their_names(name: str, teraflops: float) -> None:
     assert peak_flops("NVIDIA GeForce GT 710") is None
 
 
-@pytest.fixture
-def full() -> bytes:
+def full_exposition() -> bytes:
     """The exposition of a head that knows everything."""
     reporter = Reporter("uid", 2, clock=lambda: SECONDS)
     collector = ReportCollector(reporter)
@@ -116,7 +115,8 @@ def full() -> bytes:
     return generate_latest(registry)
 
 
-def test_head_tells_what_the_workers_measured(full: bytes) -> None:
+def test_head_tells_what_the_workers_measured() -> None:
+    full = full_exposition()
     found = {sample.name: sample.value for family in text_string_to_metric_families(full.decode()) for sample in family.samples}
     assert found["finetune_training_tokens_total"] == 4096
     assert found["finetune_training_step_duration_seconds"] == 0.5
@@ -128,7 +128,8 @@ def test_head_tells_what_the_workers_measured(full: bytes) -> None:
     assert found["finetune_training_goodput_ratio"] == 1
 
 
-def test_head_has_as_many_series_as_it_says_and_promtool_takes_them(full: bytes) -> None:
+def test_head_has_as_many_series_as_it_says_and_promtool_takes_them() -> None:
+    full = full_exposition()
     samples = [sample for family in text_string_to_metric_families(full.decode()) for sample in family.samples]
     assert len(samples) == SERIES
     assert {name for sample in samples for name in sample.labels} == {"stage"}

@@ -20,8 +20,9 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import load_incluster_config, load_kube_config
 
 from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL
-from finetune_api.report import REPORT_PORT, Report, parse_report
+from finetune_api.report import REPORT_PORT, Report
 from finetune_api.status import Status
+from finetune_operator.heads import Heads
 from finetune_operator.kinds import KINDS
 from finetune_operator.observed import Pod, head_name
 from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused
@@ -30,10 +31,6 @@ FIELD_MANAGER = "finetune-operator"
 """Owner of the fields that the operator writes, as `kubectl get --show-managed-fields` tells."""
 REQUEST_SECONDS = 15.0
 """Longest wait for one answer of the API server."""
-REPORT_SECONDS = 3.0
-"""Longest wait for a head, beyond the time that it is asked to hold the answer back."""
-REPORT_BYTES = 512 * 1024
-"""Largest report that is read: the head is a tenant's pod, so nothing it sends is taken on trust."""
 EVENT_PODS = 3
 """Pending pods whose Events are read; the others wait for the same things."""
 EVENT_AFTER = timedelta(seconds=10)
@@ -59,22 +56,16 @@ async def connect(report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: N
     else:
         await load_kube_config(config_file=os.environ.get("KUBECONFIG", "~/.kube/config"), client_configuration=configuration)
     configuration.retries = aiohttp_retry.ExponentialRetry(attempts=4, start_timeout=0.2, max_timeout=5.0, statuses={429})
-    async with ApiClient(configuration) as client, _report_session() as session:
-        yield KubernetesCluster(client, session, report_port, on_call)
-
-
-def _report_session() -> aiohttp.ClientSession:
-    # Bodies are not unpacked: a small one could grow beyond any limit.
-    return aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), headers={"Accept-Encoding": "identity"})
+    async with ApiClient(configuration) as client, Heads(report_port) as heads:
+        yield KubernetesCluster(client, heads, on_call)
 
 
 class KubernetesCluster:
     """The port of `reconcile`, on a real API server."""
 
-    def __init__(self, client: ApiClient, session: aiohttp.ClientSession, report_port: int, on_call: OnCall) -> None:
+    def __init__(self, client: ApiClient, heads: Heads, on_call: OnCall) -> None:
         self.client = client
-        self._session = session
-        self._report_port = report_port
+        self._heads = heads
         self._on_call = on_call
 
     async def read(self, key: JobKey) -> RawJob | None:
@@ -108,25 +99,7 @@ class KubernetesCluster:
 
         The head holds its answer back for up to `wait` seconds, until its revision is beyond `after`.
         """
-        if not pod.ip:
-            return None
-        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
-        try:
-            async with self._session.get(
-                f"http://{host}:{self._report_port}/report",
-                params={"after": str(after), "wait": str(wait)},
-                headers={"Authorization": f"Bearer {token}"},
-                timeout=aiohttp.ClientTimeout(total=wait + REPORT_SECONDS, sock_connect=REPORT_SECONDS),
-                allow_redirects=False,
-            ) as response:
-                body = await _read_at_most(response, REPORT_BYTES)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            log.debug("no report from %s: %r", pod.name, error)
-            return None
-        if response.status != 200 or body is None:
-            log.warning("no report from %s: HTTP status %s%s", pod.name, response.status, ", too large" if body is None else "")
-            return None
-        return parse_report(body)
+        return await self._heads.report(pod, token, after, wait)
 
     async def patch_status(self, job: Mapping[str, Any], status: Status) -> dict[str, Any]:
         """Write the status as a whole, so that what it no longer says goes; the job as it is then.
@@ -142,6 +115,9 @@ class KubernetesCluster:
         except ApiError as error:
             if error.status in (404, 409):
                 raise Conflict(str(error)) from error
+            if error.status == 422:
+                words = f"{error}; is the CRD as new as the operator? Nothing is done for this job meanwhile"
+                raise ApiError(error.status, error.reason, words) from error
             raise
 
     async def apply(self, manifest: Mapping[str, Any]) -> None:
@@ -342,16 +318,6 @@ def _without_blanks(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, dict):
         return {key: _without_blanks(each) for key, each in value.items() if each != ""}
     return [_without_blanks(each) for each in value] if isinstance(value, list) else value
-
-
-async def _read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
-    """The body, or None where it is longer than the limit."""
-    body = b""
-    async for chunk in response.content.iter_chunked(8192):
-        body += chunk
-        if len(body) > limit:
-            return None
-    return body
 
 
 def event_manifest(job: Mapping[str, Any], event: Event, now: datetime) -> dict[str, Any]:

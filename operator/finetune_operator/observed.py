@@ -56,6 +56,8 @@ class Pod:
     ip: str | None = None
     deletion: datetime | None = None
     """When its grace ends, where it has been told to go."""
+    forced: bool = False
+    """It has been told to go without waiting for its node; what keeps its object is somebody's finalizer."""
     exit: Exit | None = None
     waiting: Waiting | None = None
     """Why it does not run, while it is pending."""
@@ -223,6 +225,7 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         created=datetime.fromisoformat(meta["creationTimestamp"]),
         ip=status.get("podIP"),
         deletion=datetime.fromisoformat(meta["deletionTimestamp"]) if meta.get("deletionTimestamp") else None,
+        forced=bool(meta.get("deletionTimestamp")) and meta.get("deletionGracePeriodSeconds") == 0,
         exit=_exit(status),
         waiting=_waiting(raw, tuple(events)) if phase == "Pending" else None,
         gated=scheduled.get("reason") == "SchedulingGated",

@@ -23,7 +23,8 @@ _OTHERS_MUST_ACT = (
     Reason.FORBIDDEN,
     Reason.STORAGE_UNAVAILABLE,
 )
-_QUIET = ("message", "progress", "metrics", "usage", "checkpoints", "search")
+_QUIET = ("message", "warnings", "resolved", "model", "data", "progress", "metrics", "usage", "checkpoints", "search")
+"""What the head says that decides nothing: a head that says something else each time it is asked costs no more than one that trains."""
 _LONG_STAGES = ("Search", "Train")
 
 
@@ -82,6 +83,8 @@ def _appointments(spec: Spec | None, status: Status) -> list[datetime | None]:
 def _interval(status: Status, observed: Observed, settings: Settings) -> float | None:
     """Short while pods go and in the short stages, so that no GPU waits; long while pods start, the training runs, or others must act."""
     attempt, soon = status.attempt, min(SOON_SECONDS, settings.poll_seconds)
+    if any(pod.forced for pod in observed.pods):
+        soon = settings.poll_seconds  # Somebody's finalizer keeps a pod: nobody knows for how long.
     if status.finished or status.suspended_time is not None:
         return soon if _leaving(status, observed) else None
     if not attempt.running:

@@ -137,7 +137,7 @@ class _Look:
         """How the pod goes; None where it stays, or is going."""
         if pod.deletion is not None:
             overdue = self.now > pod.deletion + timedelta(seconds=OVERDUE_SECONDS)
-            return Removal("Pod", pod.name, pod.uid, grace=0) if overdue else None
+            return Removal("Pod", pod.name, pod.uid, grace=0) if overdue and not pod.forced else None
         if pod.name in self.wanted:
             worn_out = pod.role == "worker" and pod.finished and self.now >= pod.created + timedelta(seconds=REPLACE_SECONDS)
             return Removal("Pod", pod.name, pod.uid) if worn_out else None

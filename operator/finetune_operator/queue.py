@@ -1,7 +1,7 @@
 """Whose turn it is: a queue of keys, each worked on by one worker at a time, so that a job's reconciles never overlap.
 
 A key that is added while it is worked on has another turn afterwards; one that waits already is not queued twice. Work that raises
-has another turn after a wait that doubles each time.
+has another turn after a wait that doubles each time, and that no event shortens.
 """
 
 import asyncio
@@ -18,6 +18,13 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[JobKey], Awaitable[float | None]]
 """One turn of a key; returns the seconds until its next turn, or None where only `add` brings one."""
+
+
+def _wait_after(error: Exception, errors: int) -> float:
+    """Seconds until the next turn. What the API server calls invalid stays that until somebody changes the CRD or the operator."""
+    if isinstance(error, ApiError) and error.status == 422:
+        return BACKOFF_MAX_SECONDS
+    return min(BACKOFF_SECONDS * 2.0 ** min(errors - 1, 16), BACKOFF_MAX_SECONDS)
 
 
 class Queue:
@@ -41,7 +48,11 @@ class Queue:
         """Give the key a turn, `delay` seconds from now. Of several delays the shortest counts."""
         if delay > 0:
             self._add_later(key, delay)
-            return
+        # After an error even an event waits: it would find the same error.
+        elif key not in self._errors or key not in self._timers:
+            self._add_now(key)
+
+    def _add_now(self, key: JobKey) -> None:
         if timer := self._timers.pop(key, None):
             timer.cancel()
         if key in self._running:
@@ -72,7 +83,6 @@ class Queue:
                 self._running.discard(key)
             again = key in self._again
             self._again.discard(key)
-            # After an error even an event waits: it would find the same error.
             if again and key not in self._errors:
                 self.add(key)
             elif delay is not None:
@@ -83,7 +93,7 @@ class Queue:
             delay = await self._work(key)
         except Exception as error:  # whatever it was, it must not end the other jobs' turns
             errors = self._errors[key] = self._errors.get(key, 0) + 1
-            delay = min(BACKOFF_SECONDS * 2.0 ** min(errors - 1, 16), BACKOFF_MAX_SECONDS)
+            delay = _wait_after(error, errors)
             # The server's words say all there is to say; a traceback is for defects.
             trace = not isinstance(error, ApiError)
             log.warning("%s/%s failed and is tried again in %g s: %s", key.namespace, key.name, delay, error, exc_info=trace)
@@ -98,4 +108,4 @@ class Queue:
             return
         if timer is not None:
             timer.cancel()
-        self._timers[key] = loop.call_later(delay, self.add, key)
+        self._timers[key] = loop.call_later(delay, self._add_now, key)

@@ -1,12 +1,13 @@
 """What the trainer says, as part of the status. Pure."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from finetune_api.report import Report, brief_data, brief_evaluation
 from finetune_api.status import COUNT_MAX, DataSummary, Evaluation, Progress, Resolved, Stage, StageName, Status, Usage
 from finetune_api.v1alpha1 import Spec
 
+_ORDER: tuple[StageName, ...] = get_args(StageName)
 Part = TypeVar("Part", DataSummary, Evaluation)
 
 
@@ -16,7 +17,7 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
     lost_steps = max(status.attempt.lost_steps, min(status.attempt.earlier_lost_steps + report.lost_steps, COUNT_MAX))
     return status.model_copy(
         update={
-            "stages": report.stages or status.stages,
+            "stages": _onward(status.stages, report.stages),
             "warnings": report.warnings or status.warnings,
             "workers_wanted": _wanted(status, report, spec),
             "resolved": _resolved(status.resolved, report.resolved),
@@ -34,6 +35,13 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
             "attempt": status.attempt.model_copy(update={"lost_steps": lost_steps}),
         }
     )
+
+
+def _onward(known: tuple[Stage, ...], said: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """An attempt goes through its stages once: a head that goes to and fro between two of them is not believed."""
+    reached, current = current_stage(known), current_stage(said)
+    back = reached is not None and current is not None and _ORDER.index(current) < _ORDER.index(reached)
+    return known if back or not said else said
 
 
 def _fuller(known: Part | None, said: Part | None, brief: Callable[[Part], Part]) -> Part | None:

@@ -14,7 +14,10 @@ Told = tuple[Literal["Normal", "Warning"], str, str]
 
 
 def events_between(job: Job, before: Status, after: Status) -> tuple[Event, ...]:
-    """One Event for each transition. Its name follows from the status after it, so that two operators tell it once."""
+    """One Event for each transition. Its name follows from the status after it, so that two operators tell it once.
+
+    An operator that ends between writing the status and telling of it tells nobody: the status is the truth, an Event is best effort.
+    """
     return tuple(_event(job, after, told) for told in dict.fromkeys(_told(before, after)))
 
 

@@ -173,6 +173,40 @@ def test_only_a_defect_leaves_a_traceback_in_the_log(caplog, error, traced) -> N
     assert "team-a/a failed and is tried again in 1 s" in caplog.text
 
 
+def test_events_do_not_shorten_the_wait_after_an_error() -> None:
+    async def scenario() -> None:
+        turns = []
+
+        async def work(key: JobKey) -> None:
+            turns.append(now())
+            raise RuntimeError("no")
+
+        queue = Queue(work, 2)
+        queue.add(A)
+        for time in range(1, 20):
+            asyncio.get_running_loop().call_later(0.5 * time, queue.add, A)
+        await run_for(queue, 10)
+        assert turns == [0, 1, 3, 7], "1, 2 and 4 seconds apart, whatever happens in between"
+
+    in_virtual_time(scenario)
+
+
+def test_what_the_api_server_calls_invalid_waits_long_at_once() -> None:
+    async def scenario() -> None:
+        turns = []
+
+        async def work(key: JobKey) -> None:
+            turns.append(now())
+            raise ApiError(422, "Invalid", "status.phase: Unsupported value")
+
+        queue = Queue(work, 1)
+        queue.add(A)
+        await run_for(queue, 2 * BACKOFF_MAX_SECONDS + 1)
+        assert turns == [0, BACKOFF_MAX_SECONDS, 2 * BACKOFF_MAX_SECONDS]
+
+    in_virtual_time(scenario)
+
+
 def test_the_errors_of_one_job_do_not_hold_up_another() -> None:
     async def scenario() -> None:
         turns = []

@@ -14,7 +14,8 @@ from aiohttp import web
 
 from finetune_api.report import Report
 from finetune_api.status import Condition, Status
-from finetune_operator.cluster import REPORT_BYTES, ApiError, KubernetesCluster, connect, event_manifest
+from finetune_operator.cluster import ApiError, KubernetesCluster, connect, event_manifest
+from finetune_operator.heads import REPORT_BYTES
 from finetune_operator.observed import Pod
 from finetune_operator.port import Conflict, Event, JobKey, Refused
 
@@ -87,7 +88,7 @@ async def cluster(
     }
     (tmp_path / "config").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-    async with connect(server.port, lambda verb, code: calls.append((verb, code))) as made:
+    async with connect(server.port, lambda verb, code, _: calls.append((verb, code))) as made:
         yield made
 
 

@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from finetune_api import GROUP, JOB_NAME_MAX, KIND, PLURAL, VERSION
-from finetune_api.fields import LABEL_PATTERN, rule
+from finetune_api.evaluation import NOT_BESIDE_ITSELF
+from finetune_api.fields import LABEL_PATTERN, rule, rules
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import FineTuneJob, Spec
 
@@ -103,6 +104,7 @@ def job_schema() -> Schema:
         "type": "object",
         "description": _words(FineTuneJob.__doc__),
         "required": ["spec"],
+        **rules(NOT_BESIDE_ITSELF),
         "properties": {
             "apiVersion": {"type": "string", "description": f"{GROUP}/{VERSION}"},
             "kind": {"type": "string", "description": KIND},

@@ -79,10 +79,18 @@ _SOMETHING_IS_LEFT = rule(
 )
 
 
+_MADE_EXAMPLES_ARE_ANSWERED = rule(
+    "self.format != 'text' || (!has(self.preparation.contentPoints) && !has(self.preparation.questions))",
+    "preparation.contentPoints and preparation.questions make prompts with answers: use format auto, promptCompletion or messages",
+)
+
+
 class Data(SpecModel):
     """The examples: to train on, to validate while training, to test before and after."""
 
-    model_config = ConfigDict(json_schema_extra=rules(_COLUMNS_FIT_FORMAT, _SOMETHING_TO_TRAIN_ON, _SOMETHING_IS_LEFT))
+    model_config = ConfigDict(
+        json_schema_extra=rules(_COLUMNS_FIT_FORMAT, _SOMETHING_TO_TRAIN_ON, _SOMETHING_IS_LEFT, _MADE_EXAMPLES_ARE_ANSWERED)
+    )
 
     train: DataSource | None = None
     """Examples to train on. What preparation.contentPoints and preparation.questions make is added to them; with one of those it may
@@ -114,6 +122,7 @@ class Data(SpecModel):
         check(self.train is not None or self.preparation.makes_examples, _SOMETHING_TO_TRAIN_ON["message"])
         held_out = (self.validation.fraction or 0.0) + ((self.test and self.test.fraction) or 0.0)
         check(held_out < 1, _SOMETHING_IS_LEFT["message"])
+        check(self.format != "text" or not self.preparation.makes_examples, _MADE_EXAMPLES_ARE_ANSWERED["message"])
         return self
 
     def sources(self) -> dict[str, DataSource]:

@@ -221,6 +221,11 @@ Comparison = Annotated[
     Field(min_length=1, max_length=JOB_NAME_MAX, pattern=LABEL_PATTERN),
     described(f"baseline or a job's name, at most {JOB_NAME_MAX} characters"),
 ]
+NOT_BESIDE_ITSELF = rule(
+    "self.metadata.name == 'baseline' || !(self.metadata.name in self.spec.evaluation.compareWith)",
+    "spec.evaluation.compareWith names this job itself: name another job, or baseline for the untuned model",
+)
+"""Of the whole job."""
 BOUNDS = ("atLeast", "atMost", "minImprovement", "maxIncrease")
 _OVER_GOES_WITH_CHANGE = rule(
     "has(self.over) == (has(self.minImprovement) || has(self.maxIncrease))", "over goes with minImprovement and maxIncrease, which need it"
@@ -277,8 +282,9 @@ class EvaluationPlan(SpecModel):
     gates: Annotated[tuple[Gate, ...], Field(max_length=16)] = ()
     """Bounds that the tuned model must keep; nothing is published while one is not passed."""
     on_gate_failure: Literal["hold", "fail", "tryEarlierCheckpoint"] = "hold"
-    """What follows when a gate is not passed: hold publishes nothing and keeps the artifacts aside in output.storage, fail keeps nothing,
-    tryEarlierCheckpoint publishes the best earlier checkpoint that passes all gates, and holds where none does."""
+    """What follows when a gate is not passed: hold publishes nothing and keeps the artifacts aside in output.storage, fail keeps
+    no artifacts (checkpoints stay, as checkpoint.keep says), tryEarlierCheckpoint publishes the best earlier checkpoint that passes all
+    gates, and holds where none does."""
 
     @model_validator(mode="after")
     def _over_is_compared(self) -> Self:

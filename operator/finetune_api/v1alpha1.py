@@ -16,7 +16,7 @@ from finetune_api.as_stored import as_stored
 from finetune_api.baseline import BaselinePlan
 from finetune_api.compute import Compute, Toleration, Workers
 from finetune_api.data import Data, HeldOutSource
-from finetune_api.evaluation import EvaluationPlan, Gate, Suite
+from finetune_api.evaluation import BASELINE, NOT_BESIDE_ITSELF, EvaluationPlan, Gate, Suite
 from finetune_api.fields import LABEL_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, rule, rules
 from finetune_api.loop_rules import LOOP_RULES
 from finetune_api.methods import (
@@ -349,13 +349,19 @@ class ObjectMeta(BaseModel):
 class FineTuneJob(BaseModel):
     """A language model to tune: from a base model and examples to a measured result."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, json_schema_extra=rules(NOT_BESIDE_ITSELF))
 
     api_version: Annotated[Literal["finetune.dev/v1alpha1"], Field(alias="apiVersion")]
     kind: Literal["FineTuneJob"]
     metadata: ObjectMeta
     spec: Spec
     status: Status = Status()
+
+    @model_validator(mode="after")
+    def _not_beside_itself(self) -> Self:
+        others = set(self.spec.evaluation.compare_with) - {BASELINE}  # which a job may be called too
+        check(self.metadata.name not in others, NOT_BESIDE_ITSELF["message"])
+        return self
 
 
 def parse_job(manifest: Mapping[str, Any], *, local: bool = False) -> FineTuneJob:

@@ -1,4 +1,4 @@
-"""The part of the hub's HTTP interface that downloads need: one model and one data set, `owner/name`."""
+"""The part of the hub's HTTP interface that downloads need: one model and one data set, both of one name."""
 
 import hashlib
 import json
@@ -14,8 +14,9 @@ class FakeHub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model: dict[str, bytes], dataset: dict[str, bytes]) -> None:
+    def __init__(self, model: dict[str, bytes], dataset: dict[str, bytes], name: str = "owner/name") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.name = name
         self.files = {"models": model, "datasets": dataset}
         self.needs_token = False
         self.failures = 0
@@ -50,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         path = unquote(self.path.partition("?")[0].strip("/"))
         for kind in ("models", "datasets"):
-            api, files = f"api/{kind}/owner/name", f"{'datasets/' if kind == 'datasets' else ''}owner/name/resolve/"
+            api, files = f"api/{kind}/{self.server.name}", f"{'datasets/' if kind == 'datasets' else ''}{self.server.name}/resolve/"
             if path == api or path.startswith(f"{api}/"):
                 return self.describe(kind, path.removeprefix(api).strip("/"), body)
             if path.startswith(files):
@@ -65,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what and revision not in ("main", COMMIT):
             return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if what in ("", "revision"):
-            return self.send_json({"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+            return self.send_json({"id": self.server.name, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
         if what == "paths-info":
             asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
             return self.send_json([self.entries_of(kind)[path] for path in asked if path in self.entries_of(kind)])

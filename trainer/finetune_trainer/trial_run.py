@@ -40,6 +40,7 @@ OWN_FAULTS = frozenset(
         Reason.TRAINING_DIVERGED,
         Reason.GPU_OUT_OF_MEMORY,
         Reason.OUT_OF_MEMORY,
+        Reason.HOST_OUT_OF_MEMORY,
         Reason.MODEL_INVALID,
         Reason.INVALID_SPEC,
         Reason.EVALUATION_FAILED,

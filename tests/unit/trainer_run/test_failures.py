@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
@@ -13,6 +13,8 @@ from finetune_api.reasons import ADVICE, Reason
 from finetune_api.scrub import scrub
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import MESSAGE_LIMIT, failure_from, is_final
+
+NCCL = "NCCL error in: ../NCCLUtils.hpp:275, unhandled cuda error, NCCL version 2.27\nncclUnhandledCudaError: Call failed.\nLast error:\n{}"
 
 
 def from_worker(error: Exception) -> TrainingFailedError:
@@ -30,7 +32,17 @@ def from_worker(error: Exception) -> TrainingFailedError:
         (OSError(errno.EDQUOT, "Disk quota exceeded"), Reason.STORAGE_FULL),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), Reason.STORAGE_FULL),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), Reason.GPU_OUT_OF_MEMORY),
-        (MemoryError(), Reason.OUT_OF_MEMORY),
+        (MemoryError(), Reason.HOST_OUT_OF_MEMORY),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Reason.HOST_OUT_OF_MEMORY),
+        (OSError(errno.EROFS, "Read-only file system"), Reason.STORAGE_UNAVAILABLE),
+        (OSError(errno.ESTALE, "Stale file handle"), Reason.STORAGE_UNAVAILABLE),
+        (OutOfMemoryError("Task was killed due to the node running low on memory."), Reason.HOST_OUT_OF_MEMORY),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), Reason.GPU_HARDWARE_ERROR),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be"), Reason.GPU_KERNEL_FAILED),
+        (RuntimeError("No CUDA GPUs are available"), Reason.GPU_UNAVAILABLE),
+        (torch.distributed.DistBackendError(NCCL.format("Cuda failure 2 'out of memory'")), Reason.GPU_OUT_OF_MEMORY),
+        (torch.distributed.DistBackendError(NCCL.format("Cuda failure 1 'invalid argument'")), Reason.COMMUNICATION_FAILED),
+        (torch.distributed.DistBackendError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL("), Reason.NCCL_HANG),
         (ActorDiedError(), Reason.WORKERS_LOST),
         (ValueError("boom"), Reason.INTERNAL_ERROR),
     ],
@@ -56,6 +68,29 @@ def test_the_cause_is_told_and_not_that_the_others_lost_the_worker() -> None:
     assert failure_from(WorkerGroupError("", {0: lost, 1: ActorDiedError()}), "Train").message == "rank 0 lost rank 1"
 
 
+def test_the_words_of_nccl_are_told_where_no_worker_died() -> None:
+    """That the connection is lost follows from both; a death explains it, a hang is the explanation."""
+    hang = torch.distributed.DistBackendError("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)")
+    lost = JobError(Reason.WORKERS_LOST, "worker 0 lost the connection to another")
+    lost.__cause__ = hang
+    assert failure_from(WorkerGroupError("", {0: lost}), "Train").reason == Reason.NCCL_HANG
+    assert failure_from(WorkerGroupError("", {0: lost, 1: ActorDiedError()}), "Train").reason == Reason.WORKERS_LOST
+    assert failure_from(WorkerGroupError("", {0: lost, 1: MemoryError()}), "Train").reason == Reason.HOST_OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("train.jsonl:3: 'CUDA out of memory. Tried to allocate 2 GiB'"),
+        ValueError("CUDA out of memory. Tried to allocate"),
+        ValueError("two lines\nRuntimeError: CUDA error: out of memory"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/No space left on device"),
+    ],
+)
+def test_a_message_that_quotes_somebody_is_no_symptom(error: Exception) -> None:
+    assert failure_from(error, "Prepare").reason == Reason.INTERNAL_ERROR
+
+
 def test_an_unknown_error_shows_its_kind_and_last_line() -> None:
     assert failure_from(ValueError("first\n\nlast line\n"), None).message == "ValueError: last line"
     assert failure_from(KeyError(), None).message == "KeyError: no message"
@@ -70,6 +105,8 @@ def test_an_unknown_error_shows_its_kind_and_last_line() -> None:
         (Reason.CHECKPOINT_INCOMPATIBLE, True),
         (Reason.GPU_OUT_OF_MEMORY, True),
         (Reason.STORAGE_FULL, True),
+        (Reason.GPU_HARDWARE_ERROR, True),
+        (Reason.GPU_KERNEL_FAILED, False),
         (Reason.WORKERS_LOST, False),
         (Reason.STORAGE_UNAVAILABLE, False),
     ],

@@ -52,6 +52,28 @@ class RunFailure(StatusModel):
     """Pod that it happened in."""
 
 
+class MonitoringRun(StatusModel):
+    """One measuring run: a set of pods of its own, after the job's attempts."""
+
+    number: Count
+    """Number of the run, which its pods are named by; it goes on from that of the last attempt."""
+    start_time: Time | None = None
+    """When it began."""
+    end_time: Time | None = None
+    """When it ended, or was told to."""
+    waiting_time: Time | None = None
+    """Since when it has waited for pods to run."""
+    head_seen: bool = False
+    """Whether its head pod was seen, so that its absence means that it is lost."""
+    workers_wanted: Count = 0
+    """Worker pods that it has asked for."""
+
+    @property
+    def running(self) -> bool:
+        """Whether its objects should exist."""
+        return self.end_time is None
+
+
 class MonitoringStatus(StatusModel):
     """How the published model does on fresh data."""
 
@@ -65,6 +87,8 @@ class MonitoringStatus(StatusModel):
     """When the next run begins; absent while one is under way, and while spec.suspend is set."""
     last_run_time: Time | None = None
     """When the last run ended."""
+    run: MonitoringRun | None = None
+    """The run that is under way, or the last one."""
     results: Annotated[tuple[MonitoredResult, ...], Field(max_length=FRESH_MAX)] = ()
     """What the last run that gave figures has measured."""
     message: Text = ""

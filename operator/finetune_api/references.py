@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from finetune_api.evaluation import HELD_OUT
+from finetune_api.monitoring import measured_again
 from finetune_api.objectives import Teacher
 from finetune_api.sources import ConfigMapSource, Endpoint, ModelReference, ModelSource, Output, SecretReference
 from finetune_api.v1alpha1 import Spec
@@ -38,6 +39,18 @@ class Reference:
 def references_of(spec: Spec) -> tuple[Reference, ...]:
     """All that the spec refers to, in the order of its fields. What is named twice stands twice."""
     return tuple(_inside(spec, "spec"))
+
+
+def measuring_references(spec: Spec) -> tuple[Reference, ...]:
+    """What a run of spec.monitoring refers to: fresh data, the model or its endpoint, and who else scores its suites' answers.
+
+    Not what the job was trained on: that may be gone by then.
+    """
+    suites = measured_again(spec)
+    scored = [f"spec.evaluation.suites[{place}]." for place, suite in enumerate(spec.evaluation.suites) if suite.name in suites]
+    served = spec.monitoring is not None and spec.monitoring.endpoint is not None
+    own = ("spec.output", "spec.monitoring.", *scored, *(() if served else ("spec.model",)))
+    return tuple(reference for reference in references_of(spec) if reference.field.startswith(own))
 
 
 def _inside(value: object, field: str) -> Iterator[Reference]:

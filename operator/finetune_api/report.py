@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.fields import StatusModel
+from finetune_api.monitoring_status import FRESH_MAX, FreshFigure
 from finetune_api.status import (
     BASELINES_MAX,
     Artifact,
@@ -71,6 +72,8 @@ class Report(StatusModel):
     search: SearchSummary | None = None
     evaluation: Evaluation | None = None
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=16)] = ()
+    fresh: Annotated[tuple[FreshFigure, ...], Field(max_length=FRESH_MAX)] = ()
+    """What a measuring run has found, in the suites' order."""
     plan: Plan | None = None
     usage: Usage | None = None
     """What this attempt alone has used."""
@@ -122,9 +125,21 @@ def brief_data(data: DataSummary) -> DataSummary:
 
 def _brief(report: Report) -> Report:
     evaluation, data = report.evaluation, report.data
+    fresh = tuple(_brief_figure(each) for each in report.fresh[:_FEW_FIGURES])
     return report.model_copy(
-        update={"evaluation": evaluation and brief_evaluation(evaluation), "data": data and brief_data(data), "baseline": ()}
+        update={
+            "fresh": fresh,
+            "evaluation": evaluation and brief_evaluation(evaluation),
+            "data": data and brief_data(data),
+            "baseline": (),
+        }
     )
+
+
+def _brief_figure(figure: FreshFigure) -> FreshFigure:
+    """A figure to six digits."""
+    rounded = {name: None if (value := getattr(figure, name)) is None else float(f"{value:.6g}") for name in ("value", "low", "high")}
+    return figure.model_copy(update=rounded)
 
 
 def _json_without(report: Report, dropped: Collection[str]) -> str:
@@ -135,6 +150,7 @@ def _json_without(report: Report, dropped: Collection[str]) -> str:
 _FEW_CHARACTERS = 500
 """Of a failure's message, where it is too long in bytes: a character takes up to four, and up to six in JSON."""
 _FEW_RESULTS = 8
+_FEW_FIGURES = 32
 _MANY_OPTIONAL = ("metrics", "stages", "progress", "usage", "resolved", "warnings")
 _ALL_BUT_VERDICTS = (*_MANY_OPTIONAL, "model", "data", "search", "checkpoints", "message")
-_ALL_OPTIONAL = (*_ALL_BUT_VERDICTS, "evaluation", "artifacts")
+_ALL_OPTIONAL = (*_ALL_BUT_VERDICTS, "evaluation", "artifacts", "fresh")

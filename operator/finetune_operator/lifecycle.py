@@ -16,6 +16,7 @@ from finetune_operator.conditions import PHASES, Summary, conditions_of
 from finetune_operator.endings import counted, end, failed, finish, rested
 from finetune_operator.failures import ending_of, failure, head_lost
 from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
+from finetune_operator.monitoring import monitored
 from finetune_operator.observed import Job, Observed, head_name
 from finetune_operator.pace import deadline, paced
 from finetune_operator.reported import current_stage, with_report
@@ -44,7 +45,10 @@ def advance(job: Job, observed: Observed, settings: Settings, now: datetime) -> 
 def _step(job: Job, observed: Observed, settings: Settings, now: datetime) -> Status:
     if job.status.finished:
         again, status = revival(job, now), with_gpu_seconds(job.status, observed, now)
-        return _conclude(job, status, again, now) if again else _seen(status, job.generation)
+        if again is not None:
+            return _conclude(job, status, again, now)
+        seen = _seen(status, job.generation)
+        return seen if job.spec is None or is_paused(job) else monitored(replace(job, status=seen), job.spec, observed, settings, now)
     job = replace(job, status=noted(job))
     if job.spec is None:
         return _conclude(job, job.status, _invalid(job, now), now)
@@ -230,7 +234,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def _seen(status: Status, generation: int) -> Status:
-    """An ended job keeps everything, whatever its user changes; that the change was seen is said."""
+    """An ended job keeps everything but its monitoring, whatever its user changes; that the change was seen is said."""
     conditions = tuple(condition.model_copy(update={"observed_generation": generation}) for condition in status.conditions)
     return status.model_copy(update={"observed_generation": generation, "conditions": conditions})
 

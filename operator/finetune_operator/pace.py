@@ -77,7 +77,8 @@ def _appointments(spec: Spec | None, status: Status) -> list[datetime | None]:
     attempt = status.attempt
     waiting = later(attempt.waiting_time, spec.pre_running_deadline_seconds) if attempt.waiting_time else None
     retry = later(attempt.retry_time, 0) if attempt.retry_time else None
-    return [expiry(spec, status)] if status.finished else [deadline(spec, status), waiting, retry]
+    measured = later(status.monitoring.next_run_time, 0) if status.monitoring and status.monitoring.next_run_time else None
+    return [expiry(spec, status), measured] if status.finished else [deadline(spec, status), waiting, retry]
 
 
 def _interval(status: Status, observed: Observed, settings: Settings) -> float | None:
@@ -85,6 +86,8 @@ def _interval(status: Status, observed: Observed, settings: Settings) -> float |
     attempt, soon = status.attempt, min(SOON_SECONDS, settings.poll_seconds)
     if any(pod.forced for pod in observed.pods):
         soon = settings.poll_seconds  # Somebody's finalizer keeps a pod: nobody knows for how long.
+    if status.finished and attempt.running:
+        return settings.poll_seconds  # a measuring run (see monitoring.acting): nobody waits for it
     if status.finished or status.suspended_time is not None:
         return soon if _leaving(status, observed) else None
     if not attempt.running:

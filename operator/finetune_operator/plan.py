@@ -48,20 +48,18 @@ class Removal:
 
 
 def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manifest, ...]:
-    """The manifests of the running attempt, in the order in which they are made; none between attempts and after the end."""
+    """The manifests of the running attempt, or measuring run (see monitoring.acting), in the order in which they are made; else none."""
     if job.spec is None or not status.attempt.running:
         return ()
+    spec, image = _as_run(job.spec, status, settings)
     number = status.attempt.number
     name = f"{job.name}-{number}"
     meta = {"name": name, "namespace": job.namespace, "labels": _labels(job, number), "ownerReferences": [_owner(job)]}
-    image = status.resolved.trainer_image if status.resolved and status.resolved.trainer_image else settings.trainer_image
     secret = secret_name(job.name, job.uid, number)
-    head = ("head", head_pod(name, secret, job.namespace, job.spec, image, settings))
-    workers = [
-        ("worker", worker_pod(name, secret, job.namespace, index, job.spec, image, settings)) for index in range(status.workers_wanted)
-    ]
+    head = ("head", head_pod(name, secret, job.namespace, spec, image, settings))
+    workers = [("worker", worker_pod(name, secret, job.namespace, index, spec, image, settings)) for index in range(status.workers_wanted)]
     return (
-        _config_map(meta, job, job.spec),
+        _config_map(meta, job, spec),
         {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -73,6 +71,17 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
         _network_policy(meta, job, settings),
         *(_owned_pod(meta, role, pod, job) for role, pod in (head, *workers)),
     )
+
+
+def _as_run(spec: Spec, status: Status, settings: Settings) -> tuple[Spec, str]:
+    """The spec that the pods are given, and their image. One with monitoring is that of a measuring run: an attempt's has none.
+
+    An attempt keeps the trainer that the job began with; a run, maybe years later, has the operator's own.
+    """
+    if status.finished:
+        return spec, settings.trainer_image
+    began_with = status.resolved.trainer_image if status.resolved else None
+    return spec.model_copy(update={"monitoring": None}), began_with or settings.trainer_image
 
 
 def secret_name(job_name: str, uid: str, attempt: int) -> str:
@@ -155,7 +164,7 @@ class _Look:
             return False
         if pod.finished:
             return True  # Its log can be read, and it holds nothing.
-        return self._succeeded and self.now < later(status.completion_time or "", self.settings.grace_seconds)
+        return self._succeeded and self.now < later(status.attempt.end_time or "", self.settings.grace_seconds)
 
     def _orphan(self, pod: Pod) -> bool:
         return pod.role == "worker" and not self._head_alive(pod.attempt)

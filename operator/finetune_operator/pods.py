@@ -7,7 +7,7 @@ workers only those that they need: prepared data comes from the output, so the d
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from finetune_api.references import Reference, references_of
+from finetune_api.references import Reference, measuring_references, references_of
 from finetune_api.report import REPORT_PORT
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.settings import Settings
@@ -176,7 +176,7 @@ def _named_volumes(role: Role, spec: Spec) -> Iterable[tuple[Manifest, Manifest]
 
 def _references(role: Role, spec: Spec) -> tuple[Reference, ...]:
     """What a pod must reach: the head everything, a worker the models and the output. The head asks the endpoints, and embeds."""
-    everything = references_of(spec)
+    everything = measuring_references(spec) if spec.monitoring is not None else references_of(spec)
     return (
         everything if role == "head" else tuple(each for each in everything if each.use in ("model", "storage") and not _is_encoder(each))
     )

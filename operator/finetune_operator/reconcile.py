@@ -12,6 +12,7 @@ from finetune_api.reasons import Reason
 from finetune_api.report import Report
 from finetune_api.status import Status
 from finetune_operator.lifecycle import advance
+from finetune_operator.monitoring import acting
 from finetune_operator.observed import Job, Observed, Waiting, job_from, observe
 from finetune_operator.pace import SOON_SECONDS, expiry, next_look
 from finetune_operator.plan import desired_objects, missing, surplus
@@ -39,7 +40,7 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
     observed = replace(observed, report=await _report(cluster, job, observed, settings))
     try:
         stored, status = await _decide(cluster, raw.job, job, observed, settings, now)
-        refusal = await _act(cluster, job, status, observed, settings, now)
+        refusal = await _act(cluster, job, acting(status), observed, settings, now)
         if refusal:
             job, observed = replace(job, status=status), replace(observed, refusal=refusal)
             _, status = await _decide(cluster, stored, job, observed, settings, now)
@@ -47,7 +48,7 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
         return min(SOON_SECONDS, settings.poll_seconds)
     if (end := expiry(job.spec, status)) and now >= end and not job.deleting:
         await cluster.delete_job(raw.job)
-    return next_look(job, status, observed, settings, now)
+    return next_look(job, acting(status), observed, settings, now)
 
 
 async def _leave_alone(
@@ -63,7 +64,7 @@ async def _leave_alone(
 
 async def _report(cluster: Cluster, job: Job, observed: Observed, settings: Settings) -> Report | None:
     """What the current head says now."""
-    number = job.status.attempt.number
+    number = acting(job.status).attempt.number
     head = observed.head(number)
     if head is None or head.ip is None or head.phase != "Running":
         return None

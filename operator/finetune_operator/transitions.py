@@ -43,6 +43,10 @@ def _told(before: Status, after: Status) -> Iterable[Told]:
     gates = after.condition("GatesPassed")
     if gates and gates.status == "True" and not _holds(before, "GatesPassed"):
         yield "Normal", gates.reason, gates.message
+    quality, before_that = after.condition("Degraded"), before.condition("Degraded")
+    told = quality and (quality.status, quality.reason) != (before_that and (before_that.status, before_that.reason))
+    if quality and told and quality.reason != Reason.PENDING:
+        yield "Warning" if quality.reason in ADVICE else "Normal", quality.reason, quality.message
     now = _reason(after)
     if now and now != _reason(before) and now not in _TOLD_OTHERWISE:
         yield "Warning" if now in ADVICE else "Normal", now, _words(after, "Ready")

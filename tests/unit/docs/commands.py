@@ -253,6 +253,9 @@ def _log(objects: list[str], options: dict[str, list[str]]) -> str | None:
 
 
 def _patch(objects: list[str], options: dict[str, list[str]]) -> str | None:
+    """A patch in words is of an object of the documents; one in a file may be of somebody else's, such as Argo CD's settings."""
+    for file in options.get("patch-file", ()):
+        return _absent(file) or (None if isinstance(yaml.safe_load((ROOT / file).read_text()), dict) else "a patch is a mapping")
     patch = yaml.safe_load("".join(options.get("patch", options.get("p", []))) or "null")
     return _named(objects, options) if isinstance(patch, dict) else "a patch is a mapping"
 

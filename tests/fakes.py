@@ -46,6 +46,8 @@ class FakeCluster:
     """Number of the write after which the operator ends."""
     refuse: Callable[[Object], str | None] = lambda manifest: None
     """The words with which an object is refused."""
+    admit: Callable[[Object], None] = lambda made: None
+    """What an admission webhook does to an object that is made."""
     before_patch: Callable[[], None] = lambda: None
     """Somebody else acts just before the next write of a status."""
     reports: dict[str, Report] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class FakeCluster:
             made["metadata"] |= {"uid": f"uid-{next(self._numbers)}", "creationTimestamp": rfc3339(self.clock.now)}
             if kind == "Pod":
                 made["status"] = {"phase": "Pending"}
+            self.admit(made)
             self.made.append((kind, name))
         self._wrote(f"apply {kind} {name}")
 

@@ -10,6 +10,7 @@ class Reason(StrEnum):
     # The way of a job that goes well.
     ACCEPTED = "Accepted"
     PENDING = "Pending"
+    QUEUED = "Queued"
     PREPARING = "Preparing"
     MEASURING_BASELINE = "MeasuringBaseline"
     SEARCHING = "Searching"
@@ -95,6 +96,7 @@ class Reason(StrEnum):
 MEANINGS: dict[Reason, str] = {
     Reason.ACCEPTED: "The spec can be run, and the first attempt begins.",
     Reason.PENDING: "What the message names is to come: the head pod, the workers, a place in a queue, or a stage.",
+    Reason.QUEUED: "A queue holds the workers back until there is room for them; the message names the gates.",
     Reason.PREPARING: "The head checks the storage, the model and the data, and tokenises the data.",
     Reason.MEASURING_BASELINE: "The workers answer with the untuned model, as each of baseline.prompts asks it.",
     Reason.SEARCHING: "The workers try other values, as search says.",

@@ -171,6 +171,10 @@ class Attempt(StatusModel):
     """The part of lostSteps that attempts before the current one count."""
     head_seen: bool = False
     """Whether the head pod of this attempt was seen, so that its absence means that it is lost."""
+    gangs: Count = 0
+    """How often this attempt has come to want workers; each time they are a group of their own for a queue."""
+    gang_seen: bool = False
+    """Whether all workers without which the training does not go on were seen, so that the loss of one means that the group is lost."""
     retry_time: Time | None = None
     """When the next attempt may begin, after a failure."""
 
@@ -256,8 +260,10 @@ class Status(StatusModel):
     """When the job ended."""
     suspended_time: Time | None = None
     """Since when the job has been in suspension."""
+    queued_time: Time | None = None
+    """Since when a queue has held back pods that are needed."""
     suspended_seconds: Count = 0
-    """Time spent in earlier suspensions, and ended before a retry, which activeDeadlineSeconds does not count."""
+    """Time spent in earlier suspensions, in queues, and ended before a retry, which activeDeadlineSeconds does not count."""
     retry_seen: Annotated[str, Field(max_length=RETRY_MAX)] | None = None
     """Value of the annotation finetune.dev/retry that has had its effect (a long one's SHA-256); a new one retries a failed job."""
     attempt: Attempt = Attempt()

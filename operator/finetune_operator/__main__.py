@@ -86,7 +86,10 @@ class Operator:
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT. Raises where the watch breaks down for good."""
         stop = asyncio.Event()
-        async with connect(self.settings.report_port, self.metrics.api_request) as self._cluster, self._http_server():
+        async with (
+            connect(self.settings.report_port, self.metrics.api_request, self.settings.gang_scheduler) as self._cluster,
+            self._http_server(),
+        ):
             if self.settings.leader_election:
                 identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
                 self.election = Election(self._cluster.client, self.settings.operator_namespace, identity)

@@ -23,9 +23,10 @@ from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_api.report import REPORT_PORT, Report
 from finetune_api.status import Status
 from finetune_operator.heads import Heads
-from finetune_operator.kinds import KINDS
+from finetune_operator.kinds import KINDS, Kind, kinds_with
 from finetune_operator.observed import Pod, head_name
 from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused
+from finetune_operator.settings import GangScheduler
 
 FIELD_MANAGER = "finetune-operator"
 """Owner of the fields that the operator writes, as `kubectl get --show-managed-fields` tells."""
@@ -45,7 +46,9 @@ OnCall = Callable[[str, int, float], None]
 
 
 @contextlib.asynccontextmanager
-async def connect(report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: None) -> AsyncIterator["KubernetesCluster"]:
+async def connect(
+    report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: None, scheduler: GangScheduler = "none"
+) -> AsyncIterator["KubernetesCluster"]:
     """The cluster that KUBECONFIG names, or the one around this pod, or that of the user's kubeconfig.
 
     Raises kubernetes.config.ConfigException where none of them can be used.
@@ -57,16 +60,17 @@ async def connect(report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: N
         await load_kube_config(config_file=os.environ.get("KUBECONFIG", "~/.kube/config"), client_configuration=configuration)
     configuration.retries = aiohttp_retry.ExponentialRetry(attempts=4, start_timeout=0.2, max_timeout=5.0, statuses={429})
     async with ApiClient(configuration) as client, Heads(report_port) as heads:
-        yield KubernetesCluster(client, heads, on_call)
+        yield KubernetesCluster(client, heads, on_call, kinds_with(scheduler))
 
 
 class KubernetesCluster:
     """The port of `reconcile`, on a real API server."""
 
-    def __init__(self, client: ApiClient, heads: Heads, on_call: OnCall) -> None:
+    def __init__(self, client: ApiClient, heads: Heads, on_call: OnCall, kinds: Mapping[str, Kind] = KINDS) -> None:
         self.client = client
         self._heads = heads
         self._on_call = on_call
+        self._kinds = kinds
 
     async def read(self, key: JobKey) -> RawJob | None:
         """The job as it is now, and what belongs to it: three requests, and one for each of the first few pods that are stuck.
@@ -130,7 +134,7 @@ class KubernetesCluster:
         kind, namespace, name = manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         what = f"{kind} {namespace}/{name}"
         try:
-            await self._call("create", KINDS[kind].path(namespace), what, body=manifest, query=_MANAGED)
+            await self._call("create", self._kinds[kind].path(namespace), what, body=manifest, query=_MANAGED)
         except ApiError as error:
             if error.reason == "AlreadyExists":
                 await self._bring_in_line(manifest, what)
@@ -145,7 +149,7 @@ class KubernetesCluster:
         kind, meta = manifest["kind"], manifest["metadata"]
         if kind == "Secret":
             return  # its name follows from the job's UID, so it is this job's
-        path = KINDS[kind].path(meta["namespace"], meta["name"])
+        path = self._kinds[kind].path(meta["namespace"], meta["name"])
         existing = await self._get_or_none(path, what)
         if existing is None or _owner(existing) != _owner(manifest):
             raise Refused("AlreadyExists", f"cannot create {what}: one that is not this job's exists, or is just going")
@@ -157,7 +161,7 @@ class KubernetesCluster:
 
         Where no UID is given, an object that no job owns is left alone.
         """
-        path, what = KINDS[kind].path(namespace, name), f"{kind} {namespace}/{name}"
+        path, what = self._kinds[kind].path(namespace, name), f"{kind} {namespace}/{name}"
         if uid is None and kind != "Secret":
             existing = await self._get_or_none(path, what)
             if existing is None or _owner(existing) is None:

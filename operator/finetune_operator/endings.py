@@ -25,7 +25,8 @@ def finish(status: Status, now: datetime) -> dict[str, Any]:
 def end(look: Look, reason: Reason, message: str, **figures: int | str) -> dict[str, Any]:
     """The attempt ends, the job does not."""
     ended = {"end_time": rfc3339(look.now), "end_reason": reason, "end_message": message[:TEXT_MAX], "waiting_time": None}
-    return {"attempt": look.attempt.model_copy(update={**ended, **figures}), "workers_wanted": 0, "workers_ready": 0}
+    attempt = look.attempt.model_copy(update={**ended, **figures})
+    return {"attempt": attempt, "workers_wanted": 0, "workers_ready": 0, **let_in(look.status, look.now)}
 
 
 def counted(look: Look, ending: Ending) -> Verdict:
@@ -62,6 +63,11 @@ def rested(status: Status, since: str | None, now: datetime) -> dict[str, Any]:
     """The time since then is no time of the job's: activeDeadlineSeconds does not count it."""
     seconds = int((now - later(since, 0)).total_seconds()) if since else 0
     return {"suspended_seconds": status.suspended_seconds + max(seconds, 0)}
+
+
+def let_in(status: Status, now: datetime) -> dict[str, Any]:
+    """No queue holds the job back, or no longer."""
+    return {"queued_time": None, **rested(status, status.queued_time, now)} if status.queued_time else {}
 
 
 def _stopped(status: Status, now: datetime) -> tuple[Stage, ...]:

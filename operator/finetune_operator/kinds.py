@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune_api import GROUP, KIND, PLURAL, VERSION
+from finetune_operator.settings import GangScheduler
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,24 @@ KINDS: Mapping[str, Kind] = {
     "NetworkPolicy": Kind("/apis/networking.k8s.io/v1", "networkpolicies", ("get", "create", "patch", "delete")),
 }
 
+POD_GROUPS: Mapping[GangScheduler, Kind] = {
+    "volcano": Kind("/apis/scheduling.volcano.sh/v1beta1", "podgroups", ("get", "create", "patch", "delete")),
+    "scheduler-plugins": Kind("/apis/scheduling.x-k8s.io/v1alpha1", "podgroups", ("get", "create", "patch", "delete")),
+}
+"""The PodGroups of schedulers that want one."""
+
+
+def kinds_with(scheduler: GangScheduler) -> Mapping[str, Kind]:
+    """What the operator works with where this scheduler schedules gangs."""
+    return {**KINDS, "PodGroup": POD_GROUPS[scheduler]} if scheduler in POD_GROUPS else KINDS
+
+
 Rule = dict[str, list[str]]
 
 
-def required_rules() -> list[Rule]:
+def required_rules(scheduler: GangScheduler = "none") -> list[Rule]:
     """The RBAC rules that the operator needs in each namespace whose jobs it runs, as a Role writes them."""
-    rules = [_rule(kind.api, kind.plural, kind.verbs) for kind in KINDS.values()]
+    rules = [_rule(kind.api, kind.plural, kind.verbs) for kind in kinds_with(scheduler).values()]
     # The finalizers subresource is asked for by clusters that check blockOwnerDeletion (OwnerReferencesPermissionEnforcement).
     own = [_rule(f"/apis/{GROUP}/{VERSION}", f"{PLURAL}/{part}", ("update",)) for part in ("status", "finalizers")]
     return rules + own

@@ -7,14 +7,16 @@ CHECKS, in their order, say when which of this happens.
 
 from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
 from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
 from finetune_api.status import TEXT_MAX, Resolved, Status
 from finetune_operator.budget import hold_of
 from finetune_operator.conditions import PHASES, Summary, conditions_of
-from finetune_operator.endings import counted, end, failed, finish, rested
+from finetune_operator.endings import counted, end, failed, finish, let_in, rested
 from finetune_operator.failures import ending_of, failure, head_lost
+from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
 from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
 from finetune_operator.monitoring import monitored
 from finetune_operator.observed import Job, Observed, head_name
@@ -173,6 +175,8 @@ def beginning(look: Look) -> Verdict | None:
             "end_time": None,
             "retry_time": None,
             "head_seen": False,
+            "gangs": 0,
+            "gang_seen": False,
             "earlier_lost_steps": look.attempt.lost_steps,
         }
     )
@@ -193,15 +197,14 @@ def running(look: Look) -> Verdict:
     """The attempt goes on."""
     attempt, status, crew = look.attempt, look.status, crew_of(look)
     seen = attempt.head_seen or look.observed.head(attempt.number) is not None
-    changes = {
-        "workers_ready": crew.ready,
-        "attempt": attempt.model_copy(update={"head_seen": seen, "waiting_time": waiting_since(look)}),
-    }
+    noted = {"head_seen": seen, "gang_seen": attempt.gang_seen or gang_is_whole(look), "waiting_time": waiting_since(look)}
+    changes: dict[str, Any] = {"workers_ready": crew.ready, "attempt": attempt.model_copy(update=noted)}
     waiting = waiting_of(look)
     stage = current_stage(status.stages)
     phase, reason = PHASES[stage] if stage else ("Pending", Reason.PENDING)
     if crew.gated:
-        return Verdict(Summary("Queued", Reason.PENDING, "a queue holds the pods", waiting, crew.needed), changes)
+        return Verdict(Summary("Queued", Reason.QUEUED, held_back(look), waiting, crew.needed), {**changes, **queued(look)})
+    changes |= let_in(status, look.now)
     if crew.complete:
         report = look.observed.report_of(look.job.uid, attempt.number)
         live = report.message if report else status.message
@@ -222,6 +225,7 @@ CHECKS: tuple[Check, ...] = (
     resumed,
     deadline_exceeded,
     head_ended,
+    gang_lost,
     never_ran,
     between_attempts,
     beginning,

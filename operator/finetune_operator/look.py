@@ -9,6 +9,7 @@ from finetune_api.reasons import Reason
 from finetune_api.status import Attempt, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.conditions import Summary
+from finetune_operator.gangs import gang_size, members
 from finetune_operator.observed import Job, Observed, Pod, Waiting
 from finetune_operator.settings import Settings
 from finetune_operator.times import rfc3339
@@ -53,6 +54,7 @@ class Crew:
     ready: int
     needed: int
     gated: bool
+    """A queue holds back pods that are needed."""
 
     @property
     def complete(self) -> bool:
@@ -64,11 +66,12 @@ def crew_of(look: Look) -> Crew:
     """The pods of the current attempt, counted."""
     head, workers = look.observed.head(look.attempt.number), look.observed.workers(look.attempt.number)
     wanted = look.status.workers_wanted
+    needed = gang_size(look.spec, wanted)
     return Crew(
         head=head is not None and head.phase == "Running",
         ready=sum(pod.running for pod in workers) if wanted else 0,
-        needed=min(look.spec.compute.workers.min, wanted),
-        gated=any(pod.gated for pod in (head, *workers) if pod),
+        needed=needed,
+        gated=any(pod.gated for pod in (head, *members(look.observed, look.attempt.number, needed)) if pod),
     )
 
 

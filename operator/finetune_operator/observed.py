@@ -63,6 +63,8 @@ class Pod:
     """Why it does not run, while it is pending."""
     gated: bool = False
     """A queue (Kueue) holds it back."""
+    gates: tuple[str, ...] = ()
+    """Names of its scheduling gates."""
     disruption: str | None = None
     """The cluster's words, where the cluster took it away."""
     reason: str = ""
@@ -215,6 +217,7 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
     meta, status = raw["metadata"], raw.get("status") or {}
     phase = status.get("phase", "Pending")
     scheduled = _condition(status, "PodScheduled")
+    gates = tuple(str(gate.get("name", "")) for gate in (raw.get("spec") or {}).get("schedulingGates") or ())
     return Pod(
         name=meta["name"],
         namespace=meta["namespace"],
@@ -228,7 +231,8 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         forced=bool(meta.get("deletionTimestamp")) and meta.get("deletionGracePeriodSeconds") == 0,
         exit=_exit(status),
         waiting=_waiting(raw, tuple(events)) if phase == "Pending" else None,
-        gated=scheduled.get("reason") == "SchedulingGated",
+        gated=phase == "Pending" and bool(gates or scheduled.get("reason") == "SchedulingGated"),
+        gates=gates,
         disruption=_disruption(status),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
@@ -272,7 +276,9 @@ STORAGE_LIMIT = re.compile(r"exceeds the (total )?limit|exceeded its local ephem
 
 def _disruption(status: Raw) -> str | None:
     """The cluster's words where it took the pod away. Filling one's own volume is one's own fault, though the kubelet evicts for it."""
-    target, words = _condition(status, "DisruptionTarget"), status.get("message", "")
+    words = status.get("message", "")
+    # Kueue says so in a condition of its own before it deletes a pod.
+    target = next((each for kind in ("DisruptionTarget", "TerminationTarget") if (each := _condition(status, kind))), {})
     if STORAGE_LIMIT.search(words):
         return None
     if target.get("status") == "True":

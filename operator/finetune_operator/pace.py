@@ -45,8 +45,8 @@ def paced(before: Status, after: Status, settings: Settings, now: datetime) -> S
 
 
 def deadline(spec: Spec, status: Status) -> datetime | None:
-    """When activeDeadlineSeconds is over, time in suspension not counted."""
-    if spec.active_deadline_seconds is None or status.start_time is None:
+    """When activeDeadlineSeconds is over, time in suspension and in queues not counted; None while a queue decides."""
+    if spec.active_deadline_seconds is None or status.start_time is None or status.queued_time is not None:
         return None
     return later(status.start_time, spec.active_deadline_seconds + status.suspended_seconds)
 

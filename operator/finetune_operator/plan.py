@@ -15,6 +15,8 @@ from finetune_api.reasons import Reason
 from finetune_api.report import REPORT_PORT
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec
+from finetune_operator.gangs import Marks, marks_of_worker, pod_group
+from finetune_operator.kinds import POD_GROUPS
 from finetune_operator.observed import Job, Observed, Pod
 from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
 from finetune_operator.settings import Settings
@@ -56,8 +58,16 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
     name = f"{job.name}-{number}"
     meta = {"name": name, "namespace": job.namespace, "labels": _labels(job, number), "ownerReferences": [_owner(job)]}
     secret = secret_name(job.name, job.uid, number)
-    head = ("head", head_pod(name, secret, job.namespace, spec, image, settings))
-    workers = [("worker", worker_pod(name, secret, job.namespace, index, spec, image, settings)) for index in range(status.workers_wanted)]
+    head = _owned_pod(meta, "head", head_pod(name, secret, job.namespace, spec, image, settings), Marks())
+    workers = [
+        _owned_pod(
+            meta,
+            "worker",
+            worker_pod(name, secret, job.namespace, index, spec, image, settings),
+            marks_of_worker(job, spec, status, index, settings),
+        )
+        for index in range(status.workers_wanted)
+    ]
     return (
         _config_map(meta, job, spec),
         {
@@ -69,7 +79,9 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
         },
         _service(meta),
         _network_policy(meta, job, settings),
-        *(_owned_pod(meta, role, pod, job) for role, pod in (head, *workers)),
+        *pod_group(job, spec, meta, settings),
+        head,
+        *workers,
     )
 
 
@@ -123,13 +135,14 @@ def surplus(
     pods = tuple(removal for pod in observed.pods if (removal := look.removal(pod)) is not None)
     needed = {pod.attempt for pod in observed.alive} | ({status.attempt.number} if status.attempt.running else set())
     idle = sorted(observed.anchors - needed)
-    return (*pods, *(removal for number in idle for removal in _removals(job, number)))
+    return (*pods, *(removal for number in idle for removal in _removals(job, number, settings)))
 
 
-def _removals(job: Job, attempt: int) -> tuple[Removal, ...]:
+def _removals(job: Job, attempt: int, settings: Settings) -> tuple[Removal, ...]:
     """The objects of an attempt beside its pods, in the order in which they go."""
     names = {"Secret": secret_name(job.name, job.uid, attempt)}
-    return tuple(Removal(kind, names.get(kind, f"{job.name}-{attempt}")) for kind in ATTEMPT_KINDS)
+    groups = ("PodGroup",) if settings.gang_scheduler in POD_GROUPS else ()
+    return tuple(Removal(kind, names.get(kind, f"{job.name}-{attempt}")) for kind in (*groups, *ATTEMPT_KINDS))
 
 
 @dataclass(frozen=True)
@@ -195,11 +208,11 @@ def _labels(job: Job, attempt: int) -> dict[str, str]:
     }
 
 
-def _owned_pod(meta: Manifest, role: str, pod: Manifest, job: Job) -> Manifest:
-    """The pod with the attempt's metadata; a queue (Kueue) reads its labels from the pods."""
-    queue = {key: value for key, value in job.labels.items() if key.startswith("kueue.x-k8s.io/")}
-    labels = {**queue, **meta["labels"], LABEL_ROLE: role, "app.kubernetes.io/component": role}
-    return {**pod, "metadata": {**meta, **pod["metadata"], "labels": labels}}
+def _owned_pod(meta: Manifest, role: str, pod: Manifest, marks: Marks) -> Manifest:
+    """The pod with the attempt's metadata, and what queues and schedulers read from it."""
+    labels = {**marks.labels, **meta["labels"], LABEL_ROLE: role, "app.kubernetes.io/component": role}
+    annotations = {"annotations": dict(marks.annotations)} if marks.annotations else {}
+    return {**pod, "metadata": {**meta, **pod["metadata"], "labels": labels, **annotations}, "spec": {**pod["spec"], **marks.spec}}
 
 
 def _config_map(meta: Manifest, job: Job, spec: Spec) -> Manifest:

@@ -6,6 +6,7 @@ from typing import TypeVar, get_args
 from finetune_api.report import Report, brief_data, brief_evaluation
 from finetune_api.status import COUNT_MAX, DataSummary, Evaluation, Progress, Resolved, Stage, StageName, Status, Usage
 from finetune_api.v1alpha1 import Spec
+from finetune_operator.gangs import next_gang
 
 _ORDER: tuple[StageName, ...] = get_args(StageName)
 Part = TypeVar("Part", DataSummary, Evaluation)
@@ -13,13 +14,13 @@ Part = TypeVar("Part", DataSummary, Evaluation)
 
 def with_report(status: Status, report: Report, spec: Spec) -> Status:
     """The status with what the current attempt says of itself. A termination message may be cut down: what it leaves out stays."""
-    shown = status.progress or Progress()
+    shown, wanted = status.progress or Progress(), _wanted(status, report, spec)
     lost_steps = max(status.attempt.lost_steps, min(status.attempt.earlier_lost_steps + report.lost_steps, COUNT_MAX))
     return status.model_copy(
         update={
             "stages": _onward(status.stages, report.stages),
             "warnings": report.warnings or status.warnings,
-            "workers_wanted": _wanted(status, report, spec),
+            "workers_wanted": wanted,
             "resolved": _resolved(status.resolved, report.resolved),
             "model": report.model or status.model,
             "data": _fuller(status.data, report.data, brief_data),
@@ -32,7 +33,7 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
             "artifacts": report.artifacts or status.artifacts,
             "plan": report.plan or status.plan,
             "usage": _usage(status, report.usage),
-            "attempt": status.attempt.model_copy(update={"lost_steps": lost_steps}),
+            "attempt": next_gang(status.attempt.model_copy(update={"lost_steps": lost_steps}), status.workers_wanted, wanted),
         }
     )
 

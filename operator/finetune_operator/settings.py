@@ -5,8 +5,12 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from finetune_api.report import REPORT_PORT
+
+GangScheduler = Literal["none", "kueue", "volcano", "scheduler-plugins"]
+GANG_SCHEDULERS: tuple[GangScheduler, ...] = get_args(GangScheduler)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Settings:
     report_port: int = REPORT_PORT
     """Port of a head's /report."""
     leader_election: bool = True
+    gang_scheduler: GangScheduler = "kueue"
+    """Who lets a job's workers in as one gang; kueue does so only for jobs with a queue's name."""
+    scheduler_name: str = ""
+    """schedulerName of gang-scheduled workers; empty is the scheduler's usual name."""
     local: bool = False
     """Pods are processes on this machine: jobs may name `file://` paths."""
 
@@ -71,12 +79,22 @@ def settings_from(env: Mapping[str, str]) -> Settings:
         max_concurrent=int(_number(env, "FINETUNE_MAX_CONCURRENT", Settings.max_concurrent)),
         http_port=int(_number(env, "FINETUNE_HTTP_PORT", Settings.http_port)),
         report_port=int(_number(env, "FINETUNE_REPORT_PORT", Settings.report_port)),
+        gang_scheduler=_one_of(env, "FINETUNE_GANG_SCHEDULER", Settings.gang_scheduler),
+        scheduler_name=env.get("FINETUNE_SCHEDULER_NAME", Settings.scheduler_name),
         leader_election=env.get("FINETUNE_LEADER_ELECTION", "true").lower() != "false",
     )
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
+
+
+def _one_of(env: Mapping[str, str], name: str, default: GangScheduler) -> GangScheduler:
+    given = env.get(name) or default
+    for known in GANG_SCHEDULERS:
+        if given == known:
+            return known
+    raise ValueError(f"{name} must be one of {', '.join(GANG_SCHEDULERS)}, not {given!r}")
 
 
 def _number(env: Mapping[str, str], name: str, default: float) -> float:

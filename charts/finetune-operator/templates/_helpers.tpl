@@ -81,4 +81,10 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create]
+{{- $groups := dict "volcano" "scheduling.volcano.sh" "scheduler-plugins" "scheduling.x-k8s.io" }}
+{{- with get $groups .Values.operator.gangScheduler }}
+- apiGroups: [{{ . }}]
+  resources: [podgroups]
+  verbs: [get, create, patch, delete]
+{{- end }}
 {{- end -}}

@@ -7,6 +7,7 @@ import pytest
 from tests.unit.chart.rendering import EVERYTHING, of_kind, one, render, render_test
 
 from finetune_operator.kinds import required_lease_rules, required_rules
+from finetune_operator.settings import GANG_SCHEDULERS, GangScheduler
 
 
 def rules_of(role: dict[str, Any]) -> set[tuple[str, str, str]]:
@@ -81,3 +82,12 @@ def test_people_get_their_roles_by_aggregation(chart: helm_python.Chart) -> None
     assert "rbac.authorization.k8s.io/aggregate-to-view" not in editor["metadata"]["labels"]
     assert editor["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-edit"] == "true"
     assert {resource for _, resource, _ in rules_of(editor)} == {"finetunejobs"}  # nobody writes a status but the operator
+
+
+@pytest.mark.parametrize("scheduler", GANG_SCHEDULERS)
+def test_pod_groups_are_granted_only_where_a_scheduler_wants_them(chart: helm_python.Chart, scheduler: GangScheduler) -> None:
+    objects = render(chart, {"operator": {"gangScheduler": scheduler}})
+    (role,) = [each for each in of_kind(objects, "ClusterRole") if not each["metadata"]["name"].endswith(("-viewer", "-editor"))]
+    assert rules_of(role) == triples(required_rules(scheduler))
+    groups = {group for group, resource, _ in rules_of(role) if resource == "podgroups"}
+    assert groups == {"volcano": {"scheduling.volcano.sh"}, "scheduler-plugins": {"scheduling.x-k8s.io"}}.get(scheduler, set())

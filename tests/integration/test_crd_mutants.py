@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from pydantic import ValidationError
-from tests.integration.test_crd import Server, server
+from tests.integration.crd_server import Server, server
 from tests.unit.api.mutants import mutants
 
 from finetune_api.v1alpha1 import parse_job

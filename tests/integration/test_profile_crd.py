@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tests.integration.test_crd import Server
+from tests.integration.crd_server import Server
 
 from finetune_api.profile import parse_profile
 from finetune_api.profile_crd import profile_definition

@@ -57,24 +57,24 @@ class Kube:
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
         """The object, or None."""
         try:
-            return await self._call("GET", self._path(kind, namespace, name))
+            return await self.call("GET", self._path(kind, namespace, name))
         except AnswerError as error:
             if error.status == 404:
                 return None
             raise
 
     async def list(self, kind: str, namespace: str) -> list[Object]:
-        return list((await self._call("GET", self._path(kind, namespace)))["items"])
+        return list((await self.call("GET", self._path(kind, namespace)))["items"])
 
     async def create(self, kind: str, body: Object, namespace: str = "", name: str = "", part: str = "") -> Object:
         """Create the object, or a part of one (`binding`)."""
         path = self._path(kind, namespace, name) + (f"/{part}" if part else "")
-        return await self._call("POST", path, body)
+        return await self.call("POST", path, body)
 
     async def patch(self, kind: str, namespace: str, name: str, body: Object, part: str = "") -> Object:
         """JSON merge patch of the object, or of its `status`."""
         path = self._path(kind, namespace, name) + (f"/{part}" if part else "")
-        return await self._call("PATCH", path, body, "application/merge-patch+json")
+        return await self.call("PATCH", path, body, "application/merge-patch+json")
 
     async def delete(self, kind: str, namespace: str, name: str, grace: int | None = None, uid: str | None = None) -> None:
         """Delete the object, or only the one with this UID; its absence is no error."""
@@ -82,7 +82,7 @@ class Kube:
         if uid is not None:
             options["preconditions"] = {"uid": uid}
         try:
-            await self._call("DELETE", self._path(kind, namespace, name), options)
+            await self.call("DELETE", self._path(kind, namespace, name), options)
         except AnswerError as error:
             if error.status not in (404, 409):
                 raise
@@ -99,7 +99,7 @@ class Kube:
     def _path(self, kind: str, namespace: str = "", name: str = "") -> str:
         return PATHS[kind].format(namespace=namespace) + (f"/{name}" if name else "")
 
-    async def _call(self, method: str, path: str, body: Object | None = None, media: str = "application/json") -> Object:
+    async def call(self, method: str, path: str, body: Object | None = None, media: str = "application/json") -> Object:
         data = None if body is None else json.dumps(body)
         async with self._session.request(method, self.url + path, data=data, headers={"Content-Type": media}) as response:
             answer = json.loads(await response.read())

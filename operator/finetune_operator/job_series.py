@@ -26,10 +26,12 @@ SERIES_PER_JOB = 40
 """With those of its head, a job has 60 at most."""
 RESULTS_SHOWN = 3
 """A job may have more measures than a monitoring system should have series of it: those that a gate looks at come first."""
-CONDITIONS_SHOWN = ("Accepted", "WorkersReady", "GatesPassed", "Complete", "Failed", "Suspended", "Ready", "Stalled")
+CONDITIONS_SHOWN = ("Accepted", "WorkersReady", "GatesPassed", "Complete", "Failed", "Suspended", "Ready", "Stalled", "Degraded")
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 OTHER_REASON = "Other"
+DRIFTS_SHOWN = 2
+_DRIFT_ORDER = ("Degraded", "Inconclusive", "Held", None)
 
 Sample = tuple[tuple[str, ...], float]
 """Values of a family's labels beyond namespace and name, and the sample's value."""
@@ -139,6 +141,20 @@ def _trials(seen: Seen) -> Iterator[Sample]:
         yield from (((state,), float(count)) for state, count in counts.items())
 
 
+def _drift(seen: Seen) -> Iterator[Sample]:
+    """Of the metrics that are measured again, those that are degraded first: what they are now, less what they were at the release."""
+    results = seen.status.monitoring.results if seen.status.monitoring else ()
+    named = [each for each in results if each.difference is not None and re.fullmatch(METRIC_PATTERN, each.metric)]
+    for result in sorted(named, key=lambda each: _DRIFT_ORDER.index(each.verdict))[:DRIFTS_SHOWN]:
+        yield (result.metric,), float(result.difference or 0.0)
+
+
+def _runs(seen: Seen) -> Iterator[Sample]:
+    if monitoring := seen.status.monitoring:
+        yield ("measured",), float(monitoring.runs)
+        yield ("failed",), float(monitoring.failed_runs)
+
+
 def _since_attempt(seen: Seen, stage: StageName) -> float | None:
     """Seconds from the current attempt's begin to the stage's; None where the stage has not begun in this attempt."""
     begin = _seconds(seen.status.attempt.start_time)
@@ -218,6 +234,18 @@ FAMILIES: tuple[_Family, ...] = (
     ),
     _Family("finetune_job_gates", "Gates by verdict.", _gates, labels=("verdict",)),
     _Family("finetune_job_search_trials", "Trials of the search that have ended, by how.", _trials, labels=("state",)),
+    _Family(
+        "finetune_job_drift",
+        f"Fresh figure of the published model less the released one: {DRIFTS_SHOWN} of a job, those that are degraded first.",
+        _drift,
+        labels=("metric",),
+    ),
+    _Family("finetune_job_monitoring_runs", "Measuring runs of the published model, by result.", _runs, labels=("result",), counter=True),
+    _Family(
+        "finetune_job_monitoring_timestamp_seconds",
+        "When the last measuring run ended.",
+        _value(lambda s: _seconds(s.monitoring.last_run_time) if s.monitoring else None),
+    ),
 )
 
 
@@ -230,6 +258,20 @@ def _namespaces(totals: Iterable[tuple[str, Used]]) -> Iterator[Metric]:
         seconds.add_metric([namespace], used.gpu_seconds)
         tokens.add_metric([namespace], used.trained_tokens)
     yield from (seconds, tokens)
+
+
+_WHILE_IT_RUNS = frozenset(
+    f"finetune_job_{name}"
+    for name in (
+        "workers_wanted",
+        "workers_ready",
+        "queue_wait_seconds",
+        "startup_duration_seconds",
+        "eta_seconds",
+        "progress_timestamp_seconds",
+    )
+)
+"""Left out of a job whose published model is measured again: it makes room for what is told of that."""
 
 
 class JobCollector(Collector):
@@ -277,6 +319,8 @@ class JobCollector(Collector):
                 continue
             phases[where[0], seen.status.phase or "Pending"] += 1
             for family, metric in zip(FAMILIES, metrics, strict=True):
+                if seen.status.monitoring is not None and family.name in _WHILE_IT_RUNS:
+                    continue
                 for labels, value in family.samples(seen):
                     metric.add_metric([*where, *labels], value)  # type: ignore[attr-defined]
         yield from metrics

@@ -59,13 +59,15 @@ class Candidate:
     """Step of the job's checkpoint; None for a model that is not tuned."""
     model: Mapping[str, Any] | None = None
     """Another model than the job's, as a ModelSource in JSON. No secret is in it."""
+    artifact: str | None = None
+    """Kind of the job's published artifact that goes around the base model: adapter. A whole model is `model`."""
     whole: bool = False
     """Whether an example counts whole where it is longer than maxSequenceLength, as with the long prompts of a baseline."""
 
     @property
     def weights(self) -> str:
         """What is loaded for it, but for a checkpoint's weights, which are read into the job's own model."""
-        return json.dumps(["tuned" if self.step is not None else "untuned", self.model], sort_keys=True)
+        return json.dumps(["tuned" if self.step is not None else self.artifact or "untuned", self.model], sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:
         """As `candidate_of` takes it."""

@@ -9,7 +9,7 @@ from finetune_api.scrub import scrub
 from finetune_api.status import TEXT_MAX, Resolved
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.console import Console
-from finetune_trainer.environment import Environment, scratch_folder
+from finetune_trainer.environment import Environment, own_folder, scratch_folder
 from finetune_trainer.following import Following
 from finetune_trainer.interruption import Interruption
 from finetune_trainer.manifest import digest_of
@@ -51,7 +51,7 @@ class Attempt:
     @property
     def own(self) -> Storage:
         """The job's own folder in output.storage."""
-        return self.storage.at(f".finetune/{self.job.metadata.uid}")
+        return self.storage.at(own_folder(self.job))
 
     @property
     def scratch(self) -> Path:

@@ -20,6 +20,7 @@ from finetune_trainer.keeping import CHECKPOINTS
 from finetune_trainer.model import CausalModel, load_tokenizer, longest_example
 from finetune_trainer.model_files import ModelFiles
 from finetune_trainer.placement import spread
+from finetune_trainer.published import Published
 from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
 
@@ -56,6 +57,8 @@ class Candidates:
     """Where the job's checkpoints are."""
     fetch: Fetch
     worker: Worker
+    output: Storage | None = None
+    """output.storage, where artifacts are asked for."""
     _loaded: tuple[str, ModelFiles, CausalModel] | None = field(default=None, init=False)
     _speaker: Speaker | None = field(default=None, init=False)
 
@@ -80,7 +83,11 @@ class Candidates:
             other = ModelSource.model_validate(candidate.model, context=LOCAL_RUN)  # what a local run alone may name was refused before
             job, revision = job.model_copy(update={"spec": job.spec.model_copy(update={"model": other})}), None  # type: ignore[assignment]
         files = self.fetch(job.spec.model, revision)
-        model = spread(files, job, self.worker, None if candidate.step is not None else Untuned(), trains=False)
+        if candidate.artifact is not None and self.output is not None:
+            with self.output.folder(candidate.artifact) as folder:
+                model = spread(files, job, self.worker, Published(folder), trains=False)
+        else:
+            model = spread(files, job, self.worker, None if candidate.step is not None else Untuned(), trains=False)
         self._loaded = kind, files, model
         return files, model
 

@@ -34,6 +34,7 @@ from finetune_trainer.manifest import read_manifest
 from finetune_trainer.model import CausalModel, head_scale, load_model, load_tokenizer, load_transformer, longest_example, precision_for
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.optimisation import restore_parameters
+from finetune_trainer.published import Published
 from finetune_trainer.quantization import quantization_config
 from finetune_trainer.result import RESULT
 from finetune_trainer.sources import Mounts, resolve_storage
@@ -154,18 +155,7 @@ def _loaded(files: ModelFiles, device: torch.device, quantization: str = "none")
 
 def _with_adapter(base: CausalModel, folder: Path) -> CausalModel:
     """The base model with a published adapter around it. Raises JobError (ModelInvalid)."""
-    from peft import PeftModel
-
-    import finetune_trainer.methods.bottleneck  # noqa: F401 - so that PEFT knows these adapters too
-
-    for name in ("adapter_config.json", "adapter_model.safetensors"):  # PEFT would look for it on the hub, or take pickled weights
-        if not (folder / name).is_file():
-            raise JobError(Reason.MODEL_INVALID, f"{folder} holds no adapter ({name})")
-    try:
-        module = PeftModel.from_pretrained(base.transformer, str(folder))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        detail = str(error).strip().splitlines()
-        raise JobError(Reason.MODEL_INVALID, f"{folder} is no adapter of this base model: {detail[0] if detail else error!r}") from error
+    module = Published(folder).apply(base.transformer, seed=0)
     return replace(base, module=module.to(base.device).eval(), tuned=True)
 
 

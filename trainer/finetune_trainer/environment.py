@@ -94,6 +94,12 @@ def scratch_folder(job_uid: str, attempt: int) -> Path:
     return Path(parent) / f"finetune-{job_uid[:8] or 'job'}-{attempt}"
 
 
+def own_folder(job: FineTuneJob) -> str:
+    """The job's own folder in output.storage; a measuring run's, whose job file tells of monitoring, is in that."""
+    own = f".finetune/{job.metadata.uid}"
+    return f"{own}/monitoring" if job.spec.monitoring is not None else own
+
+
 def _required(variables: Mapping[str, str], name: str) -> str:
     value = variables.get(name)
     if not value:

@@ -49,7 +49,7 @@ def run_head(environment: Environment) -> int:
         console.say(f"job {job.metadata.namespace}/{job.metadata.name}, attempt {environment.attempt}")
         run_stages(attempt)
         interruption.ignore()
-        reporter.finish("Succeeded", ENOUGH if reporter.report.sufficient else "the result is published")
+        reporter.finish("Succeeded", ended_well(reporter.report))
     except InterruptedRunError:
         reporter.finish("Interrupted", "stopped; the next attempt goes on from the last checkpoint")
     except Exception as error:
@@ -64,6 +64,13 @@ def run_head(environment: Environment) -> int:
     ray_head.stop()
     remove(scratch, seconds=5.0)
     return code
+
+
+def ended_well(report: Report) -> str:
+    """How a run that succeeded did."""
+    if report.fresh:
+        return f"{len(report.fresh)} metrics are measured on fresh data"
+    return ENOUGH if report.sufficient else "the result is published"
 
 
 def remove(folder: Path, *, seconds: float) -> None:

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 from finetune_api.evaluation import BASELINE, SCORED_METRICS, Suite
 from finetune_api.status import StageName
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.answering import Candidate, Questions, outstanding, read_answers, suite_file, write_cases
 from finetune_trainer.asking import Say
-from finetune_trainer.attempt import Attempt, Preparation
+from finetune_trainer.attempt import Attempt
 from finetune_trainer.crew import Crew
 from finetune_trainer.data.cases import read_cases
 from finetune_trainer.data.examples import SUITE
@@ -53,10 +54,24 @@ def scored(asked: Asked, own: Sequence[Answered], baseline: Sequence[Answered], 
     return measured(asked.suite, asked.cases, own, confidence, given)
 
 
+class Measurable(Protocol):
+    """What is known of a job that is measured."""
+
+    @property
+    def data(self) -> str:
+        """Folder of the prepared data in output.storage."""
+        ...
+
+    @property
+    def for_workers(self) -> dict[str, Any]:
+        """What a group of workers is told."""
+        ...
+
+
 class Measuring:
     """The suites of a job, asked of one candidate after another."""
 
-    def __init__(self, attempt: Attempt, preparation: Preparation, crew: Crew) -> None:
+    def __init__(self, attempt: Attempt, preparation: Measurable, crew: Crew) -> None:
         self._attempt, self._preparation, self._crew = attempt, preparation, crew
 
     @cached_property

@@ -27,7 +27,12 @@ from finetune_trainer.trials import Trial
 
 
 def run_stages(attempt: Attempt) -> None:
-    """All stages in order. Raises JobError, InterruptedRunError, or what nobody expected."""
+    """All stages in order, or a measuring run. Raises JobError, InterruptedRunError, or what nobody expected."""
+    if attempt.job.spec.monitoring is not None:
+        from finetune_trainer.monitoring_stage import measure_again
+
+        measure_again(attempt)
+        return
     from finetune_trainer.preparing import prepare
 
     earlier = earlier_report(attempt)

@@ -17,7 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Compute, FineTuneJob, ModelSource
-from finetune_trainer.environment import Environment, environment_from
+from finetune_trainer.environment import Environment, environment_from, own_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.failures import as_job_error, is_final
 from finetune_trainer.ray_cluster import SCRATCH_VARIABLE, cpus_of, gpus_of, processes_of
@@ -248,7 +248,8 @@ def answer_on(worker: "Worker", assignment: Assignment, listener: "Listener") ->
 
     job, environment, config = assignment.job, assignment.environment, assignment.config
     mounts = Mounts(environment.volumes, environment.local)
-    own = storage_at(resolve_storage(job.spec.output, mounts)).at(f".finetune/{job.metadata.uid}")
+    output = storage_at(resolve_storage(job.spec.output, mounts))
+    own = output.at(own_folder(job))
     cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
     torch.set_num_threads(max(1, cpus_of(job.spec.compute) // processes_of(job.spec.compute)))
     group, warnings = uuid.uuid4().hex, list[str]()
@@ -266,7 +267,7 @@ def answer_on(worker: "Worker", assignment: Assignment, listener: "Listener") ->
         listener.post(progress.model_copy(update={"answered": told.answered, "cases": told.cases, "warnings": tuple(warnings)}))
 
     trained = own.at(assignment.folder) if assignment.folder else own
-    candidates = Candidates(job, config["revision"], config["config"], trained, fetch, worker)
+    candidates = Candidates(job, config["revision"], config["config"], trained, fetch, worker, output)
     for value in config["candidates"]:
         whole = Candidate.of_json(value)
         left = outstanding(own, whole) if worker.leads else None

@@ -188,12 +188,38 @@ def test_evaluation_gates_and_search_are_told(metrics: Metrics) -> None:
     assert ended == [5, 1, 2]
 
 
+MONITORED = {
+    "monitoring": {
+        "runs": 5,
+        "failedRuns": 1,
+        "lastRunTime": "2026-01-02T03:05:00Z",
+        "results": [
+            {"metric": "task/loss", "value": 1.5, "released": 1.5, "difference": 0.0, "verdict": "Held"},
+            {"metric": "task/bleu", "value": 20.0, "released": 30.0, "difference": -10.0},
+            {"metric": "a tenant's words", "difference": 1.0, "verdict": "Inconclusive"},
+            {"metric": "other/f1", "value": 0.5},
+            {"metric": "task/f1", "value": 0.5, "released": 0.75, "difference": -0.25, "verdict": "Degraded"},
+        ],
+    }
+}
+
+
+def test_drift_and_measuring_runs_are_told(metrics: Metrics) -> None:
+    metrics.jobs.see({**JOB, "status": {"phase": "Complete", **MONITORED}}, gone=False)
+    found = samples(metrics)
+    assert {dict(labels)["metric"]: value for labels, value in found["finetune_job_drift"].items()} == {"task/f1": -0.25, "task/loss": 0.0}
+    assert [of_job(found, "finetune_job_monitoring_runs_total", result=result) for result in ("measured", "failed")] == [5, 1]
+    # 2 January 2026 begins 1767312000 seconds after 1970
+    assert of_job(found, "finetune_job_monitoring_timestamp_seconds") == 1767312000 + 3 * 3600 + 300
+
+
 def test_job_with_all_that_it_may_measure_has_few_series(metrics: Metrics) -> None:
     before = sum(len(each) for each in samples(metrics).values())
     results = [{"metric": f"suite-{index}/f1", "value": 0.5, "baseline": 0.25} for index in range(260)]
     gates = [{"metric": f"suite-{index}/f1", "verdict": "Passed", "required": "x"} for index in (200, 250)]
     conditions = [{**ending(kind, "Pending")["status"]["conditions"][0], "status": "False"} for kind in get_args(ConditionType)]
-    status = {**JOB["status"], **EVALUATED, "conditions": conditions, "evaluation": {"results": results, "gates": gates}}
+    evaluation = {"results": results, "gates": gates}
+    status = {**JOB["status"], **EVALUATED, **MONITORED, "conditions": conditions, "evaluation": evaluation}
     metrics.jobs.see({**JOB, "status": status}, gone=False)
     found = samples(metrics)
     of_the_namespace = 1  # finetune_jobs

@@ -206,6 +206,24 @@ class _Seen:
             )
 
 
+def cases_of(source: Source, job: FineTuneJob, left_out: LeftOut) -> tuple[Case, ...]:
+    """A suite's cases without tokens, for whoever has a tokenizer of his own; of a source with a limit the last so many.
+
+    Raises JobError (DatasetInvalid, ...) where there is none, or more cannot be used than the job allows.
+    """
+    seen, kept = _Seen(source.field, left_out), deque[Case](maxlen=source.limit)
+    for example in examples_of(source.input.rows(), job, of_suite=True):
+        if isinstance(example, Fault):
+            seen.fault(example)
+            continue
+        kept.append(case_of(example, f"{seen.kept:06d}"))
+        seen.kept += 1
+    seen.check(None, job.spec.training.max_sequence_length, job.spec.data.preparation.max_rejected_fraction)
+    if not kept:
+        raise JobError(Reason.DATASET_INVALID, f"{source.field}: there is no example to measure on")
+    return tuple(kept)
+
+
 def examples_of(rows: Iterable[Row | Fault], job: FineTuneJob, *, of_suite: bool = False) -> Iterator[Example | Fault]:
     """Rows as examples; with format auto the first row decides for all.
 

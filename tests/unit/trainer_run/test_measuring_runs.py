@@ -116,8 +116,8 @@ def test_a_model_that_holds_and_one_that_degrades_are_told_apart(volumes: Path, 
     assert {each.n for each in held.report.fresh} == {12}
     assert set(verdicts(held).values()) == {"Held"}
 
-    # The world has moved on: the right answers to the same prompts are other words now, and there are more of them.
-    moved = questions(range(100, 130), off=5)
+    # The world has moved on: the right answers are in capitals now, which the model has never seen, and there are more of them.
+    moved = [{**row, "completion": row["completion"].upper()} for row in questions(range(100, 130))]
     write_fresh(volumes, moved)
     worse = measure(volumes, monkeypatch, "drift", method, 3)
     loss = next(each for each in worse.report.fresh if each.metric == "task/loss")

@@ -24,7 +24,7 @@ KEY = JobKey(NAMESPACE, NAME)
 Object = dict[str, Any]
 
 
-def _copy(found: Object) -> Object:
+def _copy(found: Any) -> Any:
     """What a reader gets, who may do with it what he likes; several times faster than `copy.deepcopy`."""
     return pickle.loads(pickle.dumps(found))  # noqa: S301 - the test's own objects
 
@@ -52,6 +52,8 @@ class FakeCluster:
     """Somebody else acts just before the next write of a status."""
     reports: dict[str, Report] = field(default_factory=dict)
     """What a head says, by its pod's uid."""
+    profiles: list[Object] = field(default_factory=list)
+    """The TuningProfiles."""
     made: list[tuple[str, str]] = field(default_factory=list)
     """Kind and name of each object that was made."""
     _numbers: Any = field(default_factory=lambda: itertools.count(2))
@@ -64,7 +66,7 @@ class FakeCluster:
         uid = self.job["metadata"]["uid"]
         own = [_copy(each) for each in self.objects.values() if each["metadata"]["labels"][LABEL_JOB_UID] == uid]
         pods = [each for each in own if each["kind"] == "Pod"]
-        return RawJob(_copy(self.job), pods, [each for each in own if each["kind"] == "ConfigMap"], [])
+        return RawJob(_copy(self.job), pods, [each for each in own if each["kind"] == "ConfigMap"], [], _copy(self.profiles))
 
     async def fetch_report(self, pod: Pod, token: str, after: int, wait: float) -> Report | None:
         return self.reports.get(pod.uid) if token else None

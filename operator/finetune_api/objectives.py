@@ -211,3 +211,8 @@ class Objective(SpecModel):
     def _one_objective(self) -> Self:
         check_exactly_one(self, *OBJECTIVES)
         return self
+
+    @property
+    def chosen(self) -> str:
+        """The key that is set, as in `OBJECTIVES`."""
+        return next(field.alias or name for name, field in type(self).model_fields.items() if getattr(self, name) is not None)

@@ -120,6 +120,8 @@ class Limits(SpecModel):
     """GPUs of all workers: compute.workers.max times resourcesPerWorker. Every device but rdma/* counts as one."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = None
     """Longest activeDeadlineSeconds, and that of a job that names none."""
+    max_gpu_hours: Annotated[float, Field(gt=0, le=1e7)] | None = None
+    """Largest maxGpuHours, and that of a job that names none."""
 
 
 class ProfileSpec(SpecModel):

@@ -28,6 +28,8 @@ class Reference:
     config_map: ConfigMapSource | None = None
     secret: str | None = None
     """Name of the Secret that opens it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
 
     @property
     def claim(self) -> str | None:
@@ -77,4 +79,4 @@ def _reference(model: BaseModel, field: str) -> Reference | None:
     if (uri is None or uri in HELD_OUT) and config_map is None:
         return None
     use: Use = "model" if isinstance(model, (ModelSource, ModelReference, Teacher)) else "data"
-    return Reference(field, use, uri, config_map, name)
+    return Reference(field, use, uri, config_map, name, getattr(model, "revision", None))

@@ -8,6 +8,21 @@ from finetune_api.compute import NodeSelector, Resources, Tolerations
 from finetune_api.fields import Quantity, StatusModel
 from finetune_api.status_fields import Count, Name, Text, Uri
 
+_UriBeginnings = Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(max_length=64)]
+
+
+class ResolvedAllowed(StatusModel):
+    """URIs that the job may name. A list that is absent allows everything, an empty one nothing."""
+
+    models: _UriBeginnings | None = None
+    """Models."""
+    data: _UriBeginnings | None = None
+    """Data."""
+    storage: _UriBeginnings | None = None
+    """Places for results."""
+    endpoints: _UriBeginnings | None = None
+    """Served models."""
+
 
 class ResolvedProfile(StatusModel):
     """The profile that the job runs under, as it was when the job was first looked at."""
@@ -36,5 +51,9 @@ class ResolvedProfile(StatusModel):
     """Secret of that storage."""
     active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
     """Longest activeDeadlineSeconds, also where the job's is raised later."""
+    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """Largest maxGpuHours, also where the job's is raised later."""
+    allow: ResolvedAllowed = ResolvedAllowed()
+    """URIs that the job may name, also where it names others later (spec.monitoring)."""
     allow_remote_code: bool = False
     """Whether it allows model.trustRemoteCode."""

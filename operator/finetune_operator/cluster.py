@@ -20,10 +20,11 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import load_incluster_config, load_kube_config
 
 from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL
+from finetune_api.profile import PROFILE_PLURAL
 from finetune_api.report import REPORT_PORT, Report
 from finetune_api.status import Status
 from finetune_operator.heads import Heads
-from finetune_operator.kinds import KINDS, Kind, kinds_with
+from finetune_operator.kinds import KINDS, PROFILES, Kind, kinds_with
 from finetune_operator.observed import Pod, head_name
 from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused
 from finetune_operator.settings import GangScheduler
@@ -96,7 +97,15 @@ class KubernetesCluster:
             pods += [found] if found and found["metadata"].get("labels", {}).get(LABEL_JOB_UID) == job["metadata"]["uid"] else []
         pending = [pod["metadata"]["uid"] for pod in pods if _is_stuck(pod, datetime.now(UTC))][:EVENT_PODS]
         lists = await asyncio.gather(*(self._list("Event", namespace, {"fieldSelector": f"involvedObject.uid={uid}"}) for uid in pending))
-        return RawJob(job=job, pods=pods, config_maps=config_maps, events=[event for events in lists for event in events])
+        told = [event for events in lists for event in events]
+        return RawJob(job=job, pods=pods, config_maps=config_maps, events=told, profiles=await self._profiles(status))
+
+    async def _profiles(self, status: Status) -> list[dict[str, Any]]:
+        """The profiles, for a job that has yet to be told under which one it runs: past the cache, since the absence of one decides."""
+        known = status.resolved is not None and status.resolved.profile is not None
+        if known or status.attempt.number > 0 or status.finished:
+            return []
+        return list((await self._call("list", PROFILES, PROFILE_PLURAL)).get("items") or [])
 
     async def fetch_report(self, pod: Pod, token: str, after: int, wait: float) -> Report | None:
         """What the head says of its work, or None where it says nothing that can be understood. Never raises for that.
@@ -213,9 +222,12 @@ class KubernetesCluster:
         return found
 
     async def check(self, namespaces: Sequence[str]) -> None:
-        """Ask for one job in each namespace (in all of them at once where none is named). Raises ApiError where that does not work."""
-        for path in _job_lists(namespaces):
-            await self._call("list", path, KIND, query=[("limit", "1")])
+        """Ask for one profile, and one job in each namespace (in all of them at once where none is named).
+
+        Raises ApiError where that does not work.
+        """
+        for path in (PROFILES, *_job_lists(namespaces)):
+            await self._call("list", path, path.rsplit("/", 1)[1], query=[("limit", "1")])
 
     async def login(self) -> dict[str, Any]:
         """How another client of this API server logs in, with a token as fresh as this client's own: kopf.ConnectionInfo's arguments."""

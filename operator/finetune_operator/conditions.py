@@ -75,10 +75,10 @@ def _condition(fact: _Fact, status: Status, now: datetime) -> Condition:
 
 def _facts(status: Status, summary: Summary) -> Iterable[_Fact]:
     phase, reason, message = summary.phase, summary.reason, summary.message
-    if reason is Reason.INVALID_SPEC:
+    if reason in _NOT_ACCEPTED:
         yield _Fact("Accepted", "False", reason, message)
     else:
-        yield _Fact("Accepted", "True", Reason.ACCEPTED, "the spec can be run")
+        yield _Fact("Accepted", "True", Reason.ACCEPTED, _accepted(status))
     for kind, stage in _STAGE_FACTS:
         yield _stage_fact(kind, stage, status, summary)
     if summary.gates:
@@ -91,6 +91,15 @@ def _facts(status: Status, summary: Summary) -> Iterable[_Fact]:
     yield _Fact("Ready", _truth(phase == "Complete"), reason, message)
     yield _Fact("Reconciling", _truth(phase not in ("Complete", "Failed", "Suspended")), reason, message)
     yield _Fact("Stalled", _truth(phase == "Failed"), reason, message)
+
+
+_NOT_ACCEPTED = (Reason.INVALID_SPEC, Reason.PROFILE_VIOLATED, Reason.PROFILE_NOT_FOUND)
+
+
+def _accepted(status: Status) -> str:
+    """That the job can be run, and under which profile."""
+    profile = status.resolved.profile if status.resolved else None
+    return f"the spec can be run, under the profile {profile.name} ({profile.chosen})" if profile else "the spec can be run"
 
 
 def _truth(value: bool) -> Literal["True", "False"]:

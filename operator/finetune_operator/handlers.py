@@ -13,6 +13,7 @@ from typing import Any
 import kopf
 
 from finetune_api import GROUP, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL, VERSION
+from finetune_api.profile import PROFILE_PLURAL
 from finetune_operator.port import JobKey
 
 Wake = Callable[[JobKey], None]
@@ -32,6 +33,8 @@ def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = l
     """The handlers, in a registry of their own, so that several can live in one process."""
     registry = kopf.OperatorRegistry()
     fingerprints: dict[str, bytes] = {}
+    unbegun: dict[str, JobKey] = {}
+    """Jobs by their UID that may wait for a profile."""
 
     async def on_login(**_: object) -> kopf.ConnectionInfo:
         return kopf.ConnectionInfo(**await login())
@@ -42,13 +45,23 @@ def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = l
         seen(job, gone)
         # Most events are the echo of the status that the loop has just written: it need not look again for those.
         uid, fingerprint = job["metadata"]["uid"], _without_status(job)
+        key = JobKey(job["metadata"]["namespace"], job["metadata"]["name"])
+        if gone or (job.get("status") or {}).get("attempt", {}).get("number", 0) > 0:
+            unbegun.pop(uid, None)
+        else:
+            unbegun[uid] = key
         if gone:
             fingerprints.pop(uid, None)
         elif fingerprints.get(uid) == fingerprint:
             return
         else:
             fingerprints[uid] = fingerprint
-        wake(JobKey(job["metadata"]["namespace"], job["metadata"]["name"]))
+        wake(key)
+
+    async def on_profile(event: Mapping[str, Any], **_: object) -> None:
+        # What a job runs under is chosen once: a profile that comes or changes concerns those alone that have not begun.
+        for key in tuple(unbegun.values()):
+            wake(key)
 
     async def on_pod(event: Mapping[str, Any], **_: object) -> None:
         meta = event["object"]["metadata"]
@@ -58,6 +71,7 @@ def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = l
 
     kopf.on.login(registry=registry, errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(on_login)
     kopf.on.event(GROUP, VERSION, PLURAL, id="job", registry=registry)(on_job)
+    kopf.on.event(GROUP, VERSION, PROFILE_PLURAL, id="profile", registry=registry)(on_profile)
     kopf.on.event("", "v1", "pods", labels=_OUR_PODS, id="pod", registry=registry)(on_pod)
     return registry
 

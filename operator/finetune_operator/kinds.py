@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune_api import GROUP, KIND, PLURAL, VERSION
+from finetune_api.profile import PROFILE_PLURAL
 from finetune_operator.settings import GangScheduler
 
 
@@ -42,6 +43,9 @@ def kinds_with(scheduler: GangScheduler) -> Mapping[str, Kind]:
     return {**KINDS, "PodGroup": POD_GROUPS[scheduler]} if scheduler in POD_GROUPS else KINDS
 
 
+PROFILES = f"/apis/{GROUP}/{VERSION}/{PROFILE_PLURAL}"
+"""Path of the list of TuningProfiles, which no namespace holds."""
+
 Rule = dict[str, list[str]]
 
 
@@ -51,6 +55,11 @@ def required_rules(scheduler: GangScheduler = "none") -> list[Rule]:
     # The finalizers subresource is asked for by clusters that check blockOwnerDeletion (OwnerReferencesPermissionEnforcement).
     own = [_rule(f"/apis/{GROUP}/{VERSION}", f"{PLURAL}/{part}", ("update",)) for part in ("status", "finalizers")]
     return rules + own
+
+
+def required_profile_rules() -> list[Rule]:
+    """The RBAC rules that the operator needs for the whole cluster, as a ClusterRole writes them."""
+    return [_rule(f"/apis/{GROUP}/{VERSION}", PROFILE_PLURAL, ("list", "watch"))]
 
 
 def required_lease_rules() -> list[Rule]:

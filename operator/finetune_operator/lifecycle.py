@@ -12,6 +12,7 @@ from typing import Any
 from finetune_api.figures import gates_in_words
 from finetune_api.reasons import Reason
 from finetune_api.status import TEXT_MAX, Resolved, Status
+from finetune_operator.admission import admission, awaiting_profile
 from finetune_operator.budget import hold_of
 from finetune_operator.conditions import PHASES, Summary, conditions_of
 from finetune_operator.endings import counted, end, failed, finish, let_in, rested
@@ -19,8 +20,9 @@ from finetune_operator.failures import ending_of, failure, head_lost
 from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
 from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
 from finetune_operator.monitoring import monitored
-from finetune_operator.observed import Job, Observed, head_name
+from finetune_operator.observed import Job, Observed, head_name, with_status
 from finetune_operator.pace import deadline, paced
+from finetune_operator.profiles import as_offered
 from finetune_operator.reported import current_stage, with_report
 from finetune_operator.requests import canceled, canceling, is_paused, noted, paused, revival
 from finetune_operator.settings import Settings
@@ -37,7 +39,7 @@ def advance(job: Job, observed: Observed, settings: Settings, now: datetime) -> 
         return job.status
     status = job.status
     for _ in range(_STEPS):
-        step = _step(replace(job, status=status), observed, settings, now)
+        step = _step(with_status(job, status, local=settings.local), observed, settings, now)
         if step == status:
             return paced(job.status, status, settings, now)
         status = step
@@ -181,6 +183,7 @@ def beginning(look: Look) -> Verdict | None:
         }
     )
     resolved = look.status.resolved or Resolved()
+    image = resolved.trainer_image or as_offered(look.settings, look.status).trainer_image
     changes = {
         "attempt": attempt,
         "stages": (),
@@ -188,7 +191,7 @@ def beginning(look: Look) -> Verdict | None:
         "workers_ready": 0,
         "earlier_usage": look.status.usage,
         # A job keeps the trainer that it began with, whatever the operator is upgraded to meanwhile.
-        "resolved": resolved.model_copy(update={"trainer_image": resolved.trainer_image or look.settings.trainer_image}),
+        "resolved": resolved.model_copy(update={"trainer_image": image}),
     }
     return Verdict(Summary("Pending", Reason.PENDING, "the head pod is to start"), changes)
 
@@ -220,6 +223,7 @@ CHECKS: tuple[Check, ...] = (
     succeeded,
     canceling,
     canceled,
+    admission,
     suspending,
     suspended,
     resumed,
@@ -228,6 +232,7 @@ CHECKS: tuple[Check, ...] = (
     gang_lost,
     never_ran,
     between_attempts,
+    awaiting_profile,
     beginning,
     running,
 )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from finetune_api.scrub import scrub
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec, parse_job
 from finetune_operator.manifest import explain
+from finetune_operator.profiles import Offered, effective
 
 Raw = Mapping[str, Any]
 """A Kubernetes object as JSON."""
@@ -100,6 +101,9 @@ class Observed:
     refusal: Waiting | None = None
     """The API server's words, where it has just refused an object of this job."""
 
+    offered: Offered = field(default_factory=Offered)
+    """The platform's profiles, while the job has yet to be told under which one it runs."""
+
     def head(self, attempt: int) -> Pod | None:
         """The head pod of an attempt."""
         return next((pod for pod in self.pods if pod.role == "head" and pod.attempt == attempt), None)
@@ -135,7 +139,7 @@ class Job:
     annotations: Mapping[str, str]
     deleting: bool
     spec: Spec | None
-    """None where the spec cannot be understood."""
+    """The spec that runs: the job's own with what its profile gives and bounds. None where it cannot be understood."""
     problem: str
     """What is wrong with the spec, by field."""
     status: Status
@@ -145,6 +149,7 @@ def job_from(raw: Raw, *, local: bool = False) -> Job:
     """The job in a raw FineTuneJob. A spec that breaks the rules is a value, not an error."""
     meta = raw["metadata"]
     spec, problem = _spec(raw, local)
+    status = Status.model_validate(raw.get("status") or {})
     return Job(
         name=meta["name"],
         namespace=meta["namespace"],
@@ -153,10 +158,15 @@ def job_from(raw: Raw, *, local: bool = False) -> Job:
         labels=meta.get("labels") or {},
         annotations=meta.get("annotations") or {},
         deleting=meta.get("deletionTimestamp") is not None,
-        spec=spec,
+        spec=effective(spec, status, local=local) if spec else None,
         problem=problem,
-        status=Status.model_validate(raw.get("status") or {}),
+        status=status,
     )
+
+
+def with_status(job: Job, status: Status, *, local: bool = False) -> Job:
+    """The job when it has come to this status: under the profile that the status keeps."""
+    return replace(job, status=status, spec=effective(job.spec, status, local=local) if job.spec else None)
 
 
 def _spec(raw: Raw, local: bool) -> tuple[Spec | None, str]:

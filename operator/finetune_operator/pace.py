@@ -90,6 +90,8 @@ def _interval(status: Status, observed: Observed, settings: Settings) -> float |
         return settings.poll_seconds  # a measuring run (see monitoring.acting): nobody waits for it
     if status.finished or status.suspended_time is not None:
         return soon if _leaving(status, observed) else None
+    if not attempt.running and _awaits_profile(status):
+        return None  # a profile that appears gives the job a turn
     if not attempt.running:
         return None if attempt.retry_time and not observed.alive else soon
     ready = status.condition("Ready")
@@ -99,6 +101,11 @@ def _interval(status: Status, observed: Observed, settings: Settings) -> float |
     # What becomes of a pod that exists is told by its watch; what a head says has to be asked for.
     talking = head is not None and head.phase == "Running" and current_stage(status.stages) not in _LONG_STAGES
     return soon if (making or talking) and not stuck else settings.poll_seconds
+
+
+def _awaits_profile(status: Status) -> bool:
+    ready = status.condition("Ready")
+    return ready is not None and ready.reason == Reason.PROFILE_NOT_FOUND
 
 
 def _leaving(status: Status, observed: Observed) -> bool:

@@ -19,6 +19,7 @@ from finetune_operator.gangs import Marks, marks_of_worker, pod_group
 from finetune_operator.kinds import POD_GROUPS
 from finetune_operator.observed import Job, Observed, Pod
 from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
+from finetune_operator.profiles import as_offered
 from finetune_operator.settings import Settings
 from finetune_operator.times import later
 
@@ -53,6 +54,7 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
     """The manifests of the running attempt, or measuring run (see monitoring.acting), in the order in which they are made; else none."""
     if job.spec is None or not status.attempt.running:
         return ()
+    settings = as_offered(settings, status)
     spec, image = _as_run(job.spec, status, settings)
     number = status.attempt.number
     name = f"{job.name}-{number}"

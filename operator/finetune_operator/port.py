@@ -1,6 +1,6 @@
 """The port between the loop and the world: `cluster` implements it with a Kubernetes, `local` with this machine, tests with a fake."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from finetune_api.report import Report
@@ -25,6 +25,8 @@ class RawJob:
     """Metadata is enough."""
     events: list[dict[str, Any]]
     """core/v1 Events of the job's pods that are pending; empty where none is."""
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+    """The TuningProfiles of the cluster, while the job has yet to be told under which one it runs."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from finetune_api.report import Report
 from finetune_api.status import Status
 from finetune_operator.lifecycle import advance
 from finetune_operator.monitoring import acting
-from finetune_operator.observed import Job, Observed, Waiting, job_from, observe
+from finetune_operator.observed import Job, Observed, Waiting, job_from, observe, with_status
 from finetune_operator.pace import SOON_SECONDS, expiry, next_look
 from finetune_operator.plan import desired_objects, missing, surplus
 from finetune_operator.port import Cluster, Conflict, JobKey, Refused
+from finetune_operator.profiles import offered
 from finetune_operator.requests import is_paused
 from finetune_operator.settings import Settings
 from finetune_operator.transitions import events_between
@@ -37,12 +38,13 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
     observed = observe(job.name, job.uid, raw.pods, raw.config_maps, raw.events)
     if is_paused(job):
         return await _leave_alone(cluster, raw.job, job, observed, settings, now)
-    observed = replace(observed, report=await _report(cluster, job, observed, settings))
+    observed = replace(observed, report=await _report(cluster, job, observed, settings), offered=offered(raw.profiles))
     try:
         stored, status = await _decide(cluster, raw.job, job, observed, settings, now)
+        job = with_status(job, status, local=settings.local)
         refusal = await _act(cluster, job, acting(status), observed, settings, now)
         if refusal:
-            job, observed = replace(job, status=status), replace(observed, refusal=refusal)
+            observed = replace(observed, refusal=refusal)
             _, status = await _decide(cluster, stored, job, observed, settings, now)
     except Conflict:
         return min(SOON_SECONDS, settings.poll_seconds)

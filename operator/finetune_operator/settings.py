@@ -47,6 +47,8 @@ class Settings:
     """Who lets a job's workers in as one gang; kueue does so only for jobs with a queue's name."""
     scheduler_name: str = ""
     """schedulerName of gang-scheduled workers; empty is the scheduler's usual name."""
+    require_profile: bool = False
+    """A job runs only under a TuningProfile: the one that it names, or the default."""
     local: bool = False
     """Pods are processes on this machine: jobs may name `file://` paths."""
 
@@ -81,6 +83,7 @@ def settings_from(env: Mapping[str, str]) -> Settings:
         report_port=int(_number(env, "FINETUNE_REPORT_PORT", Settings.report_port)),
         gang_scheduler=_one_of(env, "FINETUNE_GANG_SCHEDULER", Settings.gang_scheduler),
         scheduler_name=env.get("FINETUNE_SCHEDULER_NAME", Settings.scheduler_name),
+        require_profile=env.get("FINETUNE_REQUIRE_PROFILE", "false").lower() == "true",
         leader_election=env.get("FINETUNE_LEADER_ELECTION", "true").lower() != "false",
     )
 

@@ -16,7 +16,7 @@ from tests.integration.api.operators import Operator
 from tests.integration.api.proxy import Proxy
 from tests.integration.api.stages import Stage, is_true, job_manifest
 
-CRD = Path(__file__).parents[2] / "crds" / "finetunejobs.yaml"
+CRDS = sorted((Path(__file__).parents[2] / "crds").glob("*.yaml"))
 NAMESPACE = "bench"
 QUEUE_SECONDS = 1800
 """When a benchmark that does not end is given up."""
@@ -28,7 +28,8 @@ async def _stage(folder: Path) -> AsyncIterator[tuple[ApiServer, Stage]]:
     with api_server(folder / "server") as server:
         kube = Kube(server.admin_kubeconfig)
         try:
-            await kube.create("CustomResourceDefinition", yaml.safe_load(CRD.read_text()))
+            for definition in CRDS:
+                await kube.create("CustomResourceDefinition", yaml.safe_load(definition.read_text()))
             await kube.create("Namespace", {"metadata": {"name": NAMESPACE}})
             async with asyncio.timeout(60):
                 while not await _served(kube):

@@ -16,7 +16,7 @@ import helm_python
 import pytest
 from tests.e2e import teacher
 from tests.e2e.kubectl import KINDS, Kubectl, KubectlError, wait_until
-from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODELS, RELEASE, ROOT, STORAGE, STORAGE_POD, SYSTEM
+from tests.e2e.names import CHART, CLAIM, CRD, DATA, MODELS, PROFILE_CRD, RELEASE, ROOT, STORAGE, STORAGE_POD, SYSTEM
 
 from finetune_api import LABEL_JOB_UID
 
@@ -75,8 +75,9 @@ def release(images: Images, kubectl: Kubectl) -> Iterator[Kubectl]:
     }
     crd_was_there = system.find("crd", CRD) is not None
     if not values["crds"]["enabled"]:
-        system("apply", "--validate=false", "--filename", str(ROOT / "crds/finetunejobs.yaml"))
-    elif crd_was_there:
+        for name in "finetunejobs", "tuningprofiles":
+            system("apply", "--validate=false", "--filename", str(ROOT / f"crds/{name}.yaml"))
+    else:
         _hand_over_crd(system)
     with helm_python.Config(namespace=SYSTEM) as helm:
         try:
@@ -89,7 +90,7 @@ def release(images: Images, kubectl: Kubectl) -> Iterator[Kubectl]:
             helm.uninstall(RELEASE, ignore_not_found=True)
             system("delete", "namespace", SYSTEM, "--ignore-not-found", timeout=120)
             if not crd_was_there:
-                system("delete", "crd", CRD, "--ignore-not-found")
+                system("delete", "crd", CRD, PROFILE_CRD, "--ignore-not-found")
 
 
 def _knows_cel(kubectl: Kubectl) -> bool:
@@ -99,9 +100,13 @@ def _knows_cel(kubectl: Kubectl) -> bool:
 
 
 def _hand_over_crd(kubectl: Kubectl) -> None:
-    """Let the chart take over a CRD that somebody has applied by hand."""
-    kubectl("label", "--overwrite", "crd", CRD, "app.kubernetes.io/managed-by=Helm")
-    kubectl("annotate", "--overwrite", "crd", CRD, f"meta.helm.sh/release-name={RELEASE}", f"meta.helm.sh/release-namespace={SYSTEM}")
+    """Let the chart take over the CRDs that somebody has applied by hand."""
+    for name in CRD, PROFILE_CRD:
+        if kubectl.find("crd", name) is not None:
+            kubectl("label", "--overwrite", "crd", name, "app.kubernetes.io/managed-by=Helm")
+            kubectl(
+                "annotate", "--overwrite", "crd", name, f"meta.helm.sh/release-name={RELEASE}", f"meta.helm.sh/release-namespace={SYSTEM}"
+            )
 
 
 def _image(name: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/finetune-operator"
 CRD = "finetunejobs.finetune.dev"
+PROFILE_CRD = "tuningprofiles.finetune.dev"
 RELEASE = "finetune-operator"
 SYSTEM = "finetune-system"
 CLAIM = "quickstart"

@@ -15,9 +15,9 @@ from tests.integration.api.kube import AnswerError, Kube, Object
 from tests.integration.api.players import NODE
 from tests.integration.api.stages import NewStage, Stage
 
-from finetune_operator.kinds import required_lease_rules, required_rules
+from finetune_operator.kinds import required_lease_rules, required_profile_rules, required_rules
 
-CRD = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
+CRDS = sorted((Path(__file__).parents[3] / "crds").glob("*.yaml"))
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 async def kube(server: ApiServer) -> AsyncIterator[Kube]:
     kube = Kube(server.admin_kubeconfig)
     try:
-        await _create(kube, "CustomResourceDefinition", yaml.safe_load(CRD.read_text()))
+        for definition in CRDS:
+            await _create(kube, "CustomResourceDefinition", yaml.safe_load(definition.read_text()))
         if server.operator_user:
             await _grant(kube, server.operator_user)
         else:
@@ -48,7 +49,7 @@ async def kube(server: ApiServer) -> AsyncIterator[Kube]:
 
 async def _grant(kube: Kube, user: str) -> None:
     """The operator may do what it says it needs, and nothing else."""
-    rules = [*required_rules(), *required_lease_rules()]
+    rules = [*required_rules(), *required_profile_rules(), *required_lease_rules()]
     meta = {"name": "finetune-operator"}
     await _create(
         kube, "ClusterRole", {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": meta, "rules": rules}

@@ -14,6 +14,7 @@ PATHS = {
     "CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
     "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
     "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "TuningProfile": "/apis/finetune.dev/v1alpha1/tuningprofiles",
     "FineTuneJob": "/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs",
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",

@@ -13,7 +13,7 @@ from tests.integration.api.players import failure_then_success
 from tests.integration.api.proxy import REFUSED, Proxy
 from tests.integration.api.stages import Stage, is_true
 
-from finetune_operator.kinds import required_lease_rules, required_rules
+from finetune_operator.kinds import required_lease_rules, required_profile_rules, required_rules
 
 pytestmark = [pytest.mark.api, pytest.mark.asyncio(loop_scope="session")]
 
@@ -121,7 +121,7 @@ async def test_operator_uses_every_permission_that_it_asks_for_and_no_other(stag
     """The rules of a role follow from what is used: every verb of this list was seen, and nothing else was."""
     asked_for = {
         (verb, resource)
-        for rule in [*required_rules(), *required_lease_rules()]
+        for rule in [*required_rules(), *required_profile_rules(), *required_lease_rules()]
         for resource in rule["resources"]
         for verb in rule["verbs"]
         # Checked by an admission plugin that is not on everywhere, without a request of its own.

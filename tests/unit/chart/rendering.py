@@ -18,6 +18,8 @@ EVERYTHING = {
     "fullnameOverride": "tuning",
     "watchNamespaces": ["team-a", "team-b"],
     "leaderElection": True,
+    "requireProfile": True,
+    "admissionPolicy": {"enabled": True, "profilesOfNamespace": True, "schemes": ["hf", "pvc"], "remoteCodeOfNamespace": True},
     "trainer": {
         "image": {"repository": "registry.example:5000/finetune/trainer", "digest": "sha256:" + "ab" * 32, "pullPolicy": "Never"},
         "imagePullSecrets": ["registry", "mirror"],

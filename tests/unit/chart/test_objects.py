@@ -27,9 +27,12 @@ def test_renders_these_objects_by_default(chart: helm_python.Chart) -> None:
     assert sorted((item["kind"], item["metadata"]["name"]) for item in render(chart)) == [
         ("ClusterRole", "finetune-operator"),
         ("ClusterRole", "finetune-operator-editor"),
+        ("ClusterRole", "finetune-operator-profiles"),
         ("ClusterRole", "finetune-operator-viewer"),
         ("ClusterRoleBinding", "finetune-operator"),
+        ("ClusterRoleBinding", "finetune-operator-profiles"),
         ("CustomResourceDefinition", "finetunejobs.finetune.dev"),
+        ("CustomResourceDefinition", "tuningprofiles.finetune.dev"),
         ("Deployment", "finetune-operator"),
         ("NetworkPolicy", "finetune-operator"),
         ("Role", "finetune-operator-leader"),
@@ -45,10 +48,13 @@ def test_renders_these_objects_with_everything_on(chart: helm_python.Chart) -> N
         (item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"]) for item in render(chart, EVERYTHING)
     ) == [
         ("ClusterRole", "", "tuning-editor"),
+        ("ClusterRole", "", "tuning-profiles"),
         ("ClusterRole", "", "tuning-viewer"),
+        ("ClusterRoleBinding", "", "tuning-profiles"),
         ("ConfigMap", "grafana", "tuning-dashboard-job"),
         ("ConfigMap", "grafana", "tuning-dashboard-platform"),
         ("CustomResourceDefinition", "", "finetunejobs.finetune.dev"),
+        ("CustomResourceDefinition", "", "tuningprofiles.finetune.dev"),
         ("Deployment", "finetune-system", "tuning"),
         ("NetworkPolicy", "finetune-system", "tuning"),
         ("PodDisruptionBudget", "finetune-system", "tuning"),
@@ -63,6 +69,8 @@ def test_renders_these_objects_with_everything_on(chart: helm_python.Chart) -> N
         ("Service", "finetune-system", "tuning"),
         ("ServiceAccount", "finetune-system", "tuning-operator"),
         ("ServiceMonitor", "finetune-system", "tuning"),
+        ("ValidatingAdmissionPolicy", "", "tuning-jobs"),
+        ("ValidatingAdmissionPolicyBinding", "", "tuning-jobs"),
     ]
 
 
@@ -75,20 +83,24 @@ def test_asks_only_for_apis_that_old_and_new_clusters_have(chart: helm_python.Ch
         "networking.k8s.io/v1",
         "policy/v1",  # before 1.21 policy/v1beta1, as the API server says
         "monitoring.coreos.com/v1",  # only with a monitor switched on
+        "admissionregistration.k8s.io/v1",  # its policies from 1.30 on, and only where they are switched on
     }
     assert {item["apiVersion"] for item in render(chart, EVERYTHING)} == known
-    assert "monitoring.coreos.com/v1" not in {item["apiVersion"] for item in render(chart)}
+    by_default = {item["apiVersion"] for item in render(chart)}
+    assert not by_default & {"monitoring.coreos.com/v1", "admissionregistration.k8s.io/v1"}
 
 
 def test_crd_is_the_generated_one(chart: helm_python.Chart) -> None:
-    rendered = one(render(chart, {"crds": {"enabled": True, "keep": False}}), "CustomResourceDefinition")
-    assert rendered == yaml.safe_load((ROOT / "crds/finetunejobs.yaml").read_text())
+    rendered = of_kind(render(chart, {"crds": {"enabled": True, "keep": False}}), "CustomResourceDefinition")
+    generated = [yaml.safe_load((ROOT / f"crds/{name}.yaml").read_text()) for name in ("finetunejobs", "tuningprofiles")]
+    assert sorted(rendered, key=lambda each: str(each["metadata"]["name"])) == generated
 
 
 def test_jobs_and_their_key_stay_when_the_chart_goes(chart: helm_python.Chart) -> None:
     for kind in "CustomResourceDefinition", "Secret":
-        assert one(render(chart), kind)["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
-        assert "annotations" not in one(render(chart, {"crds": {"keep": False}}), kind)["metadata"]
+        kept, given = of_kind(render(chart), kind), of_kind(render(chart, {"crds": {"keep": False}}), kind)
+        assert all(each["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"} for each in kept)
+        assert not any("annotations" in each["metadata"] for each in given)
     assert of_kind(render(chart, {"crds": {"enabled": False}}), "CustomResourceDefinition") == []
 
 

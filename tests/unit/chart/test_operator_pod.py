@@ -80,6 +80,7 @@ def test_values_arrive_in_the_operators_settings(chart: helm_python.Chart, tmp_p
         retry_base_seconds=30.0,
         max_concurrent=64,
         leader_election=True,
+        require_profile=True,
     )
 
 

@@ -6,7 +6,7 @@ import helm_python
 import pytest
 from tests.unit.chart.rendering import EVERYTHING, of_kind, one, render, render_test
 
-from finetune_operator.kinds import required_lease_rules, required_rules
+from finetune_operator.kinds import required_lease_rules, required_profile_rules, required_rules
 from finetune_operator.settings import GANG_SCHEDULERS, GangScheduler
 
 
@@ -27,11 +27,13 @@ def test_operator_is_granted_what_it_uses_and_no_more(chart: helm_python.Chart, 
     for_jobs = [
         role
         for role in of_kind(objects, "ClusterRole") + of_kind(objects, "Role")
-        if not role["metadata"]["name"].endswith(("-viewer", "-editor", "-leader"))
+        if not role["metadata"]["name"].endswith(("-viewer", "-editor", "-leader", "-profiles"))
     ]
     assert len(for_jobs) == (2 if values else 1)
     for role in for_jobs:
         assert rules_of(role) == triples(required_rules())
+    (profiles,) = [role for role in of_kind(objects, "ClusterRole") if role["metadata"]["name"].endswith("-profiles")]
+    assert rules_of(profiles) == triples(required_profile_rules())
     (leader,) = [role for role in of_kind(objects, "Role") if role["metadata"]["name"].endswith("-leader")]
     assert rules_of(leader) == triples(required_lease_rules())
 

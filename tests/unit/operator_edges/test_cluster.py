@@ -22,6 +22,7 @@ from finetune_operator.port import Conflict, Event, JobKey, Refused
 JOB = {"metadata": {"name": "bot", "namespace": "team", "uid": "u-1", "resourceVersion": "7"}, "spec": {"x": 1}}
 KEY = JobKey("team", "bot")
 JOBS = "/apis/finetune.dev/v1alpha1/namespaces/team/finetunejobs"
+PROFILES = "/apis/finetune.dev/v1alpha1/tuningprofiles"
 
 
 @dataclass
@@ -59,6 +60,7 @@ class FakeServer:
 @pytest.fixture
 async def server() -> AsyncIterator[FakeServer]:
     fake = FakeServer()
+    fake.will("GET", PROFILES, (200, {"items": []}))
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", fake.handle)
     runner = web.AppRunner(app, shutdown_timeout=0)
@@ -120,7 +122,7 @@ async def test_read_asks_three_times_and_for_events_of_pods_that_are_stuck_on_a_
     assert raw is not None
     assert (raw.job, raw.pods, raw.events) == (JOB, pods, [event])
     assert raw.config_maps == [{"metadata": {"name": "bot-1"}}]
-    assert len(server.asked) == 4
+    assert len([asked for asked in server.asked if asked.path != PROFILES]) == 4
     queries = {asked.path.rsplit("/", 1)[1]: asked.query for asked in server.asked}
     assert queries["pods"] == queries["configmaps"] == {"labelSelector": "finetune.dev/job-uid=u-1", "resourceVersion": "0"}
     assert queries["events"] == {"fieldSelector": "involvedObject.uid=p-2"}
@@ -333,6 +335,37 @@ async def test_read_is_tried_again_and_a_create_is_not(
         await cluster.apply(owned("Secret", "bot-1"))
     assert len(server.asked) == 1
     assert calls == [("list", 200), ("create", 503)]
+
+
+@pytest.mark.parametrize(
+    ("status", "asks"),
+    [
+        ({}, True),
+        ({"resolved": {"trainerImage": "a"}}, True),
+        ({"resolved": {"profile": {"name": "small"}}}, False),
+        ({"attempt": {"number": 1}}, False),
+    ],
+)
+async def test_profiles_are_read_past_the_cache_until_the_job_has_been_told_its_own(
+    server: FakeServer, cluster: KubernetesCluster, status: dict[str, Any], asks: bool
+) -> None:
+    server.will("GET", f"{JOBS}/bot", (200, {**JOB, "status": status}))
+    server.will("GET", PROFILES, (200, {"items": [{"metadata": {"name": "small"}}]}))
+    for kind in "pods", "configmaps":
+        server.will("GET", f"/api/v1/namespaces/team/{kind}", (200, {"items": []}))
+    raw = await cluster.read(KEY)
+    assert raw is not None
+    assert [profile["metadata"]["name"] for profile in raw.profiles] == (["small"] if asks else [])
+    assert [asked.query for asked in server.asked if asked.path == PROFILES] == ([{}] if asks else [])
+
+
+async def test_a_job_is_not_begun_while_the_profiles_cannot_be_read(server: FakeServer, cluster: KubernetesCluster) -> None:
+    server.will("GET", f"{JOBS}/bot", (200, JOB))
+    server.will("GET", PROFILES, (403, {"reason": "Forbidden", "message": "not yours"}))
+    for kind in "pods", "configmaps":
+        server.will("GET", f"/api/v1/namespaces/team/{kind}", (200, {"items": []}))
+    with pytest.raises(ApiError, match="not yours"):
+        await cluster.read(KEY)
 
 
 async def test_jobs_are_listed_in_each_watched_namespace_or_everywhere(server: FakeServer, cluster: KubernetesCluster) -> None:

@@ -53,6 +53,19 @@ async def test_echo_of_a_status_wakes_nobody_but_is_seen(informed: Informed) -> 
     assert len(informed.seen) == 2
 
 
+async def test_a_profile_wakes_the_jobs_that_have_not_begun_and_no_others(informed: Informed) -> None:
+    begun = {**job(name="begun", uid="u-2"), "status": {"attempt": {"number": 1}}}
+    for each in job(), begun, job(name="gone", uid="u-3"):
+        await informed.send("job", "ADDED", each)
+    await informed.send("job", "DELETED", job(name="gone", uid="u-3"))
+    informed.woken.clear()
+    await informed.send("profile", "ADDED", {"metadata": {"name": "small"}})
+    assert informed.woken == [JobKey("team", "bot")]
+    await informed.send("job", "MODIFIED", {**job(), "status": {"attempt": {"number": 1}}})
+    await informed.send("profile", "MODIFIED", {"metadata": {"name": "small"}})
+    assert informed.woken == [JobKey("team", "bot")]
+
+
 async def test_second_job_of_a_name_is_woken_too(informed: Informed) -> None:
     await informed.send("job", "ADDED", job())
     await informed.send("job", "ADDED", job(uid="u-2"))
@@ -78,7 +91,7 @@ def test_registry_holds_nothing_that_marks_objects(informed: Informed) -> None:
     registry = informed.registry
     assert not registry._changing.get_all_handlers(), "change detection writes annotations"
     assert not registry._spawning.get_all_handlers(), "timers and daemons add a finalizer"
-    assert len(registry._watching.get_all_handlers()) == 2
+    assert len(registry._watching.get_all_handlers()) == 3
     assert registry is not kopf.get_default_registry()
 
 

@@ -1,4 +1,4 @@
-"""The command line: `finetune operator | local | chat | validate | list | status | compare | explain`."""
+"""The command line: `finetune operator | local | chat | measure | validate | list | status | compare | explain`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from finetune_operator.cluster import connect
 from finetune_operator.compare import compare
 from finetune_operator.local.chat import chat
 from finetune_operator.local.command import local as run_here
+from finetune_operator.local.measure import measure
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
 from finetune_operator.reason_command import explain as explain_reason
 from finetune_operator.words import status_lines
@@ -53,6 +54,7 @@ def operator() -> None:
 
 app.command("local")(run_here)
 app.command("chat")(chat)
+app.command("measure")(measure)
 app.command("compare")(compare)
 app.command("explain")(explain_reason)
 

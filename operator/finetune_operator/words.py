@@ -18,6 +18,7 @@ def status_lines(status: Status) -> list[str]:
         *(f"{artifact.kind}: {artifact.uri} ({artifact.bytes} bytes)" for artifact in status.artifacts),
         *(f"warning: {warning}" for warning in status.warnings),
         *_failed(status),
+        *monitoring_lines(status),
     ]
 
 
@@ -89,3 +90,21 @@ def _failed(status: Status) -> Iterator[str]:
         yield f"failure: {status.failure.reason}: {status.failure.message}"
         if status.failure.hint:
             yield f"what to do: {status.failure.hint}"
+
+
+def monitoring_lines(status: Status) -> Iterator[str]:
+    """What the published model does on fresh data, where it is measured again."""
+    found = status.monitoring
+    if found is None:
+        return
+    held = status.condition("Degraded")
+    yield f"measured again: {found.runs} runs, {found.failed_runs} failed; {found.message}"
+    for result in found.results:
+        change = f", difference {result.difference:+.6g}" if result.difference is not None else ""
+        verdict = f": {result.verdict}" if result.verdict else ""
+        fresh = f"{figure(result.value)}{interval(result.low, result.high)}"
+        yield f"fresh {result.metric}{verdict}: {fresh}, released with {figure(result.released)}{change}"
+    if held is not None:
+        yield f"degraded: {held.status}: {held.reason}: {held.message}"
+    if found.failure and found.failure.hint:
+        yield f"what to do: {found.failure.hint}"

@@ -36,12 +36,12 @@ def local(  # noqa: PLR0913, PLR0917 - one argument for each option
     Ctrl-C saves a checkpoint and suspends the job; the same command goes on from there. The job with its status stands in
     NAME.status.yaml beside the manifest. Exit codes: 0 complete, 1 failed, 2 not started, 124 timeout, 130 Ctrl-C.
     """
-    given = Given(config_maps=_pairs("--config-map", config_map), claims=_pairs("--claim", claim))
+    given = Given(config_maps=pairs("--config-map", config_map), claims=pairs("--claim", claim))
     options = Options(state=state, given=given, worker_cpus=workers_cpus, timeout=timeout, fresh=fresh, logs=logs)
     raise typer.Exit(run_local(job, options))
 
 
-def _pairs(option: str, values: list[str]) -> dict[str, Path]:
+def pairs(option: str, values: list[str]) -> dict[str, Path]:
     """NAME=PATH, any number of times."""
     pairs = {}
     for value in values:

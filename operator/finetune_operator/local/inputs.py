@@ -235,9 +235,9 @@ def _mirror(source: Path, target: Path) -> None:
 
 
 def _sources(job: FineTuneJob) -> Iterator[tuple[str, str]]:
-    """Every URI that the job reads from, with its field."""
+    """Every URI that the job reads from, with its field; the fresh data of its monitoring may come later."""
     for reference in references_of(job.spec):
-        if reference.use in ("model", "data") and reference.uri is not None:
+        if reference.use in ("model", "data") and reference.uri is not None and not reference.field.startswith("spec.monitoring."):
             yield f"{reference.field}.source", reference.uri
 
 

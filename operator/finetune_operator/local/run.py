@@ -21,21 +21,24 @@ from typing import Any
 from rich.console import Console
 
 from finetune_api import API_VERSION, KIND
-from finetune_api.status import Status
+from finetune_api.status import MonitoringStatus, Status
 from finetune_api.v1alpha1 import Spec, parse_job
 from finetune_operator.local.cluster import LocalCluster, Machine
 from finetune_operator.local.inputs import Given, InputError, Inputs, local_path, missing_files, place, read_inputs, with_absolute_files
 from finetune_operator.local.state import JobFile, State, StateError
 from finetune_operator.local.view import Lines, Screen, View, failure, summary
+from finetune_operator.monitoring import acting
 from finetune_operator.port import JobKey
 from finetune_operator.reconcile import reconcile
 from finetune_operator.settings import Settings
+from finetune_operator.times import rfc3339
+from finetune_operator.words import monitoring_lines
 
 EXIT_COMPLETE, EXIT_FAILED, EXIT_NOT_STARTED, EXIT_TIMEOUT = 0, 1, 2, 124
 GRACE_SECONDS = 40
 """Time that a pod gets to save a checkpoint; 10 s of it are Ray's."""
 LOOK_SECONDS = 0.25
-_STEERING = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
+_STEERING = ("suspend", "monitoring", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
 """Fields of a spec that may change while the job exists."""
 _GPU = "nvidia.com/gpu"
 
@@ -55,6 +58,8 @@ class Options:
     """Forget an earlier run of the job and begin anew."""
     logs: bool = False
     """Print what the head writes."""
+    measure: bool = False
+    """Measure what the job has published again, in place of running it."""
 
 
 def run_local(path: Path, options: Options | None = None, *, machine: Machine | None = None, console: Console | None = None) -> int:
@@ -98,6 +103,8 @@ class _Run:
     async def go(self) -> int:
         """Run to the end."""
         self._say_notes()
+        if self._options.measure:
+            return await self._measure()
         fresh = self._admit()
         if fresh:
             await self._cluster.end_left_overs(self._meta.name, 0)
@@ -117,6 +124,30 @@ class _Run:
                 self._view.close()
                 await self._cluster.end_now()
         return self._tell_end(status)
+
+    async def _measure(self) -> int:
+        """One measuring run of what the job has published, whatever its schedule says. Raises InputError where there is none to make."""
+        stored, plan = self._file.load(), self._inputs.job.spec.monitoring
+        status = self._status()
+        if stored is None or status.phase != "Complete" or not status.artifacts or _changed(stored, self._inputs.job.spec):
+            raise InputError(f"{self._meta.name} has published nothing here, or its spec has changed since: run `finetune local` first")
+        if plan is None:
+            raise InputError("spec.monitoring is not set: it names the suites that are measured again, and their fresh data")
+        self._admit()
+        await self._cluster.end_left_overs(self._meta.name, 0)
+        known = status.monitoring or MonitoringStatus()
+        run = known.run and known.run.model_copy(update={"end_time": known.run.end_time or _now()})
+        due = known.model_copy(update={"next_run_time": _now(), "schedule": plan.schedule, "run": run})
+        self._file.save({**(self._file.load() or {}), "status": status.model_copy(update={"monitoring": due}).to_json()})
+        with self._signals():
+            try:
+                status = await self._drive()
+            finally:
+                await self._cluster.end_now()
+        for line in monitoring_lines(status):
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        held = status.condition("Degraded")
+        return EXIT_COMPLETE if held is not None and held.status == "False" else EXIT_FAILED
 
     def _admit(self) -> bool:
         """Store the job as the API server would, or go on with the stored one. Returns whether it is a new job. Raises InputError."""
@@ -167,7 +198,7 @@ class _Run:
             self._view.update(status)
             self._tell_new_warnings(status)
             if follow:
-                follow.look(f"{self._meta.name}-{status.attempt.number}-head")
+                follow.look(f"{self._meta.name}-{acting(status).attempt.number}-head")
             raw = await self._cluster.read(key)
             if raw is None or (status.phase in ("Complete", "Failed", "Suspended") and _settled(raw.pods, raw.config_maps)):
                 break
@@ -302,6 +333,10 @@ def _check_gpus(path: Path, spec: Spec, machine: Machine) -> None:
             f"{path}: spec.compute asks for {wanted} GPUs ({spec.compute.workers.max} workers), this machine has {len(machine.gpus)};"
             " lower workers.max or resourcesPerWorker"
         )
+
+
+def _now() -> str:
+    return rfc3339(datetime.now(UTC))
 
 
 def _cpus(quantity: int | str) -> float:

@@ -24,7 +24,9 @@ from finetune_operator.local.cluster import Machine
 path, *words = sys.argv[1:]
 fake = [sys.executable, {fake!r}]
 machine = Machine(programs={{role: [*fake, role] for role in ("head", "worker")}})
-options = run.Options(fresh="--fresh" in words, logs="--logs" in words, timeout=1.0 if "--timeout" in words else None)
+options = run.Options(
+    fresh="--fresh" in words, logs="--logs" in words, timeout=1.0 if "--timeout" in words else None, measure="--measure" in words
+)
 sys.exit(run.run_local(Path(path), options, machine=machine))
 """
 

@@ -4,6 +4,7 @@ Run as `fake_trainer.py head|worker`. FAKE_FOLDER is where it leaves its traces,
 
     complete     prepare, ask for the workers, wait for them, publish
     interrupt    as complete, but the first attempt waits for SIGTERM while it trains, and leaves a checkpoint
+    degraded     as complete; measured again, the model is worse than when it was released
     fail         fail in Prepare with a row at fault
     stubborn     train for ever and do not listen to SIGTERM
 """
@@ -18,6 +19,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from finetune_api.monitoring_status import FreshFigure
 from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, Report
 from finetune_api.status import (
     STAGES,
@@ -61,6 +63,10 @@ class Head:
     def run(self) -> int:
         print("preparing", flush=True)
         self.say(stages=stages(0), message="reading the data")
+        if self.job["spec"].get("monitoring"):
+            value = 0.3 if MODE == "degraded" else 0.8
+            fresh = FreshFigure(metric="task/f1", value=value, low=value - 0.1, high=value + 0.1, n=20)
+            return self.end("Succeeded", EXIT_SUCCEEDED, fresh=(fresh,))
         if MODE == "fail":
             print("row 7 is broken", flush=True)
             why = Failure(stage="Prepare", reason="DatasetInvalid", message="train.jsonl line 7: no completion", hint="Correct the row.")
@@ -82,6 +88,8 @@ class Head:
         self.say(stages=stages(2), workers_wanted=0, progress=progress(TOTAL_STEPS), metrics=loss)
         self.say(stages=stages(3))
         results = (EvaluationResult(metric="test/loss", value=0.3, baseline=3.1),)
+        if self.job["spec"]["evaluation"]["suites"]:
+            results += (EvaluationResult(metric="task/f1", value=0.75, baseline=0.5),)
         where = f"{self.job['spec']['output']['storage']}/adapter"
         artifact = Artifact(kind="adapter", uri=where, digest="sha256:00", bytes=1_500_000)
         return self.end("Succeeded", EXIT_SUCCEEDED, stages=stages(4), evaluation=Evaluation(results=results), artifacts=(artifact,))

@@ -1,8 +1,9 @@
 """Causal attention of one document on a CPU in half precision: some queries at a time, each against the keys up to its own.
 
 torch's own kernel for CPUs is no faster in bfloat16 than in float32, while its matrix products are several times as fast. So the products
-are made one by one, in blocks that stay in the caches; the probabilities are computed a second time on the way back rather than kept
-(as in Dao et al. 2022). The scores are rounded to the inputs' number format, as in every attention that is not fused.
+are made one by one, in blocks that stay in the caches. The probabilities of a short document are kept for the way back, which are few
+beside what the other layers keep; those of a long one are computed a second time (as in Dao et al. 2022). The scores are rounded to the
+inputs' number format, as in every attention that is not fused.
 """
 
 from functools import lru_cache
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 
-BLOCK = 64
-"""Queries at a time."""
+KEPT = 512
+"""Tokens of the longest document whose probabilities are kept."""
+SHORT_BLOCK, BLOCK = 128, 64
+"""Queries at a time, of a document that is short and of one that is not."""
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -25,37 +28,46 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:  # noqa: ANN401
-        shared = query.shape[1] // key.shape[1]
-        queries, keys, values = _rows(query, shared).mul_(scale), key[0], value[0]
-        outputs = queries.new_empty(*queries.shape[:2], value.shape[3])
-        for start, stop in _blocks(query.shape[2]):
-            rows = slice(start * shared, stop * shared)
-            outputs[:, rows] = torch.bmm(_probabilities(queries[:, rows], keys[:, :stop], start), values[:, :stop])
-        ctx.save_for_backward(queries, key, value, outputs)
+        shared, length = query.shape[1] // key.shape[1], query.shape[2]
+        queries, keys, values = _rows(query, shared).mul_(scale), key[0].contiguous(), value[0].contiguous()
+        outputs, kept = [], []
+        for start, stop in _blocks(length):
+            probabilities = _probabilities(queries[:, start * shared : stop * shared], keys[:, :stop], start)
+            outputs.append(torch.bmm(probabilities, values[:, :stop]))
+            if length <= KEPT:
+                kept.append(probabilities)
+        ctx.save_for_backward(queries, keys, values, *kept)
         ctx.scale, ctx.shared = scale, shared
-        return _heads(outputs, shared)
+        return _heads(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), shared)
 
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
-        queries, key, value, outputs = ctx.saved_tensors
-        shared, keys, values = ctx.shared, key[0], value[0]
-        slopes = _rows(slope, shared)
-        # The gradient of a softmax takes off the mean of what comes in, weighed by the probabilities: it follows from the output alone.
-        means = (slopes * outputs).sum(dim=2, keepdim=True, dtype=torch.float32)
-        grad_queries = torch.empty_like(queries)
-        grad_keys, grad_values = torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
-        for start, stop in _blocks(key.shape[2]):
+        queries, keys, values, *kept = ctx.saved_tensors
+        shared, slopes, blocks = ctx.shared, _rows(slope, ctx.shared), _blocks(keys.shape[1])
+        grad_queries = []
+        # The last block sees all keys, so what it gives is what the others are added to: in float32, where there are others.
+        grad_keys = grad_values = keys.new_empty(0)
+        for start, stop in reversed(blocks):
             rows = slice(start * shared, stop * shared)
-            probabilities = _probabilities(queries[:, rows], keys[:, :stop], start)
-            grad_values[:, :stop] += torch.bmm(probabilities.transpose(1, 2), slopes[:, rows])
-            scores = torch.bmm(slopes[:, rows], values[:, :stop].transpose(1, 2)).sub_(means[:, rows]).mul_(probabilities)
-            grad_queries[:, rows] = torch.bmm(scores, keys[:, :stop])
-            grad_keys[:, :stop] += torch.bmm(scores.transpose(1, 2), queries[:, rows])
-        return _heads(grad_queries.mul_(ctx.scale), shared), grad_keys.to(key.dtype)[None], grad_values.to(value.dtype)[None], None
+            probabilities = kept.pop() if kept else _probabilities(queries[:, rows], keys[:, :stop], start)
+            for_values = torch.bmm(probabilities.transpose(1, 2), slopes[:, rows])
+            by_probabilities = torch.bmm(slopes[:, rows], values[:, :stop].transpose(1, 2))
+            by_scores = torch._softmax_backward_data(by_probabilities, probabilities, 2, probabilities.dtype)
+            grad_queries.append(torch.bmm(by_scores, keys[:, :stop]))
+            for_keys = torch.bmm(by_scores.transpose(1, 2), queries[:, rows])
+            if grad_keys.numel():
+                grad_keys[:, :stop] += for_keys
+                grad_values[:, :stop] += for_values
+            else:
+                wide = torch.float32 if len(blocks) > 1 else keys.dtype
+                grad_keys, grad_values = for_keys.to(wide), for_values.to(wide)
+        grad_query = (grad_queries[0] if len(blocks) == 1 else torch.cat(grad_queries[::-1], dim=1)).mul_(ctx.scale)
+        return _heads(grad_query, shared), grad_keys.to(keys.dtype)[None], grad_values.to(keys.dtype)[None], None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    size = SHORT_BLOCK if length <= KEPT else BLOCK
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _rows(tensor: torch.Tensor, shared: int) -> torch.Tensor:
@@ -80,7 +92,7 @@ def _probabilities(queries: torch.Tensor, keys: torch.Tensor, start: int) -> tor
     return torch.softmax(scores, dim=2)
 
 
-@lru_cache(maxsize=2 * BLOCK)
+@lru_cache(maxsize=2 * SHORT_BLOCK)
 def _later(length: int, dtype: torch.dtype) -> torch.Tensor:
     """-inf for each key after the query, [n, n]."""
     return torch.full((length, length), -torch.inf, dtype=dtype).triu_(1)

@@ -266,7 +266,7 @@ def logits_at(model: CausalModel, made: torch.Tensor | None, positions: torch.Te
     hidden = model.before_head(chosen).to(model.precision)
     bias = None if head.bias is None else head.bias.to(model.precision)
     with torch.autocast(model.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden, head.weight.to(model.precision), bias).float()
+        return model.after_head(torch.nn.functional.linear(hidden, head.weight.to(model.precision), bias).float())
 
 
 def _batch(rows: Rows, model: CausalModel) -> MicroBatch:

@@ -78,7 +78,7 @@ class CausalModel:
 
     @property
     def plain_head(self) -> bool:
-        """Whether its logits are a linear layer over its last hidden states, times a number, and nothing else.
+        """Whether its logits are a linear layer over its last hidden states, times a number or under a soft cap, and nothing else.
 
         Not where a method has put something of its own beside the output layer.
         """
@@ -92,6 +92,15 @@ class CausalModel:
     def before_head(self, last: torch.Tensor) -> torch.Tensor:
         """Last hidden states as the output layer makes logits of them. Only where `plain_head` is true."""
         return last if self.head_scale in (None, 1.0) else last * self.head_scale
+
+    @property
+    def head_cap(self) -> float | None:
+        """The soft cap of its logits. Only where `plain_head` is true."""
+        return _cap_of(self.transformer)
+
+    def after_head(self, products: torch.Tensor) -> torch.Tensor:
+        """The logits that the output layer's products become. Only where `plain_head` is true."""
+        return products if self.head_cap is None else capped(products, self.head_cap)
 
     @property
     def virtual_tokens(self) -> int:
@@ -294,14 +303,16 @@ def load_transformer(
 def head_scale(model: "PreTrainedModel", layout: Layout) -> float | None:
     """What the output layer's products with the last hidden states are multiplied by to be the logits: for most models 1.
 
-    None where the logits are made of them in another way (soft caps), found out by comparing.
+    None where the logits are made of them in another way, found out by comparing.
     """
     head = model.get_output_embeddings()
-    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None  # small logits do not show it
-    if type(head) is not torch.nn.Linear or capped:
+    if type(head) is not torch.nn.Linear:
         return None
     batch = probe([[3, 4, 5, 6]], layout).to(model.device)
     model.eval()
+    cap = _cap_of(model)
+    if cap is not None:
+        return 1.0 if _only_caps(model, head, batch, cap) else None
     logits = model(**forward_arguments(batch)).logits
     products = head(model.get_decoder()(**forward_arguments(batch)).last_hidden_state)
     if logits.shape != products.shape:
@@ -313,6 +324,31 @@ def head_scale(model: "PreTrainedModel", layout: Layout) -> float | None:
     rounding = 1e-4 if logits.dtype == torch.float32 else 1e-2
     fits = head.bias is None and bool(torch.allclose(made, of * scale, rtol=rounding, atol=1e-5))
     return scale if fits else None
+
+
+def capped(products: torch.Tensor, cap: float) -> torch.Tensor:
+    """Products under a soft cap."""
+    return torch.tanh(products / cap) * cap
+
+
+def _cap_of(model: "PreTrainedModel") -> float | None:
+    """The soft cap that the configuration names for the logits."""
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
+def _only_caps(model: "PreTrainedModel", head: torch.nn.Linear, batch: MicroBatch, cap: float) -> bool:
+    """Whether the logits are the products under the cap, seen where they are of its size: small ones do not show it."""
+    last = model.get_decoder()(**forward_arguments(batch)).last_hidden_state
+    factor = 2 * cap / max(float(head(last).abs().max()), 1e-6)
+    enlarge = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor,))
+    try:
+        logits, products = model(**forward_arguments(batch)).logits, head(last)
+    finally:
+        enlarge.remove()
+    rounding = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    same = logits.shape == products.shape
+    return same and torch.allclose(logits.float(), capped(products.float(), cap), rtol=rounding, atol=rounding * cap)
 
 
 def read_config(files: ModelFiles) -> "PreTrainedConfig":

@@ -9,7 +9,7 @@ from torch.nn import functional
 from finetune_trainer.objectives.distillation.divergences import DIVERGENCES
 from finetune_trainer.objectives.distillation.head import score_logits
 from finetune_trainer.objectives.distillation.response import Largest, Response, cross_entropy, largest, together, whole
-from finetune_trainer.objectives.linear_score import CHUNK, Score, chunks, linear_score
+from finetune_trainer.objectives.linear_score import CHUNK, Logits, Score, chunks, linear_score
 
 NAMES = sorted(DIVERGENCES)
 
@@ -48,7 +48,7 @@ def test_slopes_by_finite_differences(name: str) -> None:
     hidden, weight, bias = logits(4, 3, 3).requires_grad_(), logits(6, 3, 4).requires_grad_(), logits(1, 6, 5)[0].requires_grad_()
     teacher, targets = logits(4, 6, 6), torch.tensor([0, 5, 2, 2])
     score = together(cross_entropy(0.5, targets), whole(Response.named(1.0, name, 2.0), lambda part: teacher[part]))
-    assert torch.autograd.gradcheck(lambda *inputs: linear_score(*inputs, torch.float64, score), (hidden, weight, bias))
+    assert torch.autograd.gradcheck(lambda *inputs: linear_score(*inputs, Logits(torch.float64), score), (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -166,7 +166,7 @@ def test_chunks_give_what_the_whole_gives(rows: int) -> None:
         hidden @ weight.T, targets, reduction="sum"
     )
     score: Score = together(cross_entropy(1.0, targets), whole(Response.named(1.0, "jensenShannon", 1.0), lambda part: teacher[part]))
-    value = linear_score(hidden, weight, None, torch.float64, score)
+    value = linear_score(hidden, weight, None, Logits(torch.float64), score)
     torch.testing.assert_close(value, expected)
     for ours, reference in zip(torch.autograd.grad(value, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(ours, reference)
@@ -177,7 +177,7 @@ def test_a_micro_batch_without_labels_has_no_loss() -> None:
     score = together(
         cross_entropy(1.0, torch.zeros(0, dtype=torch.int64)), whole(Response.named(1.0, "forwardKL", 1.0), lambda part: hidden)
     )
-    value = linear_score(hidden, weight, None, torch.float64, score)
+    value = linear_score(hidden, weight, None, Logits(torch.float64), score)
     assert value.item() == 0.0
     assert torch.autograd.grad(value, weight)[0].abs().sum() == 0
 
@@ -192,7 +192,7 @@ def test_a_large_vocabulary_is_computed_a_few_positions_at_a_time() -> None:
 def test_without_gradients_nothing_is_kept_for_them() -> None:
     with torch.no_grad():
         value = linear_score(
-            torch.ones(2, 3), torch.ones(4, 3, requires_grad=True), None, torch.float32, cross_entropy(1.0, torch.tensor([0, 1]))
+            torch.ones(2, 3), torch.ones(4, 3, requires_grad=True), None, Logits(torch.float32), cross_entropy(1.0, torch.tensor([0, 1]))
         )
     assert not value.requires_grad
     assert float(value) == pytest.approx(2 * math.log(4), rel=1e-6)

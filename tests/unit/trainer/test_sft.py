@@ -123,14 +123,32 @@ def test_the_loss_and_its_gradients_are_transformers_own(layout: Layout, tied: b
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_head_that_caps_its_logits_is_computed_by_the_model() -> None:
-    """However small they are, as of a model that has learnt nothing: a cap does not show then."""
+@pytest.mark.parametrize("cap", [0.5, 30.0], ids=["binding", "as Gemma 2 has it"])
+def test_a_head_that_caps_its_logits_is_computed_in_chunks(cap: float) -> None:
+    """Whether the logits are large beside the cap or small, as of a model that has learnt nothing: a cap does not show then."""
     torch.manual_seed(0)
-    model, data = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.0)), examples()
+    config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=cap, initializer_range=0.2)
+    model, data = Gemma2ForCausalLM(config), examples()
+    expected = reference(model, data)
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
     wrapped = causal(model)
-    assert not wrapped.plain_head
-    loss = Sft().loss(wrapped, collate(data, [(0, 1, 2, 3)], wrapped.layout))
-    torch.testing.assert_close(loss.total, reference(model, data), rtol=1e-5, atol=1e-5)
+    assert (wrapped.plain_head, wrapped.head_cap) == (True, cap)
+    batch = collate(data, [(0, 1, 2, 3)], wrapped.layout)
+    loss = Sft().loss(wrapped, batch)
+    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(-example_log_probabilities(wrapped, batch).sum().float(), expected, rtol=1e-5, atol=1e-4)
+    loss.total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5 * float(gradients[name].abs().max()), msg=name)
+
+
+def test_a_cap_that_the_model_does_not_keep_is_not_trusted() -> None:
+    """The configuration names one, and the model has no such thing: then its own logits are the right ones."""
+    model = llama()
+    model.config.final_logit_softcapping = 30.0
+    assert not causal(model).plain_head
 
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}

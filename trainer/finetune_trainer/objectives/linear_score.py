@@ -5,6 +5,7 @@ once, so that the logits of a whole micro-batch, by far the largest tensor of a 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits that exist at once, of each model, by device: on a CPU what its caches hold, 16 MiB in float32; else 256 MiB."""
 CHUNK = 1024
 """Most positions at once."""
+PIECE_ELEMENTS = 1 << 18
+"""Logits that a light score takes at once on a CPU: 1 MiB in float32, so that it passes over them in the nearest cache."""
 Score = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """From a range of positions and their logits, float32 [n, V], to the sum of their losses and its slope in the logits, [n, V].
 
@@ -21,20 +24,26 @@ Only a score that stands alone may overwrite the logits.
 """
 
 
-def linear_score(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    precision: torch.dtype,
-    score: Score,
-) -> torch.Tensor:
-    """The sum of a score over the logits `hidden @ weight.T + bias`: a float32 scalar.
+@dataclass(frozen=True)
+class Logits:
+    """How logits are made of the output layer's products, and looked at."""
 
-    hidden: [N, H]; weight: [V, H]; bias: [V]. The products are computed in `precision`, the score in float32 at least.
+    precision: torch.dtype
+    """Number format of the products."""
+    cap: float | None = None
+    """The soft cap: a product x becomes cap * tanh(x / cap)."""
+    light: bool = False
+    """Whether the score does little for each position, so that it may be asked for a few of them at a time."""
+
+
+def linear_score(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, made: Logits, score: Score) -> torch.Tensor:
+    """The sum of a score over the logits `hidden @ weight.T + bias`, capped if so said: a float32 scalar.
+
+    hidden: [N, H]; weight: [V, H]; bias: [V]. The score is computed in float32 at least.
     """
     if not torch.is_grad_enabled():  # the function below sees what trains, not whether gradients are wanted
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    total: torch.Tensor = _LinearScore.apply(hidden, weight, bias, precision, score)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _LinearScore.apply(hidden, weight, bias, made, score)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -42,6 +51,15 @@ def chunks(rows: int, width: int, device: torch.device) -> list[slice]:
     """The ranges that `rows` positions of `width` logits are computed in on a device."""
     size = max(1, min(CHUNK, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // width))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def cap_in_place(products: torch.Tensor, cap: float | None) -> torch.Tensor | None:
+    """Turn products into logits under a soft cap, where they are. Returns the slope of the logits in the products; None without a cap."""
+    if cap is None:
+        return None
+    bent = products.div_(cap).tanh_().clone()
+    products.mul_(cap)
+    return bent.square_().neg_().add_(1)
 
 
 def probabilities_in_place(logits: torch.Tensor) -> torch.Tensor:
@@ -57,6 +75,12 @@ def wide_of(precision: torch.dtype) -> torch.dtype:
     return torch.promote_types(precision, torch.float32)
 
 
+def _pieces(part: slice, width: int, device: torch.device, made: Logits) -> list[slice]:
+    """The ranges that a score is asked for, of a range of positions whose products are there."""
+    size = max(1, PIECE_ELEMENTS // width) if made.light and device.type == "cpu" else CHUNK
+    return [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
+
+
 class _LinearScore(torch.autograd.Function):
     """The gradients of the sum are known with the logits at hand, so they are computed then and only scaled on the way back."""
 
@@ -66,10 +90,10 @@ class _LinearScore(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        precision: torch.dtype,
+        made: Logits,
         score: Score,
     ) -> torch.Tensor:
-        wide = wide_of(precision)
+        precision, wide = made.precision, wide_of(made.precision)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
@@ -79,17 +103,24 @@ class _LinearScore(torch.autograd.Function):
             rows, matrix = hidden.to(precision), weight.to(precision)
             offset = None if bias is None else bias.to(precision)
             for part in chunks(len(hidden), len(weight), hidden.device):
-                value, slope = score(part, functional.linear(rows[part], matrix, offset).to(wide))
-                total += value
-                if not (for_hidden or for_weight or for_bias):
-                    continue
-                if grad_bias is not None:
-                    grad_bias += slope.sum(dim=0)
-                slope = slope.to(precision)
+                # Some positions at a time the products give way to the slopes in them.
+                products = functional.linear(rows[part], matrix, offset)
+                for few in _pieces(part, len(weight), hidden.device, made):
+                    own = slice(few.start - part.start, few.stop - part.start)
+                    logits = products[own].to(wide)
+                    by_products = cap_in_place(logits, made.cap)
+                    value, slope = score(few, logits)
+                    total += value
+                    if by_products is not None:
+                        slope = slope.mul_(by_products)
+                    if grad_bias is not None:
+                        grad_bias += slope.sum(dim=0)
+                    if for_hidden or for_weight:
+                        products[own] = slope
                 if grad_hidden is not None:
-                    grad_hidden[part] = slope @ matrix
+                    grad_hidden[part] = products @ matrix
                 if grad_weight is not None:
-                    grad_weight += slope.T @ rows[part]
+                    grad_weight += products.T @ rows[part]
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total

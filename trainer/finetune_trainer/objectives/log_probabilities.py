@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel
-from finetune_trainer.objectives.linear_score import chunks
+from finetune_trainer.objectives.linear_score import cap_in_place, chunks
 
 
 def example_log_probabilities(model: CausalModel, batch: MicroBatch) -> torch.Tensor:
@@ -30,20 +30,25 @@ def example_log_probabilities(model: CausalModel, batch: MicroBatch) -> torch.Te
         assert outputs.last is not None  # noqa: S101 - one of the two is there
         head = model.head
         hidden = model.before_head(outputs.last.flatten(0, 1)[batch.label_positions])
-        each = linear_log_probabilities(hidden, head.weight, head.bias, targets, model.precision)
+        each = linear_log_probabilities(hidden, head.weight, head.bias, targets, model.precision, model.head_cap)
     return torch.stack([part.sum() for part in torch.split(each.double(), list(batch.document_labels))])
 
 
 def linear_log_probabilities(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, precision: torch.dtype
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    precision: torch.dtype,
+    cap: float | None = None,
 ) -> torch.Tensor:
-    """The log-probability of each target under the softmax of `hidden @ weight.T + bias`: float32 [N].
+    """The log-probability of each target under the softmax of `hidden @ weight.T + bias`, under a soft cap if there is one: float32 [N].
 
     hidden: [N, H]; weight: [V, H]; bias: [V]; targets: int64 [N]. The products are computed in `precision`, the rest in float32.
     """
     if not torch.is_grad_enabled():  # the function below sees what trains, not whether gradients are wanted
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    each: torch.Tensor = _LinearLogProbabilities.apply(hidden, weight, bias, targets, precision)  # type: ignore[no-untyped-call]
+    each: torch.Tensor = _LinearLogProbabilities.apply(hidden, weight, bias, targets, precision, cap)  # type: ignore[no-untyped-call]
     return each
 
 
@@ -58,20 +63,22 @@ class _LinearLogProbabilities(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         precision: torch.dtype,
+        cap: float | None,
     ) -> torch.Tensor:
         for_hidden, *for_head = ctx.needs_input_grad[:3]
-        ctx.precision, ctx.head_trains = precision, any(for_head)
+        ctx.precision, ctx.cap, ctx.head_trains = precision, cap, any(for_head)
         slopes = torch.empty_like(hidden) if for_hidden and not ctx.head_trains else None
         each = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(each)
         with torch.autocast(hidden.device.type, enabled=False):
             for part, rows, matrix, offset in _chunks(hidden, weight, bias, precision):
                 logits = functional.linear(rows, matrix, offset).float()
+                by_products = cap_in_place(logits, cap)
                 normaliser = logits.logsumexp(dim=1)
                 normalisers[part] = normaliser
                 each[part] = logits.gather(1, targets[part, None]).squeeze(1) - normaliser
                 if slopes is not None:
-                    slopes[part] = _slope(logits, normaliser, targets[part]).to(precision) @ matrix
+                    slopes[part] = _slope(logits, normaliser, targets[part], by_products).to(precision) @ matrix
         ctx.save_for_backward(slopes, *((hidden, weight, bias, targets, normalisers) if ctx.head_trains else ()))
         return each
 
@@ -79,7 +86,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
         if not ctx.head_trains:
             (slopes,) = ctx.saved_tensors
-            return None if slopes is None else slopes * scale[:, None].to(slopes.dtype), None, None, None, None
+            return None if slopes is None else slopes * scale[:, None].to(slopes.dtype), None, None, None, None, None
         _, hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         precision: torch.dtype = ctx.precision
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -89,7 +96,8 @@ class _LinearLogProbabilities(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part, rows, matrix, offset in _chunks(hidden, weight, bias, precision):
                 logits = functional.linear(rows, matrix, offset).float()
-                slope = _slope(logits, normalisers[part], targets[part]).mul_(scale[part, None])
+                by_products = cap_in_place(logits, ctx.cap)
+                slope = _slope(logits, normalisers[part], targets[part], by_products).mul_(scale[part, None])
                 if grad_bias is not None:
                     grad_bias += slope.sum(dim=0)
                 slope = slope.to(precision)
@@ -103,6 +111,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -114,7 +123,8 @@ def _chunks(
     return [(part, rows[part], matrix, offset) for part in chunks(len(hidden), len(weight), hidden.device)]
 
 
-def _slope(logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The gradient of each target's log-probability by the logits [N, V], which it takes the place of."""
+def _slope(logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, by_products: torch.Tensor | None) -> torch.Tensor:
+    """The gradient of each target's log-probability by the products [N, V] that the logits are made of, which it takes the place of."""
     slope = logits.sub_(normaliser[:, None]).exp_().neg_()
-    return slope.scatter_add_(1, targets[:, None], slope.new_ones(len(targets), 1))
+    slope.scatter_add_(1, targets[:, None], slope.new_ones(len(targets), 1))
+    return slope if by_products is None else slope.mul_(by_products)

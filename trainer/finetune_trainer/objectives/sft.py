@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel, Outputs
-from finetune_trainer.objectives.linear_score import linear_score, probabilities_in_place
+from finetune_trainer.objectives.linear_score import Logits, linear_score, probabilities_in_place
 from finetune_trainer.objectives.objective import LossSum, Unit
 
 
@@ -36,13 +36,18 @@ def cross_entropy(model: CausalModel, outputs: Outputs, batch: MicroBatch) -> to
         return functional.cross_entropy(logits.float(), targets, reduction="sum")
     assert outputs.last is not None  # noqa: S101 - one of the two is there
     head, hidden = model.head, model.before_head(outputs.last.flatten(0, 1)[batch.label_positions])
-    return linear_cross_entropy(hidden, head.weight, head.bias, targets, model.precision)
+    return linear_cross_entropy(hidden, head.weight, head.bias, targets, model.precision, model.head_cap)
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, precision: torch.dtype
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    precision: torch.dtype,
+    cap: float | None = None,
 ) -> torch.Tensor:
-    """Sum of the cross-entropies of `hidden @ weight.T + bias` against `targets`: a float32 scalar.
+    """Sum of the cross-entropies of `hidden @ weight.T + bias`, under a soft cap if there is one, against `targets`: a float32 scalar.
 
     hidden: [N, H]; weight: [V, H]; bias: [V]; targets: int64 [N]. The products are computed in `precision`, the loss in float32.
     """
@@ -56,4 +61,4 @@ def linear_cross_entropy(
         value = (probabilities_in_place(logits) - of_targets).sum()
         return value, logits.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=logits.dtype))
 
-    return linear_score(hidden, weight, bias, precision, score)
+    return linear_score(hidden, weight, bias, Logits(precision, cap, light=True), score)

@@ -30,7 +30,8 @@ def logits_at(model: CausalModel, outputs: Outputs, positions: torch.Tensor) -> 
 
     def made(part: slice) -> torch.Tensor:
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(model.before_head(hidden[positions[part]]).to(model.precision), matrix, offset).float()
+            products = functional.linear(model.before_head(hidden[positions[part]]).to(model.precision), matrix, offset)
+            return model.after_head(products.float())
 
     return made
 

@@ -13,7 +13,7 @@ from finetune_trainer.objectives.distillation.head import logits_at, score_logit
 from finetune_trainer.objectives.distillation.relation import Relations
 from finetune_trainer.objectives.distillation.response import Response
 from finetune_trainer.objectives.distillation.teacher_cache import Taking, TeacherCache, fill, is_complete, vocabulary_of
-from finetune_trainer.objectives.linear_score import linear_score
+from finetune_trainer.objectives.linear_score import Logits, linear_score
 from finetune_trainer.objectives.objective import Context, LossSum, Unit
 from finetune_trainer.objectives.sft import Sft
 
@@ -95,7 +95,7 @@ class Distillation:
         if outputs.logits is not None:
             return score_logits(outputs.logits.flatten(0, 1)[positions], score)
         hidden = model.before_head(_last(outputs)[positions])
-        return linear_score(hidden, model.head.weight, model.head.bias, model.precision, score)
+        return linear_score(hidden, model.head.weight, model.head.bias, Logits(model.precision, model.head_cap), score)
 
     def _feature(self, outputs: Outputs, taught: Outputs, batch: MicroBatch) -> torch.Tensor:
         """The mean over the layer pairs."""

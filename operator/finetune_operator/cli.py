@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api import KIND
+from finetune_api.profile import TuningProfile
 from finetune_api.scrub import scrub
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import parse_job
@@ -22,6 +23,7 @@ from finetune_operator.local.chat import chat
 from finetune_operator.local.command import local as run_here
 from finetune_operator.local.measure import measure
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
+from finetune_operator.profile_file import ProfileError, read_profile, under
 from finetune_operator.reason_command import explain as explain_reason
 from finetune_operator.words import status_lines
 
@@ -63,11 +65,17 @@ app.command("explain")(explain_reason)
 def validate(
     files: Annotated[list[Path], typer.Argument(help="Manifests; `-` reads standard input.", metavar="FILE...", allow_dash=True)],
     local: Annotated[bool, typer.Option("--local", help="Allow file:// sources, as `finetune local` does.")] = False,
+    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="A TuningProfile: check that the jobs keep within it, too.")] = None,
 ) -> None:
     """Check manifests as the API server would, without one. Exit code 1 where one is refused."""
     refused = 0
+    try:
+        offer = read_profile(profile) if profile else None
+    except ProfileError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
     for file in files:
-        problems = _problems(file, local)
+        problems = _problems(file, local, offer)
         refused += bool(problems)
         for problem in problems:
             typer.echo(f"{file}: {problem}", err=True)
@@ -76,7 +84,7 @@ def validate(
     raise typer.Exit(1 if refused else 0)
 
 
-def _problems(file: Path, local: bool) -> list[str]:
+def _problems(file: Path, local: bool, profile: TuningProfile | None) -> list[str]:
     """What is wrong with a file, a line of text for each; empty where the API server would take it."""
     try:
         manifests = read_manifests(typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text())
@@ -88,14 +96,18 @@ def _problems(file: Path, local: bool) -> list[str]:
     if not jobs:
         kinds = ", ".join(sorted({str(manifest.get("kind")) for manifest in manifests})) or "nothing"
         return [f"holds no {KIND} but {kinds}; set kind: {KIND}"]
-    return [problem for job in jobs for problem in _job_problems(job, local)]
+    return [problem for job in jobs for problem in _job_problems(job, local, profile)]
 
 
-def _job_problems(job: Manifest, local: bool) -> list[str]:
+def _job_problems(job: Manifest, local: bool, profile: TuningProfile | None) -> list[str]:
     try:
-        parse_job(job, local=local)
+        parsed = parse_job(job, local=local)
+        if profile is not None:
+            under(parsed, profile, local=local)
     except ValidationError as error:
         return explain(error, job)
+    except ProfileError as error:
+        return str(error).splitlines()
     return []
 
 

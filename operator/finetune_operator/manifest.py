@@ -14,6 +14,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune_api.fields import model_in
+from finetune_api.profile import TuningProfile
 from finetune_api.v1alpha1 import FineTuneJob
 
 MAX_VALUES = 100_000
@@ -67,7 +68,7 @@ def explain(error: ValidationError, manifest: Manifest | None = None) -> list[st
         path = _path(detail["loc"])
         # A list whose items are at fault is also counted as too short.
         inner_fault = detail["type"] == "too_short" and any(other[: len(path)] == path for other in found)
-        message = _message(detail, path)
+        message = _message(detail, path, TuningProfile if error.title == TuningProfile.__name__ else FineTuneJob)
         if message.endswith("must be set"):
             message += _null_hint(manifest, path)
         if not inner_fault and message not in found.setdefault(path, []):
@@ -245,12 +246,12 @@ def _path(loc: tuple[str | int, ...]) -> Path:
     return tuple(part for part in loc if not (isinstance(part, str) and _UNION_LABELS.match(part)))
 
 
-def _message(detail: ErrorDetails, path: Path) -> str:
+def _message(detail: ErrorDetails, path: Path, root: type[BaseModel]) -> str:
     kind, given, bounds = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
-        return "unknown field" + _suggestion(path)
+        return "unknown field" + _suggestion(path, root)
     if kind in _WANTED:
         quoted = isinstance(given, str) and kind in ("int_type", "float_type", "bool_type") and _plain(given)
         return f"must be {_WANTED[kind]}, not {_shown(given)}" + ("; remove the quotes" if quoted else "")
@@ -275,8 +276,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _suggestion(path: Path) -> str:
-    known = fields_at(path[:-1])
+def _suggestion(path: Path, root: type[BaseModel]) -> str:
+    known = fields_at(path[:-1], root)
     close = get_close_matches(str(path[-1]), known, n=1, cutoff=0.7)
     if close:
         return f"; did you mean {close[0]}?"
@@ -295,9 +296,9 @@ def _null_hint(manifest: Manifest | None, path: Path) -> str:
     return f"; {names[0]} has no value here: write `{names[0]}: {{}}` for its defaults" if names else ""
 
 
-def fields_at(path: Path) -> tuple[str, ...]:
-    """Names of the fields that may stand at a place of a FineTuneJob, as a manifest writes them; () where there is no such place."""
-    model: type[BaseModel] | None = FineTuneJob
+def fields_at(path: Path, root: type[BaseModel] = FineTuneJob) -> tuple[str, ...]:
+    """Names of the fields that may stand at a place of an object, as a manifest writes them; () where there is no such place."""
+    model: type[BaseModel] | None = root
     for part in path:
         if model is None:
             return ()

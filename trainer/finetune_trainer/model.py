@@ -218,7 +218,9 @@ def load_tokenizer(files: ModelFiles) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            files.folder, trust_remote_code=files.trusted, local_files_only=True
+        )
     except Exception as error:
         raise _invalid(files, "has no tokenizer that can be loaded", error) from error
     if not tokenizer.is_fast:
@@ -284,7 +286,7 @@ def load_transformer(
             quantization_config=quantization,
             device_map={"": device},  # straight to where they are computed with, not by way of this machine's memory
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=files.trusted,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -358,10 +360,11 @@ def read_config(files: ModelFiles) -> "PreTrainedConfig":
 
     try:
         raw = json.loads((files.folder / "config.json").read_bytes())
-        config: PreTrainedConfig = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trusted, local_files_only=True)
     except Exception as error:
         raise _invalid(files, "has no configuration that transformers knows", error) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    own = files.trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
         raise JobError(Reason.MODEL_INVALID, f"{files.base.name} ({config.model_type}) is not a causal language model")
     config._attn_implementation = None  # an author's choice may name a package that is not here, or code on the hub
     if raw.get("quantization_config"):
@@ -375,7 +378,7 @@ def _empty_model(config: "PreTrainedConfig", files: ModelFiles) -> "PreTrainedMo
 
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=files.trusted)
     except Exception as error:
         raise _invalid(files, "has a configuration that makes no model", error) from error
     return model

@@ -1,13 +1,14 @@
 """The base model's files: from where the job says to a folder on this machine.
 
-Only safetensors, configuration and tokenizer are ever fetched; pickled weights and code stay where they are.
+Only safetensors, configuration and tokenizer are ever fetched, and with model.trustRemoteCode the Python files beside them; pickled weights
+stay where they are.
 """
 
 import hashlib
 import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from finetune_trainer.sources import Location, Mounts, explained, files_under, h
 
 WEIGHTS = ("*.safetensors",)
 OTHERS = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
+CODE = ("*.py",)
 HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file that the format allows."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf")
@@ -36,6 +38,8 @@ class ModelFiles:
     """For status.resolved: the commit of a hub model, else a fingerprint of the files (`sha256:...`)."""
     weights: tuple[str, ...]
     """Names of the safetensors files that the model has, whether they are in the folder or not."""
+    trusted: bool = False
+    """Whether the model's own code may run: job and profile both say so."""
 
 
 def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bool, revision: str | None = None) -> ModelFiles:
@@ -58,16 +62,17 @@ def fetch_model(source: ModelSource, mounts: Mounts, cache: Path, *, weights: bo
     # Only the folder itself: what lies below it (checkpoints, the original's pickles) is not the model.
     names = tuple(name for file in files if "/" not in (name := file.path[len(place.path) :].lstrip("/")) and name)
     _check_names(names, source.source)
+    code = CODE if source.trust_remote_code else ()
     if (local := place.local_path()) is None:
-        local = _copied(place, names, cache, weights=weights)
+        local = _copied(place, names, cache, (*OTHERS, *code, *(WEIGHTS if weights else ())))
     else:
         for name in _matching(names, WEIGHTS):
             _check_safetensors(local / name, f"{source.source}/{name}")
-    fingerprint = _fingerprint(place, names, local)
+    fingerprint = _fingerprint(place, _matching(names, (*OTHERS, *code, *WEIGHTS)), local)
     if revision is not None and revision != fingerprint:
         raise JobError(Reason.MODEL_INVALID, f"the files of {source.source} have changed since the job began")
     base = BaseModel(name=source.source.removeprefix("file://"), dtype=_dtype(local))
-    return ModelFiles(local, base, fingerprint, _matching(names, WEIGHTS))
+    return _with_own_code(ModelFiles(local, base, fingerprint, _matching(names, WEIGHTS)), source)
 
 
 def _from_hub(source: ModelSource, revision: str | None, token: str | None, cache: Path | None, *, weights: bool) -> ModelFiles:
@@ -82,7 +87,7 @@ def _from_hub(source: ModelSource, revision: str | None, token: str | None, cach
         info = patiently(lambda: HfApi(token=access).model_info(name, revision=revision, timeout=30))
         names = tuple(file.rfilename for file in info.siblings or () if "/" not in file.rfilename)
         _check_names(names, source.source)
-        wanted = [*OTHERS, *(WEIGHTS if weights else ())]
+        wanted = [*OTHERS, *(CODE if source.trust_remote_code else ()), *(WEIGHTS if weights else ())]
         folder = patiently(
             lambda: snapshot_download(
                 name, revision=info.sha, token=access, cache_dir=cache, allow_patterns=wanted, ignore_patterns=["*/*"]
@@ -91,7 +96,27 @@ def _from_hub(source: ModelSource, revision: str | None, token: str | None, cach
     except Exception as error:
         raise explained(error, _with_revision(source.source, revision), Reason.MODEL_NOT_FOUND) from error
     commit = str(info.sha)
-    return ModelFiles(Path(folder), BaseModel(name, commit, _dtype(Path(folder))), commit, _matching(names, WEIGHTS))
+    files = ModelFiles(Path(folder), BaseModel(name, commit, _dtype(Path(folder))), commit, _matching(names, WEIGHTS))
+    return _with_own_code(files, source)
+
+
+def _with_own_code(files: ModelFiles, source: ModelSource) -> ModelFiles:
+    """The files as those of a model whose code may run, where it may. Raises JobError where that code is another model's.
+
+    A configuration may name classes of another repository (owner/name--module.Class), on which no allow-list has been asked.
+    """
+    if not source.trust_remote_code:
+        return files
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            named = json.loads((files.folder / name).read_bytes()).get("auto_map") or {}
+        except (OSError, ValueError, RecursionError, AttributeError):
+            continue
+        if "--" in json.dumps(named):
+            raise JobError(
+                Reason.MODEL_INVALID, f"{source.source}: auto_map of {name} names code of another repository; copy it beside the model"
+            )
+    return replace(files, trusted=True)
 
 
 def fetch_below(source: ModelSource, mounts: Mounts, cache: Path, files: ModelFiles, name: str) -> Path:
@@ -148,11 +173,11 @@ def _matching(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[str, .
     return tuple(sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)))
 
 
-def _copied(place: Location, names: tuple[str, ...], cache: Path, *, weights: bool) -> Path:
+def _copied(place: Location, names: tuple[str, ...], cache: Path, patterns: tuple[str, ...]) -> Path:
     """The wanted files in a local folder that is named by the place; one that is already whole is not fetched again."""
     folder = cache / "models" / hashlib.sha256(place.uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _matching(names, (*OTHERS, *WEIGHTS) if weights else OTHERS):
+    for name in _matching(names, patterns):
         target, aside = folder / name, folder / f".{name}.part"
         if target.exists():
             continue
@@ -199,7 +224,7 @@ def _fingerprint(place: Location, names: tuple[str, ...], local: Path) -> str:
     Tells one model from another and from a retrained one at the cost of a few reads, whatever its size.
     """
     digest = hashlib.sha256()
-    for name in _matching(names, (*OTHERS, *WEIGHTS)):
+    for name in names:
         remote = f"{place.path}/{name}"
         size = int(place.filesystem.size(remote))
         digest.update(f"{name}/{size}\n".encode())

@@ -21,6 +21,9 @@ def local(  # noqa: PLR0913, PLR0917 - one argument for each option
         list[str],
         typer.Option(metavar="NAME[/PATH]=FOLDER", help="The folder that stands for a PersistentVolumeClaim, or files put into it."),
     ] = [],  # noqa: B006
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The TuningProfile that the job runs under; only its image has no meaning here.")
+    ] = None,
     state: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder for claims, logs and pods; default: .finetune beside the manifest.")
     ] = None,
@@ -36,7 +39,7 @@ def local(  # noqa: PLR0913, PLR0917 - one argument for each option
     Ctrl-C saves a checkpoint and suspends the job; the same command goes on from there. The job with its status stands in
     NAME.status.yaml beside the manifest. Exit codes: 0 complete, 1 failed, 2 not started, 124 timeout, 130 Ctrl-C.
     """
-    given = Given(config_maps=pairs("--config-map", config_map), claims=pairs("--claim", claim))
+    given = Given(config_maps=pairs("--config-map", config_map), claims=pairs("--claim", claim), profile=profile)
     options = Options(state=state, given=given, worker_cpus=workers_cpus, timeout=timeout, fresh=fresh, logs=logs)
     raise typer.Exit(run_local(job, options))
 

@@ -17,6 +17,7 @@ from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_operator.local.cluster import data_of
 from finetune_operator.local.state import State
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
+from finetune_operator.profile_file import ProfileError, read_profile, under
 
 _KEY = re.compile(r"^(?!\.\.)[-._a-zA-Z0-9]{1,253}$")
 _IGNORED = ("PersistentVolumeClaim", "PersistentVolume", "Namespace", "ServiceAccount")
@@ -62,6 +63,8 @@ class Given:
 
     config_maps: Mapping[str, Path] = field(default_factory=dict)
     claims: Mapping[str, Path] = field(default_factory=dict)
+    profile: Path | None = None
+    """File of the TuningProfile that the job runs under: `--profile FILE`."""
 
 
 def read_inputs(path: Path, given: Given, env: Mapping[str, str]) -> Inputs:
@@ -71,9 +74,11 @@ def read_inputs(path: Path, given: Given, env: Mapping[str, str]) -> Inputs:
     if len(jobs) != 1:
         raise InputError(f"{path}: holds {len(jobs)} objects of kind {KIND}; a local run takes exactly one")
     try:
-        job = parse_job(jobs[0], local=True)
+        job = under(parse_job(jobs[0], local=True), read_profile(given.profile) if given.profile else None, local=True)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {line}" for line in explain(error, jobs[0]))) from None
+    except ProfileError as error:
+        raise InputError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
     config_maps, secrets, notes = _others(path, documents)
     config_maps |= {name: _keys_at(name, source) for name, source in given.config_maps.items()}
     for name, keys in _secrets_wanted(job).items():

@@ -89,7 +89,9 @@ def test_people_get_their_roles_by_aggregation(chart: helm_python.Chart) -> None
 @pytest.mark.parametrize("scheduler", GANG_SCHEDULERS)
 def test_pod_groups_are_granted_only_where_a_scheduler_wants_them(chart: helm_python.Chart, scheduler: GangScheduler) -> None:
     objects = render(chart, {"operator": {"gangScheduler": scheduler}})
-    (role,) = [each for each in of_kind(objects, "ClusterRole") if not each["metadata"]["name"].endswith(("-viewer", "-editor"))]
+    (role,) = [
+        each for each in of_kind(objects, "ClusterRole") if not each["metadata"]["name"].endswith(("-viewer", "-editor", "-profiles"))
+    ]
     assert rules_of(role) == triples(required_rules(scheduler))
     groups = {group for group, resource, _ in rules_of(role) if resource == "podgroups"}
     assert groups == {"volcano": {"scheduling.volcano.sh"}, "scheduler-plugins": {"scheduling.x-k8s.io"}}.get(scheduler, set())

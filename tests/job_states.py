@@ -48,6 +48,12 @@ def in_phase(phase: Phase, reason: Reason | None = None, **spec: Any) -> dict[st
     return job(status_in(phase, reason or REASONS[phase]), **spec)
 
 
+def degraded(truth: str) -> dict[str, Any]:
+    """The condition that tells how a published model does on fresh data; it comes last."""
+    told = {"observedGeneration": 1, "lastTransitionTime": "2026-01-01T00:00:00Z", "reason": "Degraded", "message": "in words"}
+    return {"type": "Degraded", "status": truth, **told}
+
+
 STATES: dict[str, dict[str, Any]] = {
     **{phase.lower(): in_phase(phase, **({"suspend": True} if phase == "Suspended" else {})) for phase in get_args(Phase)},
     "just made": job({"observedGeneration": -1}),
@@ -57,6 +63,8 @@ STATES: dict[str, dict[str, Any]] = {
     "to be suspended": job(status_in("Training", Reason.TRAINING), generation=2, suspend=True),
     "to be resumed": job(status_in("Suspended", Reason.SUSPENDED), generation=2, suspend=False),
 }
+STATES["degraded"] = job({**STATES["complete"]["status"], "conditions": [*STATES["complete"]["status"]["conditions"], degraded("True")]})
+STATES["holding"] = job({**STATES["complete"]["status"], "conditions": [*STATES["complete"]["status"]["conditions"], degraded("False")]})
 _MARK = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
 STATES["deleting"] = {**STATES["training"], "metadata": {**STATES["training"]["metadata"], **_MARK}}
 STATES["complete and deleting"] = {**STATES["complete"], "metadata": {**STATES["complete"]["metadata"], **_MARK}}

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.api
 
 MONITORING = {"ServiceMonitor": "servicemonitors", "PodMonitor": "podmonitors", "PrometheusRule": "prometheusrules"}
 RELEASE = "on-trial"
-PLURALS = {"NetworkPolicy": "networkpolicies", **MONITORING}
+PLURALS = {"NetworkPolicy": "networkpolicies", "ValidatingAdmissionPolicy": "validatingadmissionpolicies", **MONITORING}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -29,16 +29,16 @@ async def monitoring(kube: Kube) -> AsyncIterator[None]:
     """The kinds of the Prometheus operator, whose fields nobody checks here."""
     made = [kind for kind, plural in MONITORING.items() if await _make(kube, _open_kind(kind, plural))]
     async with asyncio.timeout(60):
-        while set(MONITORING) - await _served(kube):
+        while set(MONITORING) - await _served(kube, "monitoring.coreos.com/v1"):
             await asyncio.sleep(0.5)
     yield
     for kind in made:
         await kube.delete("CustomResourceDefinition", "", f"{MONITORING[kind]}.monitoring.coreos.com")
 
 
-async def _served(kube: Kube) -> set[str]:
+async def _served(kube: Kube, group: str) -> set[str]:
     try:
-        return {each["kind"] for each in (await kube.call("GET", "/apis/monitoring.coreos.com/v1"))["resources"]}
+        return {each["kind"] for each in (await kube.call("GET", f"/apis/{group}"))["resources"]}
     except (AnswerError, ValueError):
         return set()
 
@@ -115,6 +115,8 @@ def path_of(item: dict[str, Any]) -> str:
 @pytest.mark.parametrize("case", ["defaults", "everything"])
 async def test_api_server_takes_every_object(server: ApiServer, kube: Kube, namespaces: list[str], case: str) -> None:
     values, system = values_for(case, namespaces)
+    if "ValidatingAdmissionPolicy" not in await _served(kube, "admissionregistration.k8s.io/v1"):
+        values = {**values, "admissionPolicy": {"enabled": False}}  # before Kubernetes 1.30
     objects = await asyncio.to_thread(rendered, server, values, system)
     assert {item["kind"] for item in objects} >= {"Deployment", "Service", "Pod", "NetworkPolicy", "Role"}
     assert (case == "everything") == any(item["kind"] == "PrometheusRule" for item in objects)

@@ -23,7 +23,7 @@ DELETING = ("deleting", "complete and deleting")
 
 
 def expected(suspended: str, complete: str, going_on: str, failed: str, deleting: str, unseen: str) -> dict[str, str]:
-    told = {"suspended": suspended, "complete": complete}
+    told = {"suspended": suspended, "complete": complete, "holding": complete, "degraded": complete}
     for names, answer in (GOING_ON, going_on), (FAILED, failed), (DELETING, deleting), (UNSEEN, unseen):
         told |= dict.fromkeys(names, answer)
     assert told.keys() == STATES.keys()
@@ -53,6 +53,8 @@ def _plain(value: Any) -> Any:
     ("state", "health"), expected("Suspended", "Healthy", "Progressing", "Degraded", "Progressing", "Progressing").items()
 )
 def test_argo_cd_knows_the_health(state: str, health: str) -> None:
+    if state == "degraded":
+        health = "Degraded"  # the job is complete, and its model does not do as well any more
     found = lua(HEALTH, STATES[state])
     assert found["status"] == health
     assert found["message"]

@@ -91,7 +91,7 @@ def test_metrics_that_are_named_exist(document: Path) -> None:
     operator = set(re.findall(r"^# TYPE (\w+)", Metrics("1", lambda: 0.0, lambda: True).render().decode(), re.MULTILINE))
     told = series(Report(job_uid="uid", attempt=1), Workers())
     trainer = {f"{PREFIX}{each.name}{'_total' if each.kind == 'counter' else ''}" for each in told} | {f"{PREFIX}stage"}
-    named = set(re.findall(r"`(finetune_(?:job|training|evaluation|operator)_\w+)`", document.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(finetune_(?:job|namespace|training|operator)_\w+)`", document.read_text(encoding="utf-8")))
     assert named <= operator | trainer
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from finetune_api.fields import StatusModel
 from finetune_api.monitoring_status import FRESH_MAX, FreshFigure
+from finetune_api.scrub import last_lines
 from finetune_api.status import (
     BASELINES_MAX,
     Artifact,
@@ -103,11 +104,14 @@ def termination_message(report: Report) -> str:
         (brief, _MANY_OPTIONAL),
         (brief, _ALL_BUT_VERDICTS),
         (brief, _ALL_OPTIONAL),
+        (_without_log(brief), _ALL_OPTIONAL),
     ):
         text = _json_without(said, dropped)
         if len(text.encode()) <= TERMINATION_MESSAGE_BYTES:
             return text
-    shorter = report.failure and report.failure.model_copy(update={"message": report.failure.message[:_FEW_CHARACTERS], "hint": None})
+    shorter = report.failure and report.failure.model_copy(
+        update={"message": report.failure.message[:_FEW_CHARACTERS], "hint": None, "log": None}
+    )
     return _json_without(report.model_copy(update={"failure": shorter}), _ALL_OPTIONAL)
 
 
@@ -124,16 +128,18 @@ def brief_data(data: DataSummary) -> DataSummary:
 
 
 def _brief(report: Report) -> Report:
-    evaluation, data = report.evaluation, report.data
-    fresh = tuple(_brief_figure(each) for each in report.fresh[:_FEW_FIGURES])
-    return report.model_copy(
-        update={
-            "fresh": fresh,
-            "evaluation": evaluation and brief_evaluation(evaluation),
-            "data": data and brief_data(data),
-            "baseline": (),
-        }
-    )
+    evaluation, data, why = report.evaluation, report.data, report.failure
+    briefly = {
+        "fresh": tuple(_brief_figure(each) for each in report.fresh[:_FEW_FIGURES]),
+        "evaluation": evaluation and brief_evaluation(evaluation),
+        "data": data and brief_data(data),
+        "failure": why and why.model_copy(update={"log": last_lines(why.log, _FEW_CHARACTERS) if why.log else None}),
+    }
+    return report.model_copy(update={**briefly, "baseline": ()})
+
+
+def _without_log(report: Report) -> Report:
+    return report.model_copy(update={"failure": report.failure and report.failure.model_copy(update={"log": None})})
 
 
 def _brief_figure(figure: FreshFigure) -> FreshFigure:

@@ -38,6 +38,7 @@ from finetune_api.training_status import (
 __all__ = [
     "BASELINES_MAX",
     "COUNT_MAX",
+    "LOG_MAX",
     "RETRY_MAX",
     "STAGES",
     "TEXT_MAX",
@@ -100,6 +101,8 @@ Phase = Literal[
     "Failed",
 ]
 StageName = Literal["Prepare", "Baseline", "Search", "Train", "Evaluate", "Publish"]
+LOG_MAX = 2048
+"""Characters of a log that a failure holds."""
 StageState = Literal["Pending", "Running", "Succeeded", "Failed"]
 RETRY_MAX = 64
 """Longest value of the retry annotation that is kept as it is; as long as a SHA-256 in hexadecimal."""
@@ -144,6 +147,27 @@ class Condition(StatusModel):
     """Why, for people."""
 
 
+class Failure(StatusModel):
+    """Why an attempt, or a worker pod, failed."""
+
+    stage: StageName | None = None
+    """Stage in which it failed."""
+    reason: Annotated[str, Field(max_length=64)]
+    """Why, as one word of the documented set."""
+    message: Text = ""
+    """Why, for people."""
+    hint: Text | None = None
+    """What to change."""
+    retryable: bool = False
+    """Whether another attempt may help."""
+    pod: Name | None = None
+    """Pod that it happened in."""
+    exit_code: int | None = None
+    """Exit code of the pod's container."""
+    log: Annotated[str, Field(max_length=LOG_MAX)] | None = None
+    """The last lines of the pod's log; what looks like a secret is hidden."""
+
+
 class Attempt(StatusModel):
     """The set of pods that is running the job, and how many sets there were before."""
 
@@ -177,6 +201,8 @@ class Attempt(StatusModel):
     """Whether all workers without which the training does not go on were seen, so that the loss of one means that the group is lost."""
     retry_time: Time | None = None
     """When the next attempt may begin, after a failure."""
+    worker_failure: Failure | None = None
+    """How the last worker pod of this attempt that died did. Lost workers alone do not end an attempt."""
 
     @property
     def running(self) -> bool:
@@ -222,25 +248,6 @@ class Usage(StatusModel):
     """Up to when gpuSeconds is counted."""
     trained_tokens: Count = 0
     """Tokens of examples that steps were taken on."""
-
-
-class Failure(StatusModel):
-    """Why the last attempt that failed did."""
-
-    stage: StageName | None = None
-    """Stage in which it failed."""
-    reason: Annotated[str, Field(max_length=64)]
-    """Why, as one word of the documented set."""
-    message: Text = ""
-    """Why, for people."""
-    hint: Text | None = None
-    """What to change."""
-    retryable: bool = False
-    """Whether another attempt may help."""
-    pod: Name | None = None
-    """Pod that it happened in."""
-    exit_code: int | None = None
-    """Exit code of the pod's container."""
 
 
 class Status(StatusModel):

@@ -32,7 +32,8 @@ def gang_lost(look: Look) -> Verdict | None:
         words = f"pod {broken.name} ended ({broken.exit.reason}, exit code {broken.exit.code})"
         return counted(look, Ending(why, words, failure(why, words)))
     if going := next((pod for pod in found if pod.deletion or pod.disruption), None):
-        return counted(look, Ending(Reason.PREEMPTED, f"pod {going.name}: {going.disruption or 'it was told to go'}", None))
+        reason, words = (going.disruption.reason, going.disruption.words) if going.disruption else (Reason.PREEMPTED, "it was told to go")
+        return counted(look, Ending(reason, f"pod {going.name}: {words}", None))
     if look.attempt.gang_seen and len(found) < size:
         return counted(
             look, Ending(Reason.PREEMPTED, f"{size - len(found)} of the {size} workers that were let in together are gone", None)

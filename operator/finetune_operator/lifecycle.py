@@ -16,7 +16,7 @@ from finetune_operator.admission import admission, awaiting_profile
 from finetune_operator.budget import hold_of
 from finetune_operator.conditions import PHASES, Summary, conditions_of
 from finetune_operator.endings import counted, end, failed, finish, let_in, rested
-from finetune_operator.failures import ending_of, failure, head_lost
+from finetune_operator.failures import ending_of, explained, failure, head_lost
 from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
 from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
 from finetune_operator.monitoring import monitored
@@ -28,6 +28,7 @@ from finetune_operator.requests import canceled, canceling, is_paused, noted, pa
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
 from finetune_operator.usage import with_gpu_seconds
+from finetune_operator.worker_deaths import remembered
 
 _STEPS = 8
 """More changes of state than one look at a job can bring about."""
@@ -137,7 +138,7 @@ def head_ended(look: Look) -> Verdict | None:
     stage = current_stage(look.status.stages)
     report = look.observed.report_of(look.job.uid, attempt.number)
     ending = ending_of(head, report, stage) if head else head_lost(head_name(look.job.name, attempt.number))
-    return counted(look, ending)
+    return counted(look, explained(ending, remembered(look).worker_failure))
 
 
 def never_ran(look: Look) -> Verdict | None:
@@ -179,6 +180,7 @@ def beginning(look: Look) -> Verdict | None:
             "head_seen": False,
             "gangs": 0,
             "gang_seen": False,
+            "worker_failure": None,
             "earlier_lost_steps": look.attempt.lost_steps,
         }
     )
@@ -201,7 +203,7 @@ def running(look: Look) -> Verdict:
     attempt, status, crew = look.attempt, look.status, crew_of(look)
     seen = attempt.head_seen or look.observed.head(attempt.number) is not None
     noted = {"head_seen": seen, "gang_seen": attempt.gang_seen or gang_is_whole(look), "waiting_time": waiting_since(look)}
-    changes: dict[str, Any] = {"workers_ready": crew.ready, "attempt": attempt.model_copy(update=noted)}
+    changes: dict[str, Any] = {"workers_ready": crew.ready, "attempt": remembered(look).model_copy(update=noted)}
     waiting = waiting_of(look)
     stage = current_stage(status.stages)
     phase, reason = PHASES[stage] if stage else ("Pending", Reason.PENDING)

@@ -9,6 +9,8 @@ from finetune_api.reasons import Reason
 from finetune_api.status import Attempt, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.conditions import Summary
+from finetune_operator.diagnosis import REFUSALS
+from finetune_operator.failures import death_of
 from finetune_operator.gangs import gang_size, members
 from finetune_operator.observed import Job, Observed, Pod, Waiting
 from finetune_operator.settings import Settings
@@ -102,13 +104,15 @@ def waiting_of(look: Look) -> Waiting | None:
         return observed.refusal
     before = look.status.condition("Reconciling")
     absent = head is None or len(workers) < look.status.workers_wanted
-    if absent and before and before.reason == Reason.FORBIDDEN and look.attempt.running:
-        return Waiting(Reason.FORBIDDEN, before.message)
+    if absent and before and before.reason in REFUSALS and look.attempt.running:
+        return Waiting(Reason(before.reason), before.message)
     return None
 
 
 def _worker_ended(pod: Pod) -> Waiting:
     """Said before the pod is replaced, since its words go with it."""
-    why = pod.disruption or pod.message or (f"{pod.exit.reason}, exit code {pod.exit.code}" if pod.exit else pod.phase)
-    out_of_memory = pod.exit is not None and pod.exit.reason == "OOMKilled"
-    return Waiting(Reason.OUT_OF_MEMORY if out_of_memory else Reason.WORKERS_LOST, f"pod {pod.name} ended ({why}) and is made anew")
+    if pod.disruption:
+        return Waiting(Reason.WORKERS_LOST, f"pod {pod.name} ended ({pod.disruption.words}) and is made anew")
+    death = death_of(pod)
+    why = pod.message or (f"{pod.exit.reason}, exit code {pod.exit.code}" if pod.exit else pod.phase)
+    return Waiting(Reason(death.reason) if death else Reason.WORKERS_LOST, f"pod {pod.name} ended ({why}) and is made anew")

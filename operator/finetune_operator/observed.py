@@ -4,31 +4,22 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
-from finetune_api.reasons import Reason
 from finetune_api.report import Report, parse_report
 from finetune_api.scrub import scrub
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec, parse_job
+from finetune_operator.diagnosis import Disruption, Raw, Waiting, condition, disruption_of, waiting_of
 from finetune_operator.manifest import explain
 from finetune_operator.profiles import Offered, effective
 
-Raw = Mapping[str, Any]
-"""A Kubernetes object as JSON."""
+__all__ = ["Exit", "Job", "Observed", "Pod", "Raw", "Role", "Waiting", "head_name", "job_from", "observe", "pod_from"]
 
 Role = Literal["head", "worker"]
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Why something that should run does not."""
-
-    reason: Reason
-    message: str
 
 
 @dataclass(frozen=True)
@@ -66,8 +57,8 @@ class Pod:
     """A queue (Kueue) holds it back."""
     gates: tuple[str, ...] = ()
     """Names of its scheduling gates."""
-    disruption: str | None = None
-    """The cluster's words, where the cluster took it away."""
+    disruption: Disruption | None = None
+    """Where the cluster took it away."""
     reason: str = ""
     message: str = ""
     """The kubelet's word, and words, about the pod as a whole."""
@@ -226,7 +217,7 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
     """One raw pod, with what the Events say about it."""
     meta, status = raw["metadata"], raw.get("status") or {}
     phase = status.get("phase", "Pending")
-    scheduled = _condition(status, "PodScheduled")
+    scheduled = condition(status, "PodScheduled")
     gates = tuple(str(gate.get("name", "")) for gate in (raw.get("spec") or {}).get("schedulingGates") or ())
     return Pod(
         name=meta["name"],
@@ -240,10 +231,10 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         deletion=datetime.fromisoformat(meta["deletionTimestamp"]) if meta.get("deletionTimestamp") else None,
         forced=bool(meta.get("deletionTimestamp")) and meta.get("deletionGracePeriodSeconds") == 0,
         exit=_exit(status),
-        waiting=_waiting(raw, tuple(events)) if phase == "Pending" else None,
+        waiting=waiting_of(raw, events) if phase == "Pending" else None,
         gated=phase == "Pending" and bool(gates or scheduled.get("reason") == "SchedulingGated"),
         gates=gates,
-        disruption=_disruption(status),
+        disruption=disruption_of(status),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         gpus=_gpus(raw),
@@ -261,15 +252,11 @@ def _ended(status: Raw) -> datetime | None:
     """When the last of its containers ended; of a pod whose node is gone, when the cluster gave it up."""
     states = ((each.get("state") or {}).get("terminated") or {} for each in status.get("containerStatuses") or ())
     ends = [end for state in states if (end := _time(state.get("finishedAt")))]
-    return max(ends, default=None) or _time(_condition(status, "DisruptionTarget").get("lastTransitionTime"))
+    return max(ends, default=None) or _time(condition(status, "DisruptionTarget").get("lastTransitionTime"))
 
 
 def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
-
-
-def _condition(status: Raw, kind: str) -> Raw:
-    return next((condition for condition in status.get("conditions") or () if condition["type"] == kind), {})
 
 
 def _exit(status: Raw) -> Exit | None:
@@ -278,61 +265,3 @@ def _exit(status: Raw) -> Exit | None:
         if ended:
             return Exit(ended["exitCode"], ended.get("reason", ""), ended.get("message", ""))
     return None
-
-
-_TAKEN_AWAY = re.compile(r"Evicted|Preempting|NodeLost|NodeShutdown|Shutdown|Terminated|UnexpectedAdmissionError|NodeAffinity|Out[Oo]f.+")
-STORAGE_LIMIT = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
-
-
-def _disruption(status: Raw) -> str | None:
-    """The cluster's words where it took the pod away. Filling one's own volume is one's own fault, though the kubelet evicts for it."""
-    words = status.get("message", "")
-    # Kueue says so in a condition of its own before it deletes a pod.
-    target = next((each for kind in ("DisruptionTarget", "TerminationTarget") if (each := _condition(status, kind))), {})
-    if STORAGE_LIMIT.search(words):
-        return None
-    if target.get("status") == "True":
-        return f"{target.get('reason', 'disrupted')}: {target.get('message', '')}".rstrip(": ")
-    if status.get("phase") == "Failed" and _TAKEN_AWAY.fullmatch(status.get("reason", "")):
-        return f"{status['reason']}: {words}".rstrip(": ")
-    return None
-
-
-_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
-_MISSING = (
-    (re.compile(r'secret "[^"]+" not found|non-existent secret key'), Reason.SECRET_NOT_FOUND),
-    (re.compile(r'configmap "[^"]+" not found|non-existent config key'), Reason.CONFIG_MAP_NOT_FOUND),
-    (re.compile(r'persistentvolumeclaim "[^"]+" (not found|is being deleted)'), Reason.VOLUME_CLAIM_NOT_FOUND),
-)
-
-
-def _waiting(raw: Raw, events: tuple[Raw, ...]) -> Waiting | None:
-    """Why a pending pod does not run: its image, something that it mounts, or no node; None where it is just starting."""
-    status, name = raw.get("status") or {}, raw["metadata"]["name"]
-    for container in status.get("containerStatuses") or ():
-        stuck = (container.get("state") or {}).get("waiting") or {}
-        words = f"pod {name}: {stuck.get('message') or stuck.get('reason', '')}"
-        if stuck.get("reason") in _IMAGE:
-            return Waiting(Reason.IMAGE_PULL_FAILED, words)
-        if stuck.get("reason") == "CreateContainerConfigError":
-            return Waiting(_missing(words) or Reason.FORBIDDEN, words)
-    told = [event for event in events if event.get("involvedObject", {}).get("uid") == raw["metadata"]["uid"]]
-    for event in sorted(told, key=_event_time, reverse=True):
-        words = f"pod {name}: {event.get('message', '')}"
-        if event.get("reason") == "FailedMount" and (reason := _missing(words)):
-            return Waiting(reason, words)
-        if event.get("reason") == "FailedAttachVolume":
-            return Waiting(Reason.STORAGE_UNAVAILABLE, words)
-    scheduled = _condition(status, "PodScheduled")
-    if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
-        words = f"pod {name}: {scheduled.get('message', 'no node fits')}"
-        return Waiting(_missing(words) or Reason.UNSCHEDULABLE, words)
-    return None
-
-
-def _missing(words: str) -> Reason | None:
-    return next((reason for pattern, reason in _MISSING if pattern.search(words)), None)
-
-
-def _event_time(event: Raw) -> str:
-    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or ""

@@ -5,6 +5,7 @@ from datetime import datetime
 from finetune_api.reasons import Reason
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec
+from finetune_operator.diagnosis import REFUSALS
 from finetune_operator.observed import Job, Observed
 from finetune_operator.reported import current_stage
 from finetune_operator.settings import Settings
@@ -20,8 +21,9 @@ _OTHERS_MUST_ACT = (
     Reason.VOLUME_CLAIM_NOT_FOUND,
     Reason.IMAGE_PULL_FAILED,
     Reason.UNSCHEDULABLE,
-    Reason.FORBIDDEN,
+    *REFUSALS,
     Reason.STORAGE_UNAVAILABLE,
+    Reason.CONTAINER_START_FAILED,
 )
 _QUIET = ("message", "warnings", "resolved", "model", "data", "progress", "metrics", "usage", "checkpoints", "search")
 """What the head says that decides nothing: a head that says something else each time it is asked costs no more than one that trains."""

@@ -8,9 +8,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from finetune_api.reasons import Reason
 from finetune_api.report import Report
 from finetune_api.status import Status
+from finetune_operator.diagnosis import refusal as refused_for
 from finetune_operator.lifecycle import advance
 from finetune_operator.monitoring import acting
 from finetune_operator.observed import Job, Observed, Waiting, job_from, observe, with_status
@@ -96,7 +96,7 @@ async def _act(cluster: Cluster, job: Job, status: Status, observed: Observed, s
             await cluster.apply(manifest)
     except Refused as error:
         log.warning("refused: %s", error)
-        refusal = Waiting(Reason.FORBIDDEN, error.message)
+        refusal = refused_for(error.message)
     for removal in surplus(desired, job, status, observed, settings, now)[:CHANGES_PER_TURN]:
         await cluster.delete(removal.kind, job.namespace, removal.name, uid=removal.uid, grace=removal.grace)
     return refusal

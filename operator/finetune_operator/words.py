@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from finetune_api.figures import figure, gate_in_words, interval
 from finetune_api.status import BaselineResult, EvaluationResult, SearchSummary, Status
 
+LOG_LINES = 12
+"""Of a failure's log."""
+
 
 def status_lines(status: Status) -> list[str]:
     """Where a job stands, what it has achieved, and what to do where it failed."""
@@ -86,10 +89,20 @@ def _result(result: EvaluationResult) -> Iterator[str]:
 
 
 def _failed(status: Status) -> Iterator[str]:
-    if status.failure:
-        yield f"failure: {status.failure.reason}: {status.failure.message}"
-        if status.failure.hint:
-            yield f"what to do: {status.failure.hint}"
+    """Why the last attempt that failed did: what, where, its last words, and what to change."""
+    why = status.failure
+    if why is None:
+        return
+    yield f"failure: {why.reason}: {why.message}"
+    code = f"exit code {why.exit_code}" if why.exit_code is not None else ""
+    if where := ", ".join(filter(None, (why.stage and f"stage {why.stage}", why.pod and f"pod {why.pod}", code))):
+        yield f"where: {where}; {'another attempt may help' if why.retryable else 'another attempt would not help'}"
+    if why.log:
+        yield "the last lines of its log:"
+        yield from (f"  | {line}" for line in why.log.splitlines()[-LOG_LINES:])
+    if why.hint:
+        yield f"what to do: {why.hint}"
+    yield f"more of it: finetune explain {why.reason}"
 
 
 def monitoring_lines(status: Status) -> Iterator[str]:

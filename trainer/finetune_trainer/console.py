@@ -2,11 +2,14 @@
 
 import sys
 import time
+from collections import deque
 from typing import Any
 
 from finetune_api.status import Progress
 
 LINE_SECONDS = 5.0
+LINES_KEPT = 40
+"""Of what was said last: a failure is told with it."""
 
 
 def progress_line(progress: Progress, metrics: dict[str, float]) -> str:
@@ -40,10 +43,17 @@ class Console:
         self._bar: Any = None
         self._task: Any = None
         self._last_line = 0.0
+        self._said: deque[str] = deque(maxlen=LINES_KEPT)
         self._terminal = sys.stdout.isatty()
+
+    @property
+    def tail(self) -> str:
+        """What was said last."""
+        return "\n".join(self._said)
 
     def say(self, text: str) -> None:
         """One line."""
+        self._said.append(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 
 from finetune_api.report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SUCCEEDED, Outcome, Report, termination_message
-from finetune_api.scrub import scrub
-from finetune_api.status import Failure, StageName
+from finetune_api.scrub import last_lines, scrub
+from finetune_api.status import LOG_MAX, Failure, StageName
 from finetune_api.v1alpha1 import stages_of
 from finetune_trainer.attempt import Attempt
 from finetune_trainer.console import Console
@@ -56,6 +56,7 @@ def run_head(environment: Environment) -> int:
         failure = failure_from(error, running_stage(reporter.report))
         if failure.reason == "InternalError":
             console.say(scrub("".join(traceback.format_exception(error))))
+        failure = failure.model_copy(update={"log": last_lines(console.tail, LOG_MAX) or None})
         reporter.finish("Failed", failure.message, failure)
     interruption.ignore()
     attempt.keep_report()

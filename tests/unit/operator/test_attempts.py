@@ -44,10 +44,10 @@ def test_the_last_failure_the_user_allows_ends_the_job() -> None:
     assert condition(status, "Failed") == ("True", "BackoffLimitExceeded")
     assert condition(status, "Stalled") == ("True", "BackoffLimitExceeded")
     assert status.failure is not None
-    assert (status.failure.reason, status.failure.stage, status.failure.exit_code) == ("InternalError", "Train", 139)
+    assert (status.failure.reason, status.failure.stage, status.failure.exit_code) == ("ProcessCrashed", "Train", 139)
     assert status.attempt.failures == 1
     assert [stage.state for stage in status.stages] == ["Succeeded", "Failed"]
-    assert condition(status, "Trained") == ("False", "InternalError")
+    assert condition(status, "Trained") == ("False", "ProcessCrashed")
     assert condition(status, "DataReady") == ("True", "Succeeded")
 
 

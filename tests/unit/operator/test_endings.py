@@ -4,8 +4,8 @@ import pytest
 from tests.builders import make_pod, make_report, terminated
 
 from finetune_api.reasons import ADVICE
-from finetune_api.status import Failure
-from finetune_operator.failures import ending_of
+from finetune_api.status import LOG_MAX, Failure
+from finetune_operator.failures import death_of, ending_of, explained
 from finetune_operator.observed import Pod
 
 DISRUPTED = [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "preempted by team-b/urgent"}]
@@ -35,7 +35,7 @@ FAILURES = {
     "exit code 1 and a log": (failed(1, log="Traceback: boom"), None, "InternalError", True),
     "killed for its memory": (failed(137, "OOMKilled"), None, "OOMKilled", True),
     "killed, and not for its memory": (failed(137), None, "HeadLost", True),
-    "a segmentation fault": (failed(139), None, "InternalError", True),
+    "a segmentation fault": (failed(139), None, "ProcessCrashed", True),
     "success without a report": (failed(0, "Completed"), None, "InternalError", True),
     "its own volume is full": (
         failed(None, reason="Evicted", message='Usage of EmptyDir volume "tmp" exceeds the limit "20Gi".'),
@@ -65,23 +65,31 @@ def test_a_failure_has_its_reason(pod, report, reason, retryable) -> None:
 
 
 PREEMPTIONS = {
-    "preempted by the scheduler": (failed(143, conditions=DISRUPTED), None),
-    "preempted, and the trainer failed of it": (failed(1, conditions=DISRUPTED), said(GPU)),
-    "preempted, and killed in the end": (failed(137, conditions=DISRUPTED), None),
-    "the node is short of memory": (failed(137, reason="Evicted", message="The node was low on resource: memory."), None),
-    "the node shut down": (failed(143, reason="Terminated", message="Pod was terminated in response to imminent node shutdown."), None),
-    "the node is lost": (failed(None, reason="NodeLost", message="Node n1 which was running pod is unresponsive"), None),
-    "the node has no GPU left": (failed(None, reason="OutOfnvidia.com/gpu", message="Node didn't have enough resource"), None),
-    "the kubelet refused the pod": (failed(None, reason="UnexpectedAdmissionError", message="Allocate failed"), None),
-    "somebody stopped it": (failed(143), None),
-    "somebody stopped it, and it left a checkpoint": (failed(143), said(None, "Interrupted")),
+    "preempted by the scheduler": (failed(143, conditions=DISRUPTED), None, "Preempted"),
+    "preempted, and the trainer failed of it": (failed(1, conditions=DISRUPTED), said(GPU), "Preempted"),
+    "preempted, and killed in the end": (failed(137, conditions=DISRUPTED), None, "Preempted"),
+    "the node is short of memory": (failed(137, reason="Evicted", message="The node was low on resource: memory."), None, "Evicted"),
+    "the node shut down": (
+        failed(143, reason="Terminated", message="Pod was terminated in response to imminent node shutdown."),
+        None,
+        "NodeLost",
+    ),
+    "the node is lost": (failed(None, reason="NodeLost", message="Node n1 which was running pod is unresponsive"), None, "NodeLost"),
+    "the node has no GPU left": (
+        failed(None, reason="OutOfnvidia.com/gpu", message="Node didn't have enough resource"),
+        None,
+        "NodeRejected",
+    ),
+    "the kubelet refused the pod": (failed(None, reason="UnexpectedAdmissionError", message="Allocate failed"), None, "NodeRejected"),
+    "somebody stopped it": (failed(143), None, "Preempted"),
+    "somebody stopped it, and it left a checkpoint": (failed(143), said(None, "Interrupted"), "Preempted"),
 }
 
 
-@pytest.mark.parametrize(("pod", "report"), PREEMPTIONS.values(), ids=PREEMPTIONS)
-def test_what_the_cluster_takes_away_is_no_failure(pod, report) -> None:
+@pytest.mark.parametrize(("pod", "report", "reason"), PREEMPTIONS.values(), ids=PREEMPTIONS)
+def test_what_the_cluster_takes_away_is_no_failure(pod, report, reason) -> None:
     ending = ending_of(pod, report, "Train")
-    assert (ending.reason, ending.failure) == ("Preempted", None)
+    assert (ending.reason, ending.failure) == (reason, None)
     assert "bot-1-head" in ending.message
 
 
@@ -89,17 +97,23 @@ def test_the_last_words_of_a_log_are_kept_and_bounded() -> None:
     ending = ending_of(failed(1, log="x" * 5000 + "\nKeyError: 'prompt'\n"), None, "Prepare")
     assert ending.failure is not None
     assert ending.failure.message.endswith("KeyError: 'prompt'")
-    assert len(ending.failure.message) <= 1024
+    assert ending.failure.log == "KeyError: 'prompt'"
+    long = ending_of(failed(1, log="\n".join(f"line {number}" for number in range(1000))), None, "Prepare").failure
+    assert long is not None
+    assert long.log is not None
+    assert long.log.startswith("line ")
+    assert long.log.endswith("\nline 999")
+    assert LOG_MAX - 10 < len(long.log) <= LOG_MAX
 
 
 def test_the_marks_of_a_traceback_are_no_words() -> None:
-    """They come below the code; where the limit falls into a line, the words begin with the next."""
+    """They come below the code."""
     frame = '  File "run.py", line 7, in main\n    data["prompt"].strip()\n    ~~~~^^^^^^^^^^\n'
     ending = ending_of(failed(1, log=frame * 20 + "KeyError: 'prompt'\n    ^^^^\n\n"), None, "Prepare")
-    words = ending.message.partition("its last words: ")[2]
-    assert words.splitlines()[-1] == "KeyError: 'prompt'"
-    assert {line.strip() for line in words.splitlines()[:-1]} == {'File "run.py", line 7, in main', 'data["prompt"].strip()'}
-    assert 500 < len(words) <= 600
+    assert ending.message.partition("its last words: ")[2] == "KeyError: 'prompt'"
+    assert ending.failure is not None
+    assert ending.failure.log is not None
+    assert {line.strip() for line in ending.failure.log.splitlines()[:-1]} == {'File "run.py", line 7, in main', 'data["prompt"].strip()'}
     assert ending_of(failed(1, log="    ^^^^\n"), None, "Prepare").message.endswith("gave no reason")
 
 
@@ -108,9 +122,48 @@ def test_a_token_in_the_last_words_of_a_log_does_not_come_into_the_status() -> N
     token = "hf_" + "A1b2" * 8
     log = f"GET https://hub/api?X-Amz-Security-Token=abc/def&v=1 Authorization: Bearer {token}\nusing {token}\nSegmentation fault\n"
     ending = ending_of(failed(139, log=log), None, "Prepare")
-    assert ending.message.endswith("GET https://hub/api?X-Amz-Security-Token=***&v=1 Authorization: ***\nusing ***\nSegmentation fault")
-    half = ending_of(failed(139, log=f"{token} " + "x" * 590), None, "Prepare")
-    assert "A1b2" not in half.message, "one that is cut in two by the limit is not seen as one"
+    assert ending.failure is not None
+    assert ending.failure.log == "GET https://hub/api?X-Amz-Security-Token=***&v=1 Authorization: ***\nusing ***\nSegmentation fault"
+    assert ending.message.endswith("Segmentation fault")
+    half = ending_of(failed(1, log=f"{token[8:]} " + "x" * 2030 + "\nKeyError"), None, "Prepare")
+    assert half.failure is not None
+    assert half.failure.log == "KeyError", "the kubelet's limit cut the first line, and what it holds cannot be known for a secret"
+
+
+def test_what_the_trainer_says_is_hidden_where_it_must_be() -> None:
+    """The head is a tenant's pod: the operator does not rely on it."""
+    token = "hf_" + "A1b2" * 8
+    ending = ending_of(failed(1), said(Failure(reason="InternalError", message=f"with {token}", log=f"line\n{token}")), "Train")
+    assert ending.failure is not None
+    assert (ending.failure.message, ending.failure.log) == ("with ***", "line\n***")
+
+
+LOST = Failure(stage="Train", reason="WorkersLost", message="worker 0 lost the connection", retryable=True)
+
+
+def test_workers_that_are_lost_are_lost_of_what_the_last_one_died_of() -> None:
+    worker = make_pod("worker", phase="Failed", containerStatuses=terminated(137, "OOMKilled"))
+    ending = explained(ending_of(failed(1), said(LOST), "Train"), death_of(worker))
+    assert ending.failure is not None
+    assert (ending.reason, ending.failure.reason, ending.failure.stage) == ("OOMKilled", "OOMKilled", "Train")
+    assert (ending.failure.pod, ending.failure.exit_code) == ("bot-1-worker-0", 137)
+    assert ending.message == "pod bot-1-worker-0 needed more memory than its limit; then: worker 0 lost the connection"
+    assert "compute.resourcesPerWorker" in (ending.failure.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("worker", "said_by_head"),
+    [
+        (make_pod("worker", phase="Failed", containerStatuses=terminated(137)), LOST),
+        (make_pod("worker", phase="Failed", containerStatuses=terminated(137, "OOMKilled")), GPU),
+        (make_pod("worker", phase="Failed", conditions=DISRUPTED, containerStatuses=terminated(143)), LOST),
+    ],
+    ids=["it was killed, nobody knows why", "the head knows better", "it was taken away"],
+)
+def test_else_what_the_head_says_stays(worker, said_by_head) -> None:
+    ending = explained(ending_of(failed(1), said(said_by_head), "Train"), death_of(worker))
+    assert ending.reason == said_by_head.reason
+    assert ending.message == said_by_head.message
 
 
 def test_the_hint_for_a_head_without_memory_names_the_platforms_setting() -> None:

@@ -299,7 +299,7 @@ async def test_what_the_api_server_refuses_is_said_until_it_takes_it() -> None:
         assert await reconcile(KEY, cluster, SETTINGS, cluster.clock.now) == SETTINGS.poll_seconds
         ready = cluster.status.condition("WorkersReady")
         assert ready is not None
-        assert (ready.status, ready.reason, ready.message) == ("False", "Forbidden", f"1 of 2 workers run; {quota}")
+        assert (ready.status, ready.reason, ready.message) == ("False", "QuotaExceeded", f"1 of 2 workers run; {quota}")
         assert cluster.status.message == quota
         cluster.clock.advance(10)
     cluster.writes.clear()

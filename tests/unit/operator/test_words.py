@@ -9,6 +9,7 @@ from finetune_api.status import (
     Difference,
     Evaluation,
     EvaluationResult,
+    Failure,
     GateResult,
     Health,
     SearchBest,
@@ -93,4 +94,25 @@ def test_gates_and_health_come_with_why() -> None:
         "forgetting (retention): Bad: the loss rose by 0.5",
         "overfitting: Good",
         "report: pvc://models/bot/report.md",
+    ]
+
+
+def test_a_failure_is_told_with_where_it_was_its_last_words_and_what_to_change() -> None:
+    why = Failure(
+        stage="Train",
+        reason="GPUOutOfMemory",
+        message="CUDA out of memory",
+        hint="Lower training.microBatchSize.",
+        retryable=True,
+        pod="bot-1-head",
+        exit_code=1,
+        log="\n".join(f"line {number}" for number in range(20)),
+    )
+    assert lines(failure=why) == [
+        "failure: GPUOutOfMemory: CUDA out of memory",
+        "where: stage Train, pod bot-1-head, exit code 1; another attempt may help",
+        "the last lines of its log:",
+        *(f"  | line {number}" for number in range(8, 20)),
+        "what to do: Lower training.microBatchSize.",
+        "more of it: finetune explain GPUOutOfMemory",
     ]

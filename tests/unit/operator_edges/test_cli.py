@@ -135,6 +135,7 @@ def test_status_in_words() -> None:
         "warning: the data is small",
         "failure: OOMKilled: too little memory",
         "what to do: Raise memory.",
+        "more of it: finetune explain OOMKilled",
     ]
 
 

@@ -1,23 +1,21 @@
-"""The command line: `finetune operator | local | chat | measure | validate | list | status | compare | explain`."""
+"""The command line: `finetune`, and `kubectl finetune`, which is the same program. Here commands are named; each is at home elsewhere."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from finetune_api import KIND
 from finetune_api.profile import TuningProfile
-from finetune_api.scrub import scrub
-from finetune_api.status import Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.__main__ import installed_version
 from finetune_operator.__main__ import main as run_operator
-from finetune_operator.asking import Namespace, absent, ask, read_jobs
-from finetune_operator.cluster import connect
+from finetune_operator.commands.listing import list_jobs
+from finetune_operator.commands.logs import logs
+from finetune_operator.commands.status import show_status
+from finetune_operator.commands.steering import cancel, resume, retry, suspend
+from finetune_operator.commands.submit import submit
 from finetune_operator.compare import compare
 from finetune_operator.local.chat import chat
 from finetune_operator.local.command import local as run_here
@@ -25,13 +23,13 @@ from finetune_operator.local.measure import measure
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
 from finetune_operator.profile_file import ProfileError, read_profile, under
 from finetune_operator.reason_command import explain as explain_reason
-from finetune_operator.words import status_lines
 
 app = typer.Typer(
     name="finetune",
-    help="Tune language models: check manifests, run jobs on this machine, look at jobs in a cluster, run the operator.",
+    help="Tune language models: check manifests, run jobs on this machine, submit and follow jobs in a cluster, run the operator.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -111,43 +109,14 @@ def _job_problems(job: Manifest, local: bool, profile: TuningProfile | None) -> 
     return []
 
 
-@app.command("list")
-def list_jobs(
-    namespace: Namespace = "default",
-    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Jobs of every namespace.")] = False,
-) -> None:
-    """List the jobs of the cluster that KUBECONFIG names."""
-
-    async def read() -> list[dict[str, Any]]:
-        async with connect() as cluster:
-            return await cluster.jobs(None if everywhere else namespace)
-
-    table = Table("NAMESPACE", "NAME", "PHASE", "PROGRESS", "LOSS", "GATES", "ATTEMPT", "MESSAGE", box=None, header_style="bold")
-    for job in ask(read()):
-        status = Status.model_validate(job.get("status") or {})
-        table.add_row(
-            job["metadata"]["namespace"],
-            job["metadata"]["name"],
-            status.phase or "",
-            f"{status.progress.percent}%" if status.progress else "",
-            next((f"{metric.value:.4g}" for metric in status.metrics if metric.name == "train/loss"), ""),
-            gates.status if (gates := status.condition("GatesPassed")) else "",
-            str(status.attempt.number),
-            Text(scrub(status.message or "")),  # a tenant's words: as a str they would be markup, and broken markup ends the command
-        )
-    Console().print(table)
-
-
-@app.command("status")
-def show_status(name: Annotated[str, typer.Argument(help="Name of the job.")], namespace: Namespace = "default") -> None:
-    """Tell where a job stands, what it has achieved, and what to do where it failed."""
-    (job,) = ask(read_jobs(namespace, (name,)))
-    if job is None:
-        raise absent(name, namespace)
-    for line in status_lines(Status.model_validate(job.get("status") or {})):
-        typer.echo(scrub(line))  # the names and words of a tenant's pod do not rule the reader's terminal
+app.command("submit")(submit)
+app.command("list")(list_jobs)
+app.command("status")(show_status)
+app.command("logs")(logs)
+for command in (suspend, resume, retry, cancel):
+    app.command(command.__name__)(command)
 
 
 def main() -> None:
-    """Entry of the console script `finetune`."""
+    """Entry of the console scripts `finetune` and `kubectl-finetune`."""
     app()

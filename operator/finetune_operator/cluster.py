@@ -33,6 +33,8 @@ FIELD_MANAGER = "finetune-operator"
 """Owner of the fields that the operator writes, as `kubectl get --show-managed-fields` tells."""
 REQUEST_SECONDS = 15.0
 """Longest wait for one answer of the API server."""
+LINE_BYTES = 1 << 20
+"""Of a line of a log that does not end, so much is kept."""
 EVENT_PODS = 3
 """Pending pods whose Events are read; the others wait for the same things."""
 EVENT_AFTER = timedelta(seconds=10)
@@ -48,17 +50,18 @@ OnCall = Callable[[str, int, float], None]
 
 @contextlib.asynccontextmanager
 async def connect(
-    report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: None, scheduler: GangScheduler = "none"
+    report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: None, scheduler: GangScheduler = "none", context: str = ""
 ) -> AsyncIterator["KubernetesCluster"]:
-    """The cluster that KUBECONFIG names, or the one around this pod, or that of the user's kubeconfig.
+    """The cluster that KUBECONFIG names, or the one around this pod, or that of the user's kubeconfig; or of a context of these.
 
     Raises kubernetes.config.ConfigException where none of them can be used.
     """
     configuration = Configuration()
-    if "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
+    if not context and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
         load_incluster_config(client_configuration=configuration)
     else:
-        await load_kube_config(config_file=os.environ.get("KUBECONFIG", "~/.kube/config"), client_configuration=configuration)
+        file = os.environ.get("KUBECONFIG", "~/.kube/config")
+        await load_kube_config(config_file=file, context=context or None, client_configuration=configuration)
     configuration.retries = aiohttp_retry.ExponentialRetry(attempts=4, start_timeout=0.2, max_timeout=5.0, statuses={429})
     async with ApiClient(configuration) as client, Heads(report_port) as heads:
         yield KubernetesCluster(client, heads, on_call, kinds_with(scheduler))
@@ -105,7 +108,7 @@ class KubernetesCluster:
         known = status.resolved is not None and status.resolved.profile is not None
         if known or status.attempt.number > 0 or status.finished:
             return []
-        return list((await self._call("list", PROFILES, PROFILE_PLURAL)).get("items") or [])
+        return list((await self.call("list", PROFILES, PROFILE_PLURAL)).get("items") or [])
 
     async def fetch_report(self, pod: Pod, token: str, after: int, wait: float) -> Report | None:
         """What the head says of its work, or None where it says nothing that can be understood. Never raises for that.
@@ -124,7 +127,7 @@ class KubernetesCluster:
         body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": kept, "status": _without_blanks(status.to_json())}
         path = KINDS[KIND].path(meta["namespace"], meta["name"]) + "/status"
         try:
-            return await self._call("update", path, f"{KIND} {meta['namespace']}/{meta['name']} status", body=body, query=_MANAGED)
+            return await self.call("update", path, f"{KIND} {meta['namespace']}/{meta['name']} status", body=body, query=_MANAGED)
         except ApiError as error:
             if error.status in (404, 409):
                 raise Conflict(str(error)) from error
@@ -143,7 +146,7 @@ class KubernetesCluster:
         kind, namespace, name = manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         what = f"{kind} {namespace}/{name}"
         try:
-            await self._call("create", self._kinds[kind].path(namespace), what, body=manifest, query=_MANAGED)
+            await self.call("create", self._kinds[kind].path(namespace), what, body=manifest, query=_MANAGED)
         except ApiError as error:
             if error.reason == "AlreadyExists":
                 await self._bring_in_line(manifest, what)
@@ -163,7 +166,7 @@ class KubernetesCluster:
         if existing is None or _owner(existing) != _owner(manifest):
             raise Refused("AlreadyExists", f"cannot create {what}: one that is not this job's exists, or is just going")
         if kind != "Pod":
-            await self._call("patch", path, what, body=manifest, query=[*_MANAGED, ("force", "true")], media=_APPLY)
+            await self.call("patch", path, what, body=manifest, query=[*_MANAGED, ("force", "true")], media=_APPLY)
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
         """Delete an object, or only the one with this UID. Its absence is no error. A pod gets its own grace period, or `grace` seconds.
@@ -182,7 +185,7 @@ class KubernetesCluster:
         if grace is not None:
             options["gracePeriodSeconds"] = grace
         try:
-            await self._call("delete", path, what, body=options)
+            await self.call("delete", path, what, body=options)
         except ApiError as error:
             if error.status not in (404, 409):  # 409: an object of another UID, so this one is gone
                 raise
@@ -190,7 +193,7 @@ class KubernetesCluster:
     async def try_job(self, job: Mapping[str, Any]) -> None:
         """Offer a job to the API server without making it. Raises ApiError where it would be refused."""
         namespace, what = job["metadata"]["namespace"], f"{KIND} {job['metadata']['namespace']}/{job['metadata']['name']}"
-        await self._call("create", KINDS[KIND].path(namespace), what, body=job, query=[("dryRun", "All")])
+        await self.call("create", KINDS[KIND].path(namespace), what, body=job, query=[("dryRun", "All")])
 
     async def delete_job(self, job: Mapping[str, Any]) -> None:
         """Delete this very job, not another of the same name. What it owns goes with it."""
@@ -202,7 +205,7 @@ class KubernetesCluster:
         body = event_manifest(job, event, datetime.now(UTC))
         namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
         try:
-            await self._call("create", KINDS["Event"].path(namespace), f"Event {namespace}/{name}", body=body)
+            await self.call("create", KINDS["Event"].path(namespace), f"Event {namespace}/{name}", body=body)
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 log.warning("event not written: %s", error)
@@ -210,13 +213,13 @@ class KubernetesCluster:
     async def jobs(self, namespace: str | None = None) -> list[dict[str, Any]]:
         """All jobs, of a namespace or of every one, as the API server has them."""
         (path,) = _job_lists([namespace] if namespace else [])
-        return list((await self._call("list", path, KIND)).get("items") or [])
+        return list((await self.call("list", path, KIND)).get("items") or [])
 
     async def job_keys(self, namespaces: Sequence[str]) -> dict[str, JobKey]:
         """Every job of these namespaces, or of all where none is named, by UID."""
         found = {}
         for path in _job_lists(namespaces):
-            answer = await self._call("list", path, KIND, accept=_METADATA_LIST)
+            answer = await self.call("list", path, KIND, accept=_METADATA_LIST)
             for item in answer.get("items") or []:  # older API servers say null for an empty list of metadata
                 found[item["metadata"]["uid"]] = JobKey(item["metadata"]["namespace"], item["metadata"]["name"])
         return found
@@ -227,7 +230,7 @@ class KubernetesCluster:
         Raises ApiError where that does not work.
         """
         for path in (PROFILES, *_job_lists(namespaces)):
-            await self._call("list", path, path.rsplit("/", 1)[1], query=[("limit", "1")])
+            await self.call("list", path, path.rsplit("/", 1)[1], query=[("limit", "1")])
 
     async def login(self) -> dict[str, Any]:
         """How another client of this API server logs in, with a token as fresh as this client's own: kopf.ConnectionInfo's arguments."""
@@ -246,21 +249,43 @@ class KubernetesCluster:
             "proxy_url": configuration.proxy,
         }
 
+    def path(self, kind: str, namespace: str, name: str = "") -> str:
+        """Where the API server has an object, or the list of a kind."""
+        return self._kinds[kind].path(namespace, name)
+
+    async def lines(self, path: str, what: str, query: Sequence[tuple[str, str]]) -> AsyncIterator[str]:
+        """The lines of an answer, as they come, for as long as it takes. Raises ApiError."""
+        request = await self.client.param_serialize("GET", path, query_params=list(query), auth_settings=["BearerToken"])
+        rest = b""
+        try:
+            response = await self.client.call_api(*request, _request_timeout=aiohttp.ClientTimeout(total=None, sock_connect=5))
+            if response.status >= 300:
+                raise _api_error(response.status, await response.read(), f"cannot get {what}")
+            async for chunk in response.response.content.iter_any():
+                *whole, rest = (rest + chunk).split(b"\n")
+                for line in whole:
+                    yield line.decode(errors="replace")
+                rest = rest[-LINE_BYTES:]
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ApiError(0, "Unreachable", f"cannot get {what}: the API server went away ({error!r})") from error
+        if rest:
+            yield rest.decode(errors="replace")
+
     async def _list(self, kind: str, namespace: str, query: Mapping[str, str], *, metadata_only: bool = False) -> list[dict[str, Any]]:
         accept = _METADATA_LIST if metadata_only else _JSON
         what = f"{KINDS[kind].plural} in {namespace}"
-        answer = await self._call("list", KINDS[kind].path(namespace), what, query=list(query.items()), accept=accept)
+        answer = await self.call("list", KINDS[kind].path(namespace), what, query=list(query.items()), accept=accept)
         return list(answer.get("items") or [])
 
     async def _get_or_none(self, path: str, what: str) -> dict[str, Any] | None:
         try:
-            return await self._call("get", path, what)
+            return await self.call("get", path, what)
         except ApiError as error:
             if error.status == 404:
                 return None
             raise
 
-    async def _call(
+    async def call(
         self,
         verb: str,
         path: str,

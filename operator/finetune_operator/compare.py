@@ -15,7 +15,7 @@ from finetune_api import KIND
 from finetune_api.evaluation import LOWER_IS_BETTER
 from finetune_api.scrub import scrub
 from finetune_api.status import EvaluationResult, Status
-from finetune_operator.asking import Namespace, absent, ask, read_jobs
+from finetune_operator.asking import Context, Place, absent, ask, place_of, read_jobs
 from finetune_operator.manifest import ManifestError, read_manifests
 
 _SAME = 1e-6
@@ -28,10 +28,11 @@ def compare(
         list[str],
         typer.Argument(metavar="JOB...", help="Names of jobs in the cluster, and files NAME.status.yaml that `finetune local` wrote."),
     ],
-    namespace: Namespace = "default",
+    namespace: Place = "",
+    context: Context = "",
 ) -> None:
     """Set what jobs have reached side by side: each metric with its interval, the best of each row marked."""
-    statuses = _statuses(jobs, namespace)
+    statuses = _statuses(jobs, place_of(namespace, context), context)
     console = Console()
     if not console.is_terminal:
         console = Console(width=10_000)  # a pipe has no edge to break lines at
@@ -69,10 +70,10 @@ def notes_of(statuses: Mapping[str, Status]) -> list[str]:
     return notes
 
 
-def _statuses(jobs: Sequence[str], namespace: str) -> dict[str, Status]:
+def _statuses(jobs: Sequence[str], namespace: str, context: str) -> dict[str, Status]:
     """By the name of the column: the job's, or the file's where two jobs have one name. Ends the command where one cannot be read."""
     names = tuple(job for job in dict.fromkeys(jobs) if not _is_file(job))
-    known = dict(zip(names, ask(read_jobs(namespace, names)) if names else [], strict=True))
+    known = dict(zip(names, ask(read_jobs(namespace, names, context)) if names else [], strict=True))
     found: dict[str, Status] = {}
     for job in dict.fromkeys(jobs):
         raw = _read_file(Path(job)) if _is_file(job) else known[job]

@@ -68,7 +68,7 @@ def _finetune(arguments: Arguments) -> str | None:
         return f"{type(error).__name__}: {getattr(error, 'message', error)}"
     given = [value.split("=", 1)[1] for option in ("claim", "config_map") for value in parameters.get(option) or ()]
     given = [path for path in given if path not in _published()]
-    return _absent(*given, *(str(file) for file in (parameters.get("job"), *parameters.get("files", ())) if file))
+    return _absent(*given, *(str(file) for file in (parameters.get("job"), parameters.get("file"), *parameters.get("files", ())) if file))
 
 
 @functools.cache

@@ -1,9 +1,5 @@
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -21,7 +17,6 @@ from finetune_api.status import (
     Stage,
     Status,
 )
-from finetune_operator import asking, cli
 from finetune_operator.cli import app
 from finetune_operator.words import status_lines
 
@@ -141,27 +136,3 @@ def test_status_in_words() -> None:
 
 def test_status_of_a_job_that_no_operator_has_seen() -> None:
     assert status_lines(Status())[0] == "not seen by an operator yet"
-
-
-def test_a_tenants_words_are_neither_markup_nor_commands_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken markup in one job's message would else end `finetune list` for everybody."""
-    hostile = {"metadata": {"namespace": "tenant", "name": "bot"}, "status": {"message": "see [/x] [red]y \x1b]0;title\x07"}}
-
-    class Cluster:
-        async def jobs(self, _: str | None) -> list[dict[str, Any]]:
-            return [hostile]
-
-        async def read(self, _: object) -> Any:
-            return SimpleNamespace(job=hostile)
-
-    @asynccontextmanager
-    async def connect() -> AsyncIterator[Cluster]:
-        yield Cluster()
-
-    monkeypatch.setattr(cli, "connect", connect)
-    monkeypatch.setattr(asking, "connect", connect)
-    for arguments in (("list", "-A"), ("status", "bot")):
-        code, output = run(*arguments)
-        assert code == 0
-        assert "see [/x] [red]y" in output
-        assert "\x1b" not in output

@@ -44,7 +44,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Status]:
         return SimpleNamespace(job=raw_job(name=key.name, status=jobs[key.name])) if known else None
 
     @asynccontextmanager
-    async def connect() -> AsyncIterator[Any]:
+    async def connect(context: str = "") -> AsyncIterator[Any]:
         yield SimpleNamespace(read=read)
 
     monkeypatch.setattr(asking, "connect", connect)

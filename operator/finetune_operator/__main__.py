@@ -73,8 +73,8 @@ class Operator:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.queue = Queue(self._reconcile, settings.max_concurrent)
-        self.metrics = Metrics(installed_version(), depth=lambda: len(self.queue), leading=self._leads)
         self.election: Election | None = None
+        self.metrics = Metrics(installed_version(), depth=lambda: len(self.queue), leading=self._leads)
         self._begun: dict[JobKey, float] = {}
         """Reconciles that run, and when they began (monotonic)."""
         self._watching = False

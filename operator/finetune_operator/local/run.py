@@ -135,6 +135,7 @@ class _Run:
             raise InputError("spec.monitoring is not set: it names the suites that are measured again, and their fresh data")
         self._admit()
         await self._cluster.end_left_overs(self._meta.name, 0)
+        self._warnings = status.warnings  # which the job's own run has told
         known = status.monitoring or MonitoringStatus()
         run = known.run and known.run.model_copy(update={"end_time": known.run.end_time or _now()})
         due = known.model_copy(update={"next_run_time": _now(), "schedule": plan.schedule, "run": run})

@@ -324,13 +324,13 @@ class JobCollector(Collector):
                 for labels, value in family.samples(seen):
                     metric.add_metric([*where, *labels], value)  # type: ignore[attr-defined]
         yield from metrics
-        yield from self._sums(phases)
+        yield from self._sums(phases) if self._exposed() else _no_sums()
         yield from _namespaces(self._totals if self._exposed() else ())
 
     def describe(self) -> Iterator[Metric]:
         """The families, without samples."""
         yield from (family.metric() for family in FAMILIES)
-        yield from self._sums(Counter())
+        yield from _no_sums()  # whether this replica leads is not known yet when it is asked for these
         yield from _namespaces(())
 
     def _count(self, namespace: str, ending: tuple[str, str] | None) -> None:
@@ -341,19 +341,23 @@ class JobCollector(Collector):
 
     def _sums(self, phases: Mapping[tuple[str, str], int]) -> Iterator[Metric]:
         """What is told of namespaces rather than of jobs."""
-        jobs = GaugeMetricFamily("finetune_jobs", "Jobs by phase.", labels=["namespace", "phase"])
-        completed = CounterMetricFamily("finetune_job_completed", "Jobs that this replica saw complete.", labels=["namespace"])
-        failed = CounterMetricFamily(
-            "finetune_job_failed", "Jobs that this replica saw fail for good, by reason.", labels=["namespace", "reason"]
-        )
-        if self._exposed():
-            for (namespace, phase), count in phases.items():
-                jobs.add_metric([namespace, phase], count)
-            for namespace, count in self._completed.items():
-                completed.add_metric([namespace], count)
-            for (namespace, reason), count in self._failed.items():
-                failed.add_metric([namespace, reason], count)
+        jobs, completed, failed = _no_sums()
+        for (namespace, phase), count in phases.items():
+            jobs.add_metric([namespace, phase], count)
+        for namespace, count in self._completed.items():
+            completed.add_metric([namespace], count)
+        for (namespace, reason), count in self._failed.items():
+            failed.add_metric([namespace, reason], count)
         yield from (jobs, completed, failed)
+
+
+def _no_sums() -> tuple[GaugeMetricFamily, CounterMetricFamily, CounterMetricFamily]:
+    """The families that are told of namespaces, without samples."""
+    return (
+        GaugeMetricFamily("finetune_jobs", "Jobs by phase.", labels=["namespace", "phase"]),
+        CounterMetricFamily("finetune_job_completed", "Jobs that this replica saw complete.", labels=["namespace"]),
+        CounterMetricFamily("finetune_job_failed", "Jobs that this replica saw fail for good, by reason.", labels=["namespace", "reason"]),
+    )
 
 
 def _ending(status: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -4,13 +4,12 @@ FINETUNE_AUDIT_LOG names the log (JSON lines of audit.k8s.io/v1 at the level Met
 Lives that the other files of this folder play count too where they ran before; the ones played here are enough for every permission.
 """
 
-import json
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.audit import Use, granted, uses
 from tests.e2e.kubectl import Kubectl, assert_all_gone, wait_until
 from tests.e2e.names import RELEASE, SYSTEM
 from tests.e2e.test_whole_way import ENDLESS, job, status_of
@@ -19,8 +18,6 @@ from finetune_api import ANNOTATION_RETRY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-Use = tuple[str, str, str]
-"""Group, resource (with its subresource) and verb, as RBAC names them."""
 USER = f"system:serviceaccount:{SYSTEM}:{RELEASE}"
 ANYBODY = {("", "selfsubjectaccessreviews", "create"), ("authorization.k8s.io", "selfsubjectrulesreviews", "create")}
 """Granted to every account by Kubernetes itself."""
@@ -33,32 +30,6 @@ ON_OTHER_CLUSTERS: dict[Use, str] = {
     },
 }
 """What may stay unused in a run, and why it is granted all the same."""
-
-
-def uses(lines: Iterable[str], user: str) -> Iterator[tuple[Use, dict[str, Any]]]:
-    """What a user asked of the API server, and the audit log's word on it. Lines that are cut off are left out."""
-    for line in lines:
-        if user not in line:
-            continue
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        about = event.get("objectRef")
-        if event["user"]["username"] == user and about:
-            resource = about["resource"] + (f"/{about['subresource']}" if about.get("subresource") else "")
-            yield (about.get("apiGroup", ""), resource, event["verb"]), event
-
-
-def granted(roles: Iterable[dict[str, Any]]) -> set[Use]:
-    return {
-        (group, resource, verb)
-        for role in roles
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
 
 
 def bound(kubectl: Kubectl, kind: str) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ class ApiServer:
     """Name that the rules are bound to; None where the operator runs as the admin."""
     collects_garbage: bool
     """Whether a controller manager deletes what an owner leaves behind, and makes service accounts."""
+    audit_log: Path | None = None
+    """What the operator asked for, as the server itself has written it down; None where the server is not the tests' own."""
 
 
 class NoApiServerError(Exception):
@@ -71,6 +73,9 @@ def _own_server(assets: Path, folder: Path) -> Iterator[ApiServer]:
     admin = _kubeconfig(folder / "admin.yaml", url, ADMIN_TOKEN)
     operator = _kubeconfig(folder / "operator.yaml", url, OPERATOR_TOKEN)
     (folder / "tokens.csv").write_text(f'{ADMIN_TOKEN},admin,1,"system:masters"\n{OPERATOR_TOKEN},{OPERATOR_USER},2\n')
+    watched = {"level": "Metadata", "users": [OPERATOR_USER], "omitStages": ["RequestReceived"]}
+    policy = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": [watched, {"level": "None"}]}
+    (folder / "audit-policy.yaml").write_text(yaml.safe_dump(policy))
     key = folder / "service-accounts.key"
     subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
 
@@ -90,6 +95,7 @@ def _own_server(assets: Path, folder: Path) -> Iterator[ApiServer]:
             *("--token-auth-file", folder / "tokens.csv", "--authorization-mode", "RBAC", "--allow-privileged"),
             *("--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", key),
             *("--service-account-signing-key-file", key),
+            *("--audit-policy-file", folder / "audit-policy.yaml", "--audit-log-path", folder / "audit.log"),
             *([] if manager.is_file() else ["--disable-admission-plugins", "ServiceAccount"]),
         )
         _wait_until_ready(url, folder)
@@ -101,7 +107,7 @@ def _own_server(assets: Path, folder: Path) -> Iterator[ApiServer]:
                 *("--concurrent-gc-syncs", "4", "--secure-port", str(free_port()), "--cert-dir", folder / "manager-certs"),
                 *_without_insecure_port(manager),
             )
-        yield ApiServer(url, admin, operator, OPERATOR_USER, collects_garbage=manager.is_file())
+        yield ApiServer(url, admin, operator, OPERATOR_USER, collects_garbage=manager.is_file(), audit_log=folder / "audit.log")
 
 
 def _without_insecure_port(manager: Path) -> list[str]:

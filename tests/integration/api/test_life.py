@@ -6,7 +6,8 @@ import collections
 import signal
 
 import pytest
-from tests.integration.api.apiserver import kubeconfig_through
+from tests.audit import uses
+from tests.integration.api.apiserver import OPERATOR_USER, kubeconfig_through
 from tests.integration.api.kube import CHILDREN, Object
 from tests.integration.api.operators import KEY
 from tests.integration.api.players import failure_then_success
@@ -142,6 +143,12 @@ async def test_operator_uses_every_permission_that_it_asks_for_and_no_other(stag
                 await asyncio.sleep(0.1)
             await operator.end(signal.SIGTERM)
     # Only used where an operator goes on with what another began.
+    if stage.server.audit_log:  # the server's own word on it
+        with stage.server.audit_log.open() as lines:
+            here = (stage.namespace, None)
+            seen = uses(lines, OPERATOR_USER)
+            heard = {(verb, resource) for (_, resource, verb), event in seen if event["objectRef"].get("namespace") in here}
+        assert proxy.used <= heard <= asked_for
     spare = {("get", "pods")} | {("patch", resource) for resource in ("configmaps", "services", "networkpolicies")}
     assert proxy.used | spare == asked_for
 

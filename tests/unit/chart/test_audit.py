@@ -3,7 +3,8 @@
 import json
 
 import helm_python
-from tests.e2e.test_rbac import ON_OTHER_CLUSTERS, USER, granted, uses
+from tests.audit import granted, uses
+from tests.e2e.test_rbac import ON_OTHER_CLUSTERS, USER
 from tests.unit.chart.rendering import of_kind, render
 
 LINES = [

@@ -97,3 +97,27 @@ def test_schema_covers_every_value_and_no_other(chart: helm_python.Chart) -> Non
 
 def test_example_of_everything_leaves_nothing_out(chart: helm_python.Chart) -> None:
     assert chart.values.keys() - EVERYTHING.keys() == set()
+
+
+def test_every_value_refuses_another_type(chart: helm_python.Chart) -> None:
+    """A map where a number, a text or a list belongs, and a text where a map does."""
+    taken = []
+    for path in sorted(leaves(chart.values)):
+        *parents, last = path.split(".")
+        default: Any = chart.values
+        for key in (*parents, last):
+            default = default[key]
+        wrong: dict[str, Any] = {last: "text" if isinstance(default, dict) else {"a": 1}}
+        for parent in reversed(parents):
+            wrong = {parent: wrong}
+        try:
+            chart.validate_schema(wrong)
+        except helm_python.HelmValuesError:
+            continue
+        taken.append(path)
+    assert taken == []
+
+
+def test_values_of_a_wrong_type_are_not_rendered(chart: helm_python.Chart) -> None:
+    with pytest.raises(helm_python.HelmError, match="replicaCount"):
+        chart.render({"replicaCount": "two"}, name="a", namespace="b")

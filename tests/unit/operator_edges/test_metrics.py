@@ -278,6 +278,15 @@ def test_status_that_cannot_be_read_costs_only_its_own_series(metrics: Metrics) 
     assert b'name="bot"' in told
 
 
+def test_metrics_are_there_before_anybody_knows_who_leads() -> None:
+    """The operator makes its metrics before its election."""
+
+    def nobody_knows() -> bool:
+        raise AttributeError("election")
+
+    Metrics("1.2.3", depth=lambda: 0, leading=nobody_knows)
+
+
 def test_replica_that_stands_by_tells_of_no_job() -> None:
     metrics = Metrics("1.2.3", depth=lambda: 0, leading=lambda: False)
     metrics.jobs.see(JOB, gone=False)

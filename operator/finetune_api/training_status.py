@@ -72,6 +72,8 @@ class Progress(StatusModel):
     """Estimated time to the end of the training."""
     last_update_time: Time | None = None
     """When the trainer last reported."""
+    last_step_time: Time | None = None
+    """When the last step was seen to be done; absent while the workers load, compile, measure or save."""
 
 
 class Metric(StatusModel):

@@ -199,6 +199,7 @@ class Spec(SpecModel):
             *_immutable("evaluation", "backoffLimit", "planOnly"),
             *_immutable_where_set("baseline", "search", "profileRef"),
             rule("self.preRunningDeadlineSeconds >= oldSelf.preRunningDeadlineSeconds", "preRunningDeadlineSeconds can only be raised"),
+            rule("self.progressDeadlineSeconds >= oldSelf.progressDeadlineSeconds", "progressDeadlineSeconds can only be raised"),
             _A_SEQUENCE_FOR_EACH_WORKER,
             _QUANTIZED_NEEDS_GPU,
             _QUANTIZED_STAYS_FROZEN,
@@ -253,6 +254,8 @@ class Spec(SpecModel):
     """Longest time from the start of the job to its end; time in suspension does not count."""
     pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] = 1800
     """Longest time that an attempt waits for its pods to run."""
+    progress_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] = 1800
+    """Longest time between two steps of the training, or ten times what a step takes where that is longer; then the attempt has failed."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315360000)] | None = None
     """The job is deleted this long after its end; absent keeps it. Its artifacts stay."""
 

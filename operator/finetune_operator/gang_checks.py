@@ -4,7 +4,7 @@ from typing import Any
 
 from finetune_api.reasons import Reason
 from finetune_operator.endings import counted
-from finetune_operator.failures import Ending, failure
+from finetune_operator.failures import Ending, death_of, failure
 from finetune_operator.gangs import gang_size, in_queue, members
 from finetune_operator.look import Look, Verdict
 from finetune_operator.observed import Pod
@@ -28,9 +28,9 @@ def gang_lost(look: Look) -> Verdict | None:
     found = _members(look)
     broken = next((pod for pod in found if pod.finished and pod.disruption is None and pod.exit is not None and pod.exit.code != 0), None)
     if broken is not None and broken.deletion is None and broken.exit is not None:
-        why = Reason.OUT_OF_MEMORY if broken.exit.reason == "OOMKilled" else Reason.WORKERS_LOST
         words = f"pod {broken.name} ended ({broken.exit.reason}, exit code {broken.exit.code})"
-        return counted(look, Ending(why, words, failure(why, words)))
+        why = death_of(broken) or failure(Reason.WORKERS_LOST, words)
+        return counted(look, Ending(Reason(why.reason), words, why.model_copy(update={"message": words})))
     if going := next((pod for pod in found if pod.deletion or pod.disruption), None):
         reason, words = (going.disruption.reason, going.disruption.words) if going.disruption else (Reason.PREEMPTED, "it was told to go")
         return counted(look, Ending(reason, f"pod {going.name}: {words}", None))

@@ -18,6 +18,7 @@ from finetune_operator.conditions import PHASES, Summary, conditions_of
 from finetune_operator.endings import counted, end, failed, finish, let_in, rested
 from finetune_operator.failures import ending_of, explained, failure, head_lost
 from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
+from finetune_operator.headway import stalled, with_last_step
 from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
 from finetune_operator.monitoring import monitored
 from finetune_operator.observed import Job, Observed, head_name, with_status
@@ -59,6 +60,7 @@ def _step(job: Job, observed: Observed, settings: Settings, now: datetime) -> St
         return _conclude(job, job.status, _invalid(job, now), now)
     report = None if is_paused(job) else observed.report_of(job.uid, job.status.attempt.number)
     status = with_report(job.status, report, job.spec) if report else job.status
+    status = with_last_step(job.status, status, report, now)
     status = with_gpu_seconds(status, observed, now)
     look = Look(job, job.spec, status, observed, settings, now)
     verdict = next(verdict for check in CHECKS if (verdict := check(look)) is not None)
@@ -233,6 +235,7 @@ CHECKS: tuple[Check, ...] = (
     head_ended,
     gang_lost,
     never_ran,
+    stalled,
     between_attempts,
     awaiting_profile,
     beginning,

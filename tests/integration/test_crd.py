@@ -98,6 +98,7 @@ ALLOWED = [
     {"maxGpuHours": 10.5},
     {"maxGpuHours": None},
     {"preRunningDeadlineSeconds": 3600},
+    {"progressDeadlineSeconds": 3600},
 ]
 REFUSED = [
     ({"model": {"source": "hf://other/model"}}, "model is immutable"),
@@ -122,6 +123,7 @@ REFUSED = [
     ({"planOnly": True}, "planOnly is immutable"),
     ({"activeDeadlineSeconds": 1800}, "activeDeadlineSeconds can only be raised or removed"),
     ({"preRunningDeadlineSeconds": 900}, "preRunningDeadlineSeconds can only be raised"),
+    ({"progressDeadlineSeconds": 900}, "progressDeadlineSeconds can only be raised"),
 ]
 
 

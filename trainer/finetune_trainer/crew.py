@@ -88,6 +88,7 @@ class Crew:
         def look() -> None:
             nonlocal grown
             self._attempt.keep_report()
+            following.look()
             following.regroup = grows and growth.is_due(following.processes)
             grown = grown or following.regroup
 

@@ -9,6 +9,9 @@ from finetune_trainer.interruption import Interruption
 from finetune_trainer.progress import Answer, WorkerProgress, utc_now
 from finetune_trainer.report import Reporter
 
+SILENT_SECONDS = 30.0
+"""Rank 0 tells of itself every second: one that does not is gone, or begins anew."""
+
 
 class Following:
     """Follows the worker groups of one attempt. `take` is called by the HTTP server's thread, the rest by the head's main thread."""
@@ -26,6 +29,9 @@ class Following:
         """Whether the workers should begin again with more of them."""
         self._on_gpus = False
         self._gpus_since: float | None = None
+        self._heard = 0.0
+        self._last_step: tuple[str, int, str] | None = None
+        """Group and number of the last step, and when it was first heard of; None where no step is to be expected."""
         self._earlier_gpu_seconds = 0.0
 
     def begin(self, earlier: Report | None) -> None:
@@ -42,6 +48,27 @@ class Following:
         self._reporter.update(usage=usage)
         self._earlier_gpu_seconds, self._gpus_since = usage.gpu_seconds, None
         self.regroup = False
+        self._expect_no_step()
+
+    def look(self) -> None:
+        """Where nothing is heard of the workers, they may be starting again: no step is to be expected of them."""
+        if time.monotonic() - self._heard > SILENT_SECONDS:
+            self._expect_no_step()
+
+    def _expect_no_step(self) -> None:
+        state = self._reporter.report.progress
+        self._last_step = None
+        if state is not None and state.last_step_time is not None:
+            self._reporter.update(progress=state.model_copy(update={"last_step_time": None}))
+
+    def _step_time(self, progress: WorkerProgress) -> str | None:
+        """When the last step was first heard of, where another one is to be expected."""
+        self._heard, known = time.monotonic(), self._last_step
+        if not progress.stepping:
+            self._last_step = None
+        elif known is None or known[:2] != (progress.group, progress.step):
+            self._last_step = progress.group, progress.step, utc_now()
+        return self._last_step[2] if self._last_step else None
 
     def take(self, progress: WorkerProgress) -> Answer:
         """Make the newest progress the report's. Returns what the workers should do."""
@@ -58,6 +85,7 @@ class Following:
             tokens_per_second=progress.tokens_per_second,
             eta_seconds=progress.eta_seconds,
             last_update_time=utc_now(),
+            last_step_time=self._step_time(progress),
         )
         self._furthest = max(self._furthest, progress.step)
         self._latest_tokens = progress.trained_tokens

@@ -121,11 +121,11 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
         done, last = keeper.count(taken.batch.tokens), step + 1 == plan.total_steps
         figures = {"train/loss": taken.loss, "train/learningRate": taken.learning_rate, "train/gradNorm": taken.norm}
         keeper.note_step(figures)
-        tell.step(done, taken.batch.tokens, figures)
 
         # Save and measure every so often and at the end; at a call to leave and when a worker is about to go, save and leave.
         due = done % spec.checkpoint.every_steps == 0 or last
         leave = (taken.wishes.ask and preemptions.ask()) or taken.wishes.stop or taken.wishes.regroup
+        tell.step(done, taken.batch.tokens, figures, another=not (due or leave))
         if leave or due:
             keeper.save(tell)
         if leave and not last:

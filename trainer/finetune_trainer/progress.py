@@ -53,6 +53,8 @@ class WorkerProgress(StatusModel):
     epoch: float = 0.0
     tokens_per_second: float | None = None
     eta_seconds: Count | None = None
+    stepping: bool = False
+    """Whether the next thing to be done is a step, after one of this group: no loading, compiling, measuring or saving."""
     trained_tokens: Count = 0
     """Tokens of examples that this group took steps on."""
     answered: Count = 0

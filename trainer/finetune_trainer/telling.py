@@ -41,8 +41,8 @@ class Teller:
         self._tokens_left = int(plan.row_tokens.sum()) * plan.epochs - sum(plan.batch(step).tokens for step in range(progress.step))
         self._post()
 
-    def step(self, done: int, tokens: int, values: dict[str, float]) -> None:
-        """One more step."""
+    def step(self, done: int, tokens: int, values: dict[str, float], *, another: bool = True) -> None:
+        """One more step; `another` follows at once."""
         now = time.monotonic()
         taken = now - self._stepping_since
         peak = self._device.memory_peak if self._device else None
@@ -60,6 +60,7 @@ class Teller:
                 "trained_tokens": trained,
                 "tokens_per_second": rate,
                 "eta_seconds": round(self._tokens_left / rate),
+                "stepping": another,
             }
         )
         self._post()

@@ -140,7 +140,15 @@ def test_names_and_columns():
 
 def test_every_part_of_the_spec_is_immutable_or_steers_the_run():
     """A new field must be put on one side or the other."""
-    steering = {"suspend", "monitoring", "activeDeadlineSeconds", "maxGpuHours", "preRunningDeadlineSeconds", "ttlSecondsAfterFinished"}
+    steering = {
+        "suspend",
+        "monitoring",
+        "activeDeadlineSeconds",
+        "maxGpuHours",
+        "preRunningDeadlineSeconds",
+        "progressDeadlineSeconds",
+        "ttlSecondsAfterFinished",
+    }
     rules = {rule["rule"] for rule in NODES["spec"]["x-kubernetes-validations"]}
     for field in Spec.model_fields.values():
         name = field.alias

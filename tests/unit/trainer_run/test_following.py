@@ -161,3 +161,43 @@ def test_the_line_for_people() -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (7500, "2 h 5 min")])
 def test_a_time_as_people_say_it(seconds: int, words: str) -> None:
     assert duration(seconds) == words
+
+
+def last_step(head: Head) -> str | None:
+    progress = head.report.progress
+    assert progress is not None
+    return progress.last_step_time
+
+
+def test_a_step_is_to_be_expected_only_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(f"2026-01-01T00:00:{second:02}Z" for second in range(60))
+    monkeypatch.setattr(following, "utc_now", lambda: next(times))
+    head = Head()
+    head.hear("a", 0, 0)
+    assert last_step(head) is None
+    head.hear("a", 0, 1, stepping=True)
+    first = last_step(head)
+    assert first is not None
+    head.hear("a", 0, 1, stepping=True)
+    assert last_step(head) == first
+    head.hear("a", 0, 2, stepping=True)
+    assert last_step(head) not in (None, first)
+    head.hear("a", 0, 2, stepping=False)
+    assert last_step(head) is None
+
+
+def test_workers_that_are_silent_or_gone_are_expected_to_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(following.time, "monotonic", lambda: now[0])
+    head = Head()
+    head.hear("a", 0, 1, stepping=True)
+    now[0] += following.SILENT_SECONDS
+    head.following.look()
+    assert last_step(head) is not None
+    now[0] += 1
+    head.following.look()
+    assert last_step(head) is None
+    head.hear("a", 0, 2, stepping=True)
+    assert last_step(head) is not None
+    head.following.workers_released()
+    assert last_step(head) is None

@@ -78,6 +78,7 @@ def _published() -> set[str]:
     return {
         str((path.parent / ".finetune/claims" / spec.output.storage.removeprefix("pvc://") / kind).relative_to(ROOT))
         for path, spec in ((path, parse_job(manifest).spec) for path, manifest in manifests)
+        if spec.output.storage is not None
         for kind in spec.artifacts
     }
 
@@ -159,6 +160,7 @@ def _vllm(arguments: Arguments) -> str | None:
 
 _KINDS = {
     **dict.fromkeys(("finetunejob", "finetunejobs", "ftj", "finetunejob.finetune.dev"), "FineTuneJob"),
+    **dict.fromkeys(("tuningprofile", "tuningprofiles", "tprof"), "TuningProfile"),
     **dict.fromkeys(("pod", "pods"), "Pod"),
     **dict.fromkeys(("configmap", "configmaps"), "ConfigMap"),
     **dict.fromkeys(("secret", "secrets"), "Secret"),

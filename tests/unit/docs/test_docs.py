@@ -11,6 +11,7 @@ from tests.unit.docs.commands import commands, problem
 from tests.unit.docs.markdown import DOCUMENTS, EXAMPLES, ROOT, Block, anchors, blocks, comments, languages, links
 
 from finetune_api import KIND
+from finetune_api.profile import PROFILE_KIND, parse_profile
 from finetune_api.report import Report
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Method, Objective, parse_job
@@ -35,6 +36,8 @@ def test_manifests_are_accepted(block: Block) -> None:
     for manifest in manifests:
         if manifest.get("kind") == KIND:
             parse_job(manifest)
+        if manifest.get("kind") == PROFILE_KIND:
+            parse_profile(manifest)
         if "status" in manifest:
             assert set(manifest["status"]) <= {field.alias or name for name, field in Status.model_fields.items()}
             Status.model_validate(manifest["status"])

@@ -34,7 +34,7 @@ def gang_lost(look: Look) -> Verdict | None:
     if going := next((pod for pod in found if pod.deletion or pod.disruption), None):
         reason, words = (going.disruption.reason, going.disruption.words) if going.disruption else (Reason.PREEMPTED, "it was told to go")
         return counted(look, Ending(reason, f"pod {going.name}: {words}", None))
-    if look.attempt.gang_seen and len(found) < size:
+    if len(found) < size and (look.attempt.gang_seen or any(pod.let_in for pod in found)):
         return counted(
             look, Ending(Reason.PREEMPTED, f"{size - len(found)} of the {size} workers that were let in together are gone", None)
         )

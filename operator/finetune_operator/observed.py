@@ -55,6 +55,8 @@ class Pod:
     """Why it does not run, while it is pending."""
     gated: bool = False
     """A queue (Kueue) holds it back."""
+    let_in: bool = False
+    """A queue (Kueue) has let it in."""
     gates: tuple[str, ...] = ()
     """Names of its scheduling gates."""
     disruption: Disruption | None = None
@@ -213,6 +215,10 @@ def _is_pod_of(raw: Raw, job: str) -> bool:
     return re.fullmatch(f"{re.escape(job)}-{attempt}-{name}", raw["metadata"]["name"], re.ASCII) is not None
 
 
+MANAGED_BY_KUEUE = "kueue.x-k8s.io/managed"
+"""A label that Kueue puts on the pods that it holds back, and leaves there."""
+
+
 def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
     """One raw pod, with what the Events say about it."""
     meta, status = raw["metadata"], raw.get("status") or {}
@@ -233,6 +239,7 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         exit=_exit(status),
         waiting=waiting_of(raw, events) if phase == "Pending" else None,
         gated=phase == "Pending" and bool(gates or scheduled.get("reason") == "SchedulingGated"),
+        let_in=not gates and (meta.get("labels") or {}).get(MANAGED_BY_KUEUE) == "true",
         gates=gates,
         disruption=disruption_of(status),
         reason=status.get("reason", ""),

@@ -1,5 +1,6 @@
 """Random faults in random order: whatever happens, the job comes to an end, and on the way nothing is ever there twice."""
 
+import os
 from collections.abc import Coroutine
 from typing import Any
 
@@ -7,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tests.builders import SETTINGS, Clock, raw_job
+from tests.fake_kueue import QUEUE, FakeKueue
 from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, Object
 
 from finetune_api import LABEL_ATTEMPT, LABEL_ROLE
@@ -96,6 +98,18 @@ class Faults(RuleBasedStateMachine):
     def the_user_suspends_or_resumes(self, suspend: bool) -> None:
         self.cluster.edit_spec(suspend=suspend)
 
+    @rule(value=st.sampled_from(["", "a", "b", "c"]))
+    def the_user_asks_for_a_retry(self, value: str) -> None:
+        self.cluster.annotate(**{"finetune.dev/retry": value})
+
+    @rule(value=st.sampled_from(["", "true"]))
+    def the_user_cancels_or_takes_it_back(self, value: str) -> None:
+        self.cluster.annotate(**{"finetune.dev/cancel": value})
+
+    @rule(value=st.sampled_from(["", "disabled"]))
+    def somebody_pauses_the_job_or_lets_it_go_on(self, value: str) -> None:
+        self.cluster.annotate(**{"finetune.dev/reconcile": value})
+
     @rule()
     @precondition(lambda self: not self.cluster.status.finished)
     def the_quota_is_used_up_for_a_moment(self) -> None:
@@ -119,7 +133,8 @@ class Faults(RuleBasedStateMachine):
 
     @invariant()
     def failures_are_bounded(self) -> None:
-        assert self.cluster.status.attempt.failures <= BACKOFF_LIMIT + 1
+        attempt = self.cluster.status.attempt
+        assert attempt.failures - attempt.forgiven_failures <= BACKOFF_LIMIT + 1
 
     @invariant()
     def suspended_means_that_no_pod_runs(self) -> None:
@@ -140,14 +155,19 @@ class Faults(RuleBasedStateMachine):
         again = advance(job_from({**raw.job, "status": once.to_json()}), observed, SETTINGS, self.cluster.clock.now)
         assert again == once
 
+    def pods_pass_time(self) -> None:
+        """When the faults have ended."""
+        self.kubelet.step()
+
     def teardown(self) -> None:
         """The faults end, and the user wants the job to run: it ends, and leaves one finished head at most."""
         self.cluster.edit_spec(suspend=False)
+        self.cluster.annotate(**dict.fromkeys(("finetune.dev/retry", "finetune.dev/cancel", "finetune.dev/reconcile"), ""))
         for _ in range(500):
             delay = self.operate()
             if delay is None:
                 break
-            self.kubelet.step()
+            self.pods_pass_time()
             self.cluster.clock.advance(delay)
         status = self.cluster.status
         assert status.phase in ("Complete", "Failed"), status
@@ -155,7 +175,44 @@ class Faults(RuleBasedStateMachine):
         assert not [pod for pod in self.cluster.pods if pod["status"]["phase"] in ("Pending", "Running")]
 
 
+class QueuedFaults(Faults):
+    """The same with Kueue, which lets the workers in and takes them away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster.job = raw_job(backoffLimit=BACKOFF_LIMIT, labels={QUEUE: "gpu"})
+        self.kueue = FakeKueue(self.cluster, room=2, strict=False)
+        self.kubelet.schedulable = self.kueue.schedulable
+
+    @rule()
+    def the_queue_lets_in(self) -> None:
+        self.kueue.room = 2
+        self.kueue.step()
+
+    @rule()
+    def the_queue_preempts(self) -> None:
+        self.kueue.preempt()
+
+    def pods_pass_time(self) -> None:
+        self.kueue.room = 2
+        self.kueue.step()
+        super().pods_pass_time()
+
+
+SCHEDULES = int(os.environ.get("FINETUNE_FAULT_SCHEDULES", "30"))
+"""Random schedules that are tried; those of `make test` are the same each time."""
+PROFILE = settings(
+    max_examples=SCHEDULES,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=SCHEDULES <= 30,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
 class TestFaults(Faults.TestCase):
-    settings = settings(
-        max_examples=30, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-    )
+    settings = PROFILE
+
+
+class TestQueuedFaults(QueuedFaults.TestCase):
+    settings = settings(PROFILE, max_examples=max(SCHEDULES // 2, 1))

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.builders import SETTINGS, Clock, at, make_job, make_pod, make_report, raw_job, terminated
-from tests.fake_kueue import COUNT, GROUP, QUEUE, RETRIABLE, FakeKueue
+from tests.builders import SETTINGS, Clock, at, make_job, make_pod, make_report, raw_job, raw_pod, terminated
+from tests.fake_kueue import COUNT, GROUP, MANAGED, QUEUE, RETRIABLE, FakeKueue
 from tests.fakes import KEY, FakeCluster, FakeKubelet
 from tests.unit.operator.looks import condition
 
 from finetune_api.status import Status
 from finetune_operator.lifecycle import advance
-from finetune_operator.observed import Observed, Pod
+from finetune_operator.observed import Observed, Pod, pod_from
 from finetune_operator.plan import desired_objects, surplus
 from finetune_operator.reconcile import reconcile
 from finetune_operator.settings import settings_from
@@ -82,7 +82,11 @@ async def test_the_head_is_let_through_and_the_workers_are_one_group() -> None:
     pods = {pod["metadata"]["name"]: pod["metadata"] for pod in cluster.pods}
     assert QUEUE not in pods["bot-1-head"]["labels"]
     for name in ("bot-1-worker-0", "bot-1-worker-1"):
-        assert {key: value for key, value in pods[name]["labels"].items() if "kueue" in key} == {**LABELS, GROUP: "bot-1-1"}
+        assert {key: value for key, value in pods[name]["labels"].items() if "kueue" in key} == {
+            **LABELS,
+            GROUP: "bot-1-1",
+            MANAGED: "true",
+        }
         assert pods[name]["annotations"] == {COUNT: "2", RETRIABLE: "false"}
 
 
@@ -112,6 +116,16 @@ def test_a_worker_that_is_gone_ends_the_attempt_of_a_gang() -> None:
     for left in ((make_pod(), workers()[0]), (make_pod(), *workers(deletion=at(100)))):
         status = look(training(), *left, report=make_report("Train"), now=60)
         assert (status.attempt.running, status.attempt.preemptions, status.attempt.failures) == (False, 1, 0)
+
+
+def test_a_group_that_was_let_in_is_lost_though_it_was_never_seen_whole() -> None:
+    """The operator was away while the queue let it in, and one of its workers went."""
+    wanted = look(look(Status()), make_pod(), report=make_report("Train"), now=5)
+    assert (wanted.workers_wanted, wanted.attempt.gang_seen) == (2, False)
+    managed = raw_pod("worker", index=0)
+    managed["metadata"]["labels"]["kueue.x-k8s.io/managed"] = "true"
+    assert look(wanted, make_pod(), workers()[0], report=make_report("Train"), now=60).attempt.running, "the other one is still to be made"
+    assert not look(wanted, make_pod(), pod_from(managed), report=make_report("Train"), now=60).attempt.running
 
 
 def test_a_worker_that_fails_by_itself_is_a_failure() -> None:

@@ -63,7 +63,8 @@ class Plan(StatusModel):
     steps: Count | None = None
     """Optimiser steps in all; absent where the data was not counted."""
     training_flops: Amount | None = None
-    """Floating point operations of the training steps: 6 for each parameter and token, 4 where the parameter is frozen."""
+    """Floating point operations of the training steps: 6 for each parameter and token, 4 where the parameter is frozen,
+    2 more where activations are computed again."""
     hours: Amount | None = None
     """About how long the training steps take on that GPU, without waiting, measuring and publishing."""
     gpu_hours: Amount | None = None

@@ -21,6 +21,7 @@ from finetune_operator.local.chat import chat
 from finetune_operator.local.command import local as run_here
 from finetune_operator.local.measure import measure
 from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
+from finetune_operator.plan_command import plan
 from finetune_operator.profile_file import ProfileError, read_profile, under
 from finetune_operator.reason_command import explain as explain_reason
 
@@ -57,6 +58,7 @@ app.command("chat")(chat)
 app.command("measure")(measure)
 app.command("compare")(compare)
 app.command("explain")(explain_reason)
+app.command("plan")(plan)
 
 
 @app.command("validate")

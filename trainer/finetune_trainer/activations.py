@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from finetune_api.estimate import plan_activations
 from finetune_api.v1alpha1 import FineTuneJob
-from finetune_trainer.memory import coming_bytes, plan_activations
+from finetune_trainer.memory import coming_bytes, held_of
 from finetune_trainer.model import CausalModel
 from finetune_trainer.parts import local_part
 from finetune_trainer.worker import Worker
@@ -17,7 +18,7 @@ def with_activations(model: CausalModel, job: FineTuneJob, worker: Worker) -> tu
     Every worker calls it, and again once something else has taken memory. All go by the one with the least: those that hold parts of a
     model must compute it equally often.
     """
-    training, config = job.spec.training, model.transformer.config.get_text_config()
+    training = job.spec.training
     warnings: tuple[str, ...] = ()
     if not model.recomputable:
         if training.gradient_checkpointing == "always":
@@ -27,7 +28,7 @@ def with_activations(model: CausalModel, job: FineTuneJob, worker: Worker) -> tu
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         left = worker.least(free - coming_bytes(model.module) // _parts(model))
-        plan = plan_activations(config, training, model.precision, left)
+        plan = plan_activations(held_of(model.transformer, job.spec.method, model.precision), training, left)
         model, recomputed = replace(model, auto_tokens=plan.tokens), plan.recomputed
     if recomputed:
         model.transformer.activation_checkpointing_enable({"use_reentrant": False})

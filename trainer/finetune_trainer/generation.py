@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
-from finetune_trainer.data.batches import AUTO_TOKENS, micro_batches
+from finetune_trainer.data.batches import micro_batches
 from finetune_trainer.data.encoding import Encoder, LossOn
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.formats import Conversation, PromptCompletion, Text

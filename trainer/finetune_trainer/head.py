@@ -71,6 +71,8 @@ def ended_well(report: Report) -> str:
     """How a run that succeeded did."""
     if report.fresh:
         return f"{len(report.fresh)} metrics are measured on fresh data"
+    if report.plan is not None:
+        return report.message
     return ENOUGH if report.sufficient else "the result is published"
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ArtifactKind, FineTuneJob, Spec
 from finetune_trainer import checkpoint
-from finetune_trainer.data.batches import AUTO_TOKENS, plan_batches
+from finetune_trainer.data.batches import plan_batches
 from finetune_trainer.data.examples import Examples, Prepared
 from finetune_trainer.data.shares import Limit
 from finetune_trainer.device import Device

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 
+from finetune_api.planning import loses_precision
 from finetune_api.reasons import Reason
 from finetune_api.status import ModelSummary
 from finetune_api.v1alpha1 import FineTuneJob
@@ -259,10 +260,14 @@ def model_without_weights(
     return method.apply(transformer, seed=job.spec.training.seed, tokenizer=tokenizer).train(), transformer
 
 
+def parameters_of_config(files: ModelFiles) -> int:
+    """Parameters of a model, from its configuration alone. Raises JobError (ModelInvalid)."""
+    return sum(parameter.numel() for parameter in _empty_model(read_config(files), files).parameters())
+
+
 def _kept_in(method: ModelChange, job: FineTuneJob, base: BaseModel, precision: torch.dtype) -> torch.dtype:
     """The number format of the weights in memory: the computation's, where they stay frozen and nothing that is published is lost by it."""
-    whole = any(kind in ("model", "merged") for kind in job.spec.artifacts)
-    loses = whole and base.dtype != str(precision).removeprefix("torch.")
+    loses = loses_precision(job.spec, base.dtype, str(precision).removeprefix("torch."))
     return precision if method.freezes_base and not loses else torch.float32
 
 

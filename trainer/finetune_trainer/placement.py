@@ -2,11 +2,12 @@
 
 import torch
 
+from finetune_api.estimate import STATE_SHARE
 from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.activations import with_activations
 from finetune_trainer.attention import use_flat_attention
 from finetune_trainer.compiling import compile_layers
-from finetune_trainer.memory import STATE_SHARE, coming_bytes, state_bytes
+from finetune_trainer.memory import coming_bytes, state_bytes
 from finetune_trainer.methods import ModelChange, method_for
 from finetune_trainer.model import CausalModel, load_model, model_without_weights, precision_for
 from finetune_trainer.model_files import ModelFiles

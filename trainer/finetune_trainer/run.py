@@ -43,6 +43,11 @@ def run_stages(attempt: Attempt) -> None:
     spec, trials = attempt.job.spec, tuple[Trial, ...]()
     with Crew(attempt) as crew:
         preparation = prepare(attempt, crew)
+        if spec.plan_only:
+            from finetune_trainer.planned import tell_plan
+
+            tell_plan(attempt, preparation)
+            return
         if spec.baseline is not None:
             from finetune_trainer.baseline_stage import measure_baseline
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from finetune_api.estimate import CHUNK
 from finetune_trainer.objectives.distillation.divergences import DIVERGENCES
 from finetune_trainer.objectives.distillation.head import score_logits
 from finetune_trainer.objectives.distillation.response import Largest, Response, cross_entropy, largest, together, whole
-from finetune_trainer.objectives.linear_score import CHUNK, Logits, Score, chunks, linear_score
+from finetune_trainer.objectives.linear_score import Logits, Score, chunks, linear_score
 
 NAMES = sorted(DIVERGENCES)
 

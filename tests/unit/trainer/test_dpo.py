@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
+from finetune_api.estimate import CHUNK
 from finetune_api.objectives import DpoObjective, Objective
 from finetune_api.v1alpha1 import Training, parse_job
 from finetune_trainer.attention import choose_layout
@@ -28,7 +29,6 @@ from finetune_trainer.methods.method import trained_state
 from finetune_trainer.model import CausalModel, head_scale
 from finetune_trainer.objectives import Context, begin
 from finetune_trainer.objectives.dpo import Dpo
-from finetune_trainer.objectives.linear_score import CHUNK
 from finetune_trainer.objectives.log_probabilities import example_log_probabilities, linear_log_probabilities
 from finetune_trainer.objectives.references import FOLDER, References, references_of
 from finetune_trainer.storage import Storage

@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from finetune_api.estimate import CHUNK
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.batches import rank_share
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.tensors import IGNORED, Layout, collate
 from finetune_trainer.model import CausalModel, head_scale
-from finetune_trainer.objectives.linear_score import CHUNK
 from finetune_trainer.objectives.log_probabilities import example_log_probabilities
 from finetune_trainer.objectives.sft import Sft, linear_cross_entropy
 

@@ -4,44 +4,49 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from finetune_api.estimate import Held, Kept, kept_by, layer_bytes, plan_activations
+from finetune_api.methods import FullMethod, LoraMethod, Method
 from finetune_api.v1alpha1 import Training
-from finetune_trainer.memory import activation_bytes, coming_bytes, plan_activations, state_bytes
+from finetune_trainer.memory import coming_bytes, shape_of, state_bytes
 
-LLAMA_3_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-A_TOKEN = 7_864_320
-"""Bytes of a token's activations in bfloat16: 32 layers of 16 x 4,096 + 4 x 14,336 = 122,880 numbers."""
+SHAPE = shape_of(LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8))
+LORA, FULL = Method(lora=LoraMethod()), Method(full=FullMethod())
+HELD = Held(SHAPE, kept_by(LORA), 2, 32)
 GIB = 2**30
 
 
-def test_what_a_forward_pass_leaves_behind() -> None:
-    assert activation_bytes(LLAMA_3_8B, 1, torch.bfloat16) == A_TOKEN
-    assert activation_bytes(LLAMA_3_8B, 1000, torch.float32) == 2000 * A_TOKEN
+def test_what_a_layer_keeps_of_a_token() -> None:
+    """LoRA in bfloat16: 2 x 4,096 x 4 of the norms' inputs, and 5 x 4,096 + 2 x 1,024 + 4 x 14,336 numbers of 2 bytes."""
+    assert layer_bytes(SHAPE, kept_by(LORA), 2) == 32_768 + 2 * 79_872
+    assert layer_bytes(SHAPE, kept_by(LORA), 4) == 32_768 + 4 * 79_872
+    assert layer_bytes(SHAPE, Kept(0, 0, 1, 0), 2) == 2048
+    assert layer_bytes(SHAPE, kept_by(FULL), 2) == 7 * 4 * 4096 + 2 * (2 * 4096 + 2 * 1024 + 4 * 14336)
 
 
 def test_activations_are_kept_where_they_fit() -> None:
-    """8,192 tokens are 60 GiB, and 0.6 of 110 GiB are 66; that is room for 9,011 tokens."""
-    plan = plan_activations(LLAMA_3_8B, Training(max_sequence_length=2048), torch.bfloat16, 110 * GIB)
-    assert (plan.recomputed, plan.tokens) == (False, 9011)
+    """A token takes 32 x 192,512 + 4.5 x 2 x 4,096 + 14,336 = 6,211,584 bytes: 0.6 of 110 GiB hold 11,408."""
+    plan = plan_activations(HELD, Training(max_sequence_length=2048), 110 * GIB)
+    assert (plan.recomputed, plan.tokens) == (False, 11408)
 
 
 def test_they_are_recomputed_where_they_do_not_fit() -> None:
-    """Recomputed a token takes 32 x 4,096 x 2 bytes and one layer's 245,760: 507,904, of which 0.6 of 10 GiB holds 12,684."""
-    plan = plan_activations(LLAMA_3_8B, Training(max_sequence_length=2048), torch.bfloat16, 10 * GIB)
-    assert (plan.recomputed, plan.tokens) == (True, 12684)
+    """Then 32 x 8,192 + 192,512 + 21 x 4,096 + 3 x 14,336 = 583,680: 0.6 of 10 GiB hold 11,037."""
+    plan = plan_activations(HELD, Training(max_sequence_length=2048), 10 * GIB)
+    assert (plan.recomputed, plan.tokens) == (True, 11037)
 
 
 @pytest.mark.parametrize(("asked", "recomputed"), [("always", True), ("never", False)])
 def test_the_training_may_decide(asked: str, recomputed: bool) -> None:
     for free in (GIB, 500 * GIB):
         spec = Training(gradient_checkpointing=asked)
-        assert plan_activations(LLAMA_3_8B, spec, torch.bfloat16, free).recomputed is recomputed
+        assert plan_activations(HELD, spec, free).recomputed is recomputed
 
 
 def test_a_micro_batch_has_at_least_a_row_and_no_more_than_helps() -> None:
-    """The second is asked for as rows: 16 of 4,096 tokens are 480 GiB."""
-    assert plan_activations(LLAMA_3_8B, Training(max_sequence_length=4096), torch.bfloat16, GIB).tokens == 4096
-    assert plan_activations(LLAMA_3_8B, Training(max_sequence_length=64), torch.bfloat16, 900 * GIB).tokens == 32768
-    assert plan_activations(LLAMA_3_8B, Training(max_sequence_length=4096, micro_batch_size=16), torch.bfloat16, 110 * GIB).recomputed
+    """The last is asked for as rows: 16 of 4,096 tokens are 379 GiB."""
+    assert plan_activations(HELD, Training(max_sequence_length=4096), GIB).tokens == 4096
+    assert plan_activations(HELD, Training(max_sequence_length=64), 900 * GIB).tokens == 32768
+    assert plan_activations(HELD, Training(max_sequence_length=4096, micro_batch_size=16), 110 * GIB).recomputed
 
 
 def test_what_the_state_of_a_training_takes() -> None:

@@ -10,9 +10,9 @@ import torch
 from tests.tiny_llama import make_tiny_llama
 from tests.unit.trainer_run.test_loop import CONFIG, CPU, DATA, Listener, Together, manifest_with, storage_in
 
+from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.v1alpha1 import parse_job
 from finetune_trainer.activations import with_activations
-from finetune_trainer.data.batches import AUTO_TOKENS
 from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.model import CausalModel, load_model
 from finetune_trainer.model_files import fetch_model

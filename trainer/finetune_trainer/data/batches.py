@@ -21,9 +21,6 @@ from finetune_trainer.data.examples import Examples
 Row = tuple[int, ...]
 """Indices of the examples that share a row; they do not see each other."""
 
-AUTO_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 8192}
-"""Tokens of a micro-batch where microBatchSize is auto, by device; at least one row."""
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -1,10 +1,10 @@
 """Parts of a model by their names, and by what they are: the words in which methods say where they go."""
 
-import re
 from typing import TYPE_CHECKING, cast
 
 import torch
 
+from finetune_api.architecture import module_pattern
 from finetune_api.reasons import Reason
 from finetune_trainer.errors import JobError
 
@@ -27,7 +27,7 @@ def matching_modules(model: torch.nn.Module, patterns: tuple[str, ...], field: s
     linear = linear_layers(model)
     found: set[str] = set()
     for pattern in patterns:
-        expression = re.compile(r"(.*\.)?" + re.escape(pattern).replace(r"\*", ".*"))
+        expression = module_pattern(pattern)
         matches = linear if pattern == ALL_LINEAR else [name for name in names if expression.fullmatch(name)]
         if not matches:
             offered = {last_part(name) for name in (names if offer_all else linear)}
@@ -46,7 +46,7 @@ def shortened(model: torch.nn.Module, found: set[str]) -> list[str]:
 def linear_layers(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers but the output layer's. Conv1D is GPT-2's name for a linear layer."""
     head: object = cast("PreTrainedModel", model).get_output_embeddings()
-    linear = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    linear = [(name, module) for name, module in model.named_modules() if is_linear(module)]
     return [name for name, module in linear if module is not head]
 
 
@@ -67,6 +67,6 @@ def last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
+def is_linear(module: torch.nn.Module) -> bool:
     """Linear layers of torch, GPT-2's, and those of bitsandbytes, which are linear layers of torch too."""
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"

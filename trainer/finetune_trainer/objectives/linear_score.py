@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits that exist at once, of each model, by device: on a CPU what its caches hold, 16 MiB in float32; else 256 MiB."""
-CHUNK = 1024
-"""Most positions at once."""
+from finetune_api.estimate import CHUNK, CHUNK_ELEMENTS
+
 PIECE_ELEMENTS = 1 << 18
 """Logits that a light score takes at once on a CPU: 1 MiB in float32, so that it passes over them in the nearest cache."""
 Score = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -5,9 +5,10 @@ from typing import TypeVar
 
 import torch
 
+from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Training
-from finetune_trainer.data.batches import AUTO_TOKENS, rows_of
+from finetune_trainer.data.batches import rows_of
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.shares import Limit, Piece, Sharing
 from finetune_trainer.data.tensors import MicroBatch, collate

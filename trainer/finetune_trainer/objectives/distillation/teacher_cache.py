@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
-from finetune_trainer.data.batches import AUTO_TOKENS, micro_batches
+from finetune_trainer.data.batches import micro_batches
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.tensors import MicroBatch, collate
 from finetune_trainer.errors import JobError

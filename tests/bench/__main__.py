@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--pairs", type=int, default=3, help="training: runs of each variant, taken in turn (default: %(default)s)")
     parser.add_argument("--size", choices=tuple(training.SUBJECTS), help="training: the model (default: small, or 0.5B on a GPU)")
+    parser.add_argument("--clock", choices=tuple(training.CLOCKS), default="wall", help="training: cpu where the machine has other work")
     parser.add_argument("--encoder", type=Path, help="retrieval: folder of an encoder (default: one of random weights, for its speed)")
     parser.add_argument("--jobs", type=int, default=1000, help="jobs: how many at the API server (default: %(default)s)")
     arguments = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> None:
     console = Console(width=120)
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         if "training" in parts:
-            console.print(training.compare(arguments.pairs, Path(folder) / "training", arguments.size))
+            console.print(training.compare(arguments.pairs, Path(folder) / "training", arguments.size, arguments.clock))
         if "data" in parts:
             console.print(data.prepare(Path(folder) / "data"))
         if "retrieval" in parts:

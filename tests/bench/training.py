@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -26,10 +26,13 @@ ROWS, BATCH, RANK, RATE = 4, 8, 8, 1e-4
 EPOCHS = 2
 TEXTS, ONE_TEXT = "texts.jsonl", "one.jsonl"
 METHODS = ("lora", "full")
+Clock = Literal["wall", "cpu"]
+CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What seconds are: those of the clock, or those that the process itself computed, for a machine with other work. Not for a GPU."""
 SUBJECTS = {"small": SMALL, "0.5B": HALF_B, "8B": EIGHT_B}
 
 
-def compare(pairs: int, folder: Path, size: str | None = None) -> Table:
+def compare(pairs: int, folder: Path, size: str | None = None, clock: Clock = "wall") -> Table:
     """Run all variants in turn and tabulate the medians."""
     size = size or ("0.5B" if torch.cuda.is_available() else "small")
     subject = SUBJECTS[size]
@@ -41,8 +44,8 @@ def compare(pairs: int, folder: Path, size: str | None = None) -> Table:
     for turn in range(pairs):
         for (method, name), measured in runs.items():
             print(f"training: {method}, {name}, run {turn + 1} of {pairs}", flush=True)
-            measured.append(_run(method, name, folder, turn))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU thread"
+            measured.append(_run((method, name), folder, turn, clock))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"one CPU thread, {clock} time"
     table = Table(
         title=f"{subject.name}, {subject.texts} texts of 16 to {LENGTH} tokens ({_useful(folder):,} useful tokens), bf16, {device}",
         title_justify="left",
@@ -83,12 +86,13 @@ def _peak_flops() -> float:
     return best
 
 
-def _run(method: str, name: str, folder: Path, turn: int) -> dict[str, float]:
+def _run(what: tuple[str, str], folder: Path, turn: int, clock: Clock) -> dict[str, float]:
+    method, name = what
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"} | threads
     own = folder / f"{method}-{VARIANTS[name].__name__}-{turn}"
     own.mkdir()
-    command = [sys.executable, "-m", "tests.bench.training", method, name, str(folder), str(own)]
+    command = [sys.executable, "-m", "tests.bench.training", method, name, str(folder), str(own), clock]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -96,7 +100,7 @@ def _run(method: str, name: str, folder: Path, turn: int) -> dict[str, float]:
     return result
 
 
-def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
+def ours(method: str, folder: Path, own: Path, now: Callable[[], float]) -> tuple[int, float]:
     """This trainer's loop, in one process."""
     from fsspec.implementations.local import LocalFileSystem
     from tests.prepared_data import prepare_data
@@ -132,7 +136,7 @@ def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
     data = prepare_data(job, inspect_model(files, job).tokenizer, mounts, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    class Clock:
+    class Listener:
         stop_requested = False
         regroup_requested = False
         told: list[tuple[float, int, int]] = []
@@ -141,19 +145,19 @@ def ours(method: str, folder: Path, own: Path) -> tuple[int, float]:
             if progress.step > 0 and progress.stage == "Train":
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                self.told.append((time.perf_counter(), progress.step, progress.trained_tokens))
+                self.told.append((now(), progress.step, progress.trained_tokens))
 
-    clock = Clock()
+    listener = Listener()
     storage = Storage(LocalFileSystem(), str(own), f"file://{own}")
     worker = Worker(device=device)
     model, _ = placed(files, job, worker)
-    loop.train(loop.Task(job, files.base, {}, storage), loop.Models(model), data, worker, clock)
-    steps = {step: (at, tokens) for at, step, tokens in reversed(clock.told)}  # when each step was first told of
+    loop.train(loop.Task(job, files.base, {}, storage), loop.Models(model), data, worker, listener)
+    steps = {step: (at, tokens) for at, step, tokens in reversed(listener.told)}  # when each step was first told of
     first, last = steps[min(steps)], steps[max(steps)]
     return last[1] - first[1], last[0] - first[0]
 
 
-def _trl(method: str, folder: Path, own: Path, **options: Any) -> tuple[int, float]:
+def _trl(method: str, folder: Path, own: Path, now: Callable[[], float], **options: Any) -> tuple[int, float]:
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -162,17 +166,17 @@ def _trl(method: str, folder: Path, own: Path, **options: Any) -> tuple[int, flo
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows = load_dataset("json", data_files=str(folder / TEXTS), split="train", cache_dir=str(own / "cache"))
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Listener(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.begun = self.ended = 0.0
 
         def on_step_end(self, *_: object, **__: object) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.ended = time.perf_counter()
+            self.ended = now()
             self.begun = self.begun or self.ended
 
-    clock = Clock()
+    listener = Listener()
     settings = {
         "output_dir": str(own),
         "num_train_epochs": EPOCHS,
@@ -194,32 +198,34 @@ def _trl(method: str, folder: Path, own: Path, **options: Any) -> tuple[int, flo
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear") if method == "lora" else None,
-        callbacks=[clock],
+        callbacks=[listener],
     )
     trainer.train()
     steps = trainer.state.global_step
     # The first step is not on the clock, so neither are its tokens.
-    return round(_useful(folder) * EPOCHS * (steps - 1) / steps), clock.ended - clock.begun
+    return round(_useful(folder) * EPOCHS * (steps - 1) / steps), listener.ended - listener.begun
 
 
-def trl_default(method: str, folder: Path, own: Path) -> tuple[int, float]:
+def trl_default(method: str, folder: Path, own: Path, now: Callable[[], float]) -> tuple[int, float]:
     """TRL as its defaults have it: batches of 8, padded, activations computed twice."""
-    return _trl(method, folder, own)
+    return _trl(method, folder, own, now)
 
 
-def trl_padding_free(method: str, folder: Path, own: Path) -> tuple[int, float]:
+def trl_padding_free(method: str, folder: Path, own: Path, now: Callable[[], float]) -> tuple[int, float]:
     """TRL's batches of 8 without padding, activations kept."""
-    return _trl(method, folder, own, padding_free=True, max_length=None, gradient_checkpointing=False, per_device_train_batch_size=BATCH)
+    return _trl(
+        method, folder, own, now, padding_free=True, max_length=None, gradient_checkpointing=False, per_device_train_batch_size=BATCH
+    )
 
 
-def trl_packed(method: str, folder: Path, own: Path) -> tuple[int, float]:
+def trl_packed(method: str, folder: Path, own: Path, now: Callable[[], float]) -> tuple[int, float]:
     """TRL's packing a row at a time, which is its fastest here, with as many tokens in a step as ours, activations kept."""
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS}
-    return _trl(method, folder, own, packing=True, gradient_checkpointing=False, **one)
+    return _trl(method, folder, own, now, packing=True, gradient_checkpointing=False, **one)
 
 
-Variant = Callable[[str, Path, Path], tuple[int, float]]
-"""Of a method, the folder of model and texts, and one of its own: useful tokens on the clock, and the seconds."""
+Variant = Callable[[str, Path, Path, Callable[[], float]], tuple[int, float]]
+"""Of a method, the folder of model and texts, one of its own, and a clock: useful tokens on the clock, and the seconds."""
 TRL_DEFAULT = "TRL SFTTrainer, default"
 VARIANTS: dict[str, Variant] = {
     TRL_DEFAULT: trl_default,
@@ -242,10 +248,10 @@ def _useful(folder: Path) -> int:
     return sum(len(json.loads(line)["text"].split()) + 1 for line in lines)
 
 
-def _main(method: str, name: str, folder: str, own: str) -> None:
-    tokens, seconds = VARIANTS[name](method, Path(folder), Path(own))
+def _main(method: str, name: str, folder: str, own: str, clock: Clock) -> None:
+    tokens, seconds = VARIANTS[name](method, Path(folder), Path(own), CLOCKS[clock])
     print(json.dumps({"seconds": seconds, "tokens_per_second": tokens / seconds, "megabytes": _megabytes()}))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main(*sys.argv[1:])  # type: ignore[arg-type]

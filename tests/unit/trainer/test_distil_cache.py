@@ -16,7 +16,7 @@ from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DistillationObjective, Training
 from finetune_trainer.attention import choose_layout
 from finetune_trainer.data.examples import Examples, Prepared, join
-from finetune_trainer.data.tensors import Layout, collate
+from finetune_trainer.data.tensors import Layout, MicroBatch, collate
 from finetune_trainer.errors import JobError
 from finetune_trainer.model import CausalModel
 from finetune_trainer.objectives import Context
@@ -243,3 +243,37 @@ def test_a_teacher_whose_numbers_are_none_is_not_kept(data: Examples, tmp_path: 
     assert caught.value.reason == Reason.MODEL_INVALID
     assert not is_complete(storage_in(tmp_path))
     assert list(tmp_path.glob("shard-*")) == []
+
+
+class Small(Counting):
+    """A teacher beside which so many tokens fit into memory."""
+
+    most = 25
+
+    def run(self, batch: MicroBatch, **named: Any) -> Any:
+        self.runs += 1
+        if batch.tokens > self.most:
+            raise torch.OutOfMemoryError
+        return self.teacher.run(batch, **named)
+
+
+def test_what_does_not_fit_into_memory_is_read_in_halves(
+    data: Examples, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty examples of up to 19 tokens in one shard: no memory for two of the longer ones, and the same is kept."""
+    monkeypatch.setattr(teacher_cache, "SHARDS", 1)
+    small = Small(llama(1))
+    fill(storage_in(tmp_path / "small"), small, data, Worker(), TAKING)
+    fill(storage_in(tmp_path / "large"), llama(1), data, Worker(), TAKING)
+    assert small.runs > len(data) * 2 // 3
+    assert "are read in halves" in caplog.text
+    made, expected = (TeacherCache(storage_in(tmp_path / name), data).of(tuple(range(len(data))), CPU) for name in ("small", "large"))
+    assert torch.equal(made.ids, expected.ids)
+    torch.testing.assert_close(made.log_probabilities, expected.log_probabilities)
+
+
+def test_a_single_example_that_does_not_fit_is_told(data: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Small, "most", 5)
+    with pytest.raises(JobError, match="a single example does not fit") as raised:
+        fill(storage_in(tmp_path), Small(llama(1)), data, Worker(), TAKING)
+    assert raised.value.reason == Reason.GPU_OUT_OF_MEMORY

@@ -8,8 +8,7 @@
 A shard holds the labelled positions of some consecutive examples of the train split, in their order. It is whole or not there, so what was
 computed before an interruption is not computed again; the shards follow from the data alone, so any number of workers shares them out.
 The folder's name is the digest of all that it follows from (`key`), so later epochs and later jobs find it. A shard that is lost or damaged
-is computed again. The arrays are mapped into
-memory, never read whole: 6 k + 2 bytes for each label.
+is computed again. The arrays are mapped into memory, never read whole: 6 k + 2 bytes for each label.
 """
 
 import logging
@@ -25,7 +24,7 @@ import torch
 
 from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
-from finetune_trainer.data.batches import micro_batches
+from finetune_trainer.data.batches import Row, micro_batches
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.tensors import MicroBatch, collate
 from finetune_trainer.errors import JobError
@@ -197,7 +196,10 @@ def _is_whole(storage: Storage, shard: str, sizes: Mapping[str, int]) -> bool:
 
 @torch.no_grad()
 def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], taking: Taking) -> Kept:
-    """One shard. Examples of about the same length are computed together, so that little is padding where a model needs it."""
+    """One shard. Examples of about the same length are computed together, so that little is padding where a model needs it.
+
+    What does not fit into memory is computed in halves. Raises JobError (GPUOutOfMemory) where a single example does not fit.
+    """
     start, end = shard
     counts, lengths = examples.label_counts(), examples.lengths()
     rows = np.concatenate([[0], np.cumsum(counts[start:end])])
@@ -205,10 +207,16 @@ def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], 
     kept = Kept(np.empty((int(rows[-1]), k), np.int32), np.empty((int(rows[-1]), k + 1), np.float16))
     order = sorted(range(start, end), key=lambda index: (int(lengths[index]), index))
     most, padded = AUTO_TOKENS[teacher.device.type], teacher.layout == "padded"
-    for group in micro_batches([(index,) for index in order], lengths, "auto", most, padded=padded):
+    waiting = list(micro_batches([(index,) for index in order], lengths, "auto", most, padded=padded))[::-1]
+    while waiting:
+        group = waiting.pop()
         batch = collate(examples, group, teacher.layout)
         places = np.concatenate([np.arange(rows[index - start], rows[index - start + 1]) for index in batch.indices])
-        ids, log_probabilities = _largest(teacher, batch.to(teacher.device), taking)
+        try:
+            ids, log_probabilities = _largest(teacher, batch.to(teacher.device), taking)
+        except torch.OutOfMemoryError as error:
+            waiting += _halves(group, error)
+            continue
         if bool(log_probabilities.isnan().any()):  # kept, it would spoil every later job too
             raise JobError(
                 Reason.MODEL_INVALID,
@@ -217,6 +225,15 @@ def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], 
             )
         kept.ids[places], kept.log_probabilities[places] = ids.int().cpu().numpy(), log_probabilities.half().cpu().numpy()
     return kept
+
+
+def _halves(group: tuple[Row, ...], error: torch.OutOfMemoryError) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """A group that did not fit, the first half last. Raises JobError (GPUOutOfMemory) where it is a single example."""
+    if len(group) == 1:
+        raise JobError(Reason.GPU_OUT_OF_MEMORY, "a single example does not fit into the memory of a worker beside the teacher") from error
+    middle = len(group) // 2
+    log.warning("memory is short beside the teacher: %d examples are read in halves", len(group))
+    return group[middle:], group[:middle]
 
 
 def _largest(teacher: CausalModel, batch: MicroBatch, taking: Taking) -> tuple[torch.Tensor, torch.Tensor]:

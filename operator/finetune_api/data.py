@@ -100,7 +100,8 @@ class Data(SpecModel):
     test: HeldOutSource | None = None
     """Examples that are only used for the comparison of the untuned and the tuned model."""
     group_by: ColumnName | None = None
-    """Column of the training data; rows that hold the same in it are never on two sides of a split."""
+    """Column of the data; rows that hold the same in it are never on two sides of a split. Where validation or test is data of its own
+    and shares a value with the training data, what follows is what preparation.leakage says."""
     format: Literal["auto", "messages", "promptCompletion", "text", "preference"] = "auto"
     """Form of a row: messages (a conversation, written with the model's chat template), promptCompletion, text, or preference (prompt,
     chosen and rejected, each a text or messages). auto looks at the columns."""

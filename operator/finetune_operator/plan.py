@@ -15,7 +15,7 @@ from finetune_api.reasons import Reason
 from finetune_api.report import REPORT_PORT
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec
-from finetune_operator.gangs import Marks, marks_of_worker, pod_group
+from finetune_operator.gangs import KUEUE, Marks, marks_of_worker, pod_group
 from finetune_operator.kinds import POD_GROUPS
 from finetune_operator.observed import Job, Observed, Pod
 from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
@@ -217,9 +217,15 @@ def _owned_pod(meta: Manifest, role: str, pod: Manifest, marks: Marks) -> Manife
     return {**pod, "metadata": {**meta, **pod["metadata"], "labels": labels, **annotations}, "spec": {**pod["spec"], **marks.spec}}
 
 
+def _queue_labels(job: Job) -> dict[str, str]:
+    """The labels that name a queue (Kueue)."""
+    return {key: value for key, value in job.labels.items() if key.startswith(f"{KUEUE}/")}
+
+
 def _config_map(meta: Manifest, job: Job, spec: Spec) -> Manifest:
-    """The job as it runs, with every default in place."""
-    identity = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
+    """The job as it runs, with every default in place; of its labels those that say that a queue may hold its pods back."""
+    identity: Manifest = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
+    identity |= {"labels": queue} if (queue := _queue_labels(job)) else {}
     spelled = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": identity, "spec": spelled}, indent=2)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {JOB_KEY: text}}

@@ -118,6 +118,11 @@ def answers_file(candidate: str, suite: str) -> str:
     return f"answers/{candidate}/{suite}.jsonl"
 
 
+def parts_folder(candidate: str, suite: str) -> str:
+    """Folder of what a candidate has answered of a suite that is not complete."""
+    return f"answers/{candidate}/parts/{suite}"
+
+
 def write_cases(storage: Storage, file: str, cases: Sequence[Case]) -> None:
     """Put cases where the workers look for them; `storage` is the job's own folder. Raises JobError."""
     storage.write_text(file, "".join(written(cases)))
@@ -154,13 +159,28 @@ def outstanding(storage: Storage, candidate: Candidate) -> Candidate | None:
     return replace(candidate, questions=left) if left else None
 
 
+def answered(storage: Storage, candidate: Candidate) -> int:
+    """How many answers a candidate has given so far, to all of its suites, complete or not. Raises JobError."""
+    found = 0
+    for each in candidate.questions:
+        complete = _read(storage, answers_file(candidate.name, each.suite))
+        found += len(_in_parts(storage, parts_folder(candidate.name, each.suite)) if complete is None else complete)
+    return found
+
+
+def _in_parts(storage: Storage, folder: str) -> dict[str, Answered]:
+    """What was answered of a suite that is not complete, by the case."""
+    parts = (_read(storage, f"{folder}/{name}") for name in storage.files(folder))
+    return {each.id: each for part in parts if part is not None for each in part}
+
+
 class _Suite:
     """One candidate's way through one suite."""
 
     def __init__(self, asking: Asking, candidate: str, questions: Questions, storage: Storage, worker: Worker) -> None:
         self._asking, self._candidate, self._questions = asking, candidate, questions
         self._storage, self._worker = storage, worker
-        self._parts = f"answers/{candidate}/parts/{questions.suite}"
+        self._parts = parts_folder(candidate, questions.suite)
         self._too_long = 0
 
     def answer(self, tell: Tell) -> None:
@@ -193,16 +213,11 @@ class _Suite:
         """The cases that are not answered yet, the longest first: the same on every worker, as the one that leads sees it."""
         done = torch.zeros(len(cases) + 1, dtype=torch.float64, device=self._worker.device)
         if self._worker.leads:
-            known = self._known()
+            known = _in_parts(self._storage, self._parts)
             done[: len(cases)] = torch.tensor([float(case.id in known) for case in cases], dtype=torch.float64)
         self._worker.all_reduce(done)
         left = [case for case, known in zip(cases, done.tolist(), strict=False) if not known]
         return sorted(left, key=lambda case: -_characters(case))
-
-    def _known(self) -> dict[str, Answered]:
-        """What was answered, by the case."""
-        parts = (_read(self._storage, f"{self._parts}/{name}") for name in self._storage.files(self._parts))
-        return {each.id: each for part in parts if part is not None for each in part}
 
     def _answered(self, cases: Sequence[Case]) -> list[Answered]:
         speaker, asking = self._asking.speaker, self._asking
@@ -224,7 +239,7 @@ class _Suite:
     def _complete(self, cases: Sequence[Case]) -> None:
         """Put the parts together, in the order of the cases, and remove them; another group may have been at the same, and first."""
         if read_answers(self._storage, self._candidate, self._questions) is None:
-            known = self._known()
+            known = _in_parts(self._storage, self._parts)
             answers = [known[case.id] for case in cases]
             self._storage.write_text(answers_file(self._candidate, self._questions.suite), "".join(written(answers)))
         self._storage.remove(self._parts)

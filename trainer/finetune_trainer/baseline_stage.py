@@ -40,6 +40,8 @@ def measure_baseline(attempt: Attempt, preparation: Preparation, crew: Crew, pla
     measuring = Measuring(attempt, preparation, crew)
     ways = list(_found(attempt, plan, _ways(attempt, preparation, measuring, plan)))
     untuned = measuring.ask_baseline("Baseline", *(way.candidate for way in ways))
+    if measuring.waits:
+        attempt.reporter.announce(workers_wanted=0, message="scoring the answers")
     outcomes = [Outcome(way.prompt, way.model, measuring.measured(way.candidate, untuned)) for way in ways]
     metric = metric_to_choose_by(plan, attempt.job.spec.evaluation)
     found = compared(outcomes, metric)

@@ -1,6 +1,7 @@
 """The workers of an attempt: waited for, given work, followed, and asked again when they were taken away from it."""
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Self, TypeVar
 from finetune_api.reasons import Reason
 from finetune_trainer.attempt import Attempt
 from finetune_trainer.errors import JobError
-from finetune_trainer.failures import is_final
+from finetune_trainer.failures import as_job_error, is_final
 from finetune_trainer.interruption import InterruptedRunError, Interruption
 from finetune_trainer.ray_cluster import Growth, driver, gpus_of, processes_of, wait_for_workers
 
@@ -22,6 +23,8 @@ MAX_FRUITLESS = 20
 """Times in a row that the workers may leave without having got further, because one of them is taken away."""
 STOP_SECONDS = 55.0
 """After a call to stop, the workers have so long to save a checkpoint; the operator's grace period is longer."""
+QUEUE_LABELS = "kueue.x-k8s.io/"
+"""Labels of a job whose pods a queue may hold back, begin so."""
 
 Found = TypeVar("Found")
 Work = Callable[[str, int], None]
@@ -46,8 +49,8 @@ class Crew:
     def run(self, work: Work, done: Callable[[], Found | None], moved: Callable[[], int] = int, *, grows: bool = False) -> Found:
         """Have workers do something until `done` finds what was wanted.
 
-        `moved` says how far it is: workers that leave again and again without getting further end the attempt. With `grows` the work
-        can be interrupted, to go on with more workers. Raises InterruptedRunError once all is saved, and what the work raises.
+        `moved` says how far it is: workers that leave, or are lost, again and again without getting further end the attempt. With `grows`
+        the work can be interrupted, to go on with more workers. Raises InterruptedRunError once all is saved, and what the work raises.
         """
         attempt, compute = self._attempt, self._attempt.job.spec.compute
         self._join()
@@ -55,11 +58,16 @@ class Crew:
         while fruitless < MAX_FRUITLESS:
             attempt.interruption.at_once = True  # the group before has saved what it did, and the next one has done nothing yet
             attempt.interruption.check()
-            nodes = wait_for_workers(compute, attempt.job.spec.pre_running_deadline_seconds, self._tell_joined)
+            nodes = wait_for_workers(compute, self._patience, self._tell_joined)
             attempt.following.workers_joined(nodes * processes_of(compute), on_gpus=gpus_of(compute) > 0)
             before = moved()
             name = f"attempt-{attempt.environment.attempt}-{next(self._groups)}"
-            why = self._follow(_Background(partial(work, name, nodes)), grows=grows)
+            try:
+                why = self._follow(_Background(partial(work, name, nodes)), grows=grows)
+            except Exception as error:
+                if as_job_error(error).reason != Reason.WORKERS_LOST or moved() <= before:
+                    raise
+                why = "workers were lost again and again; going on from what they have done"
             found = done()
             if found is not None:
                 attempt.interruption.at_once = True
@@ -68,6 +76,13 @@ class Crew:
             attempt.console.say(why)
             fruitless = 0 if moved() > before else fruitless + 1
         raise JobError(Reason.WORKERS_LOST, f"workers were taken away {MAX_FRUITLESS} times before they had got any further")
+
+    @property
+    def _patience(self) -> float:
+        """Seconds in which workers must join. Where a queue holds them back the operator alone keeps that time, which knows of it."""
+        job = self._attempt.job
+        queued = any(label.startswith(QUEUE_LABELS) for label in job.metadata.labels)
+        return math.inf if queued else job.spec.pre_running_deadline_seconds
 
     def _join(self) -> None:
         if self._joined:

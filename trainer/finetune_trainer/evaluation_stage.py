@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from finetune_api.evaluation import BASELINE
 from finetune_api.reasons import Reason
@@ -32,6 +32,8 @@ class Judgement:
     evaluation: Evaluation
     samples: tuple[Sample, ...]
     course: Course
+    judges: Mapping[str, str] = field(default_factory=dict)
+    """What became of a judge's comparisons, by the suite."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: C
     measuring = Measuring(attempt, preparation, crew)
     tuned = measuring.candidate(f"step-{result.steps}", step=result.steps)
     untuned = measuring.ask_baseline("Evaluate", tuned)
-    kept = attempt.reporter.report.workers_wanted if _may_go_on_soon(attempt) else 0
+    kept = attempt.reporter.report.workers_wanted if _may_go_on_soon(attempt, measuring) else 0
     attempt.reporter.announce(workers_wanted=kept, message="comparing the tuned model with the untuned one")
     course = read_history(attempt.own)
     compared = _compared(attempt, measuring, result, course, (tuned, untuned))
@@ -62,7 +64,8 @@ def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: C
         for sample in samples_of(asked.suite.name, asked.cases, untuned[asked.suite.name], answers[asked.suite.name])
     )
     attempt.reporter.announce(evaluation=evaluation)
-    return Judgement(evaluation, samples, course)
+    judges = {asked.suite.name: words for asked in measuring.suites if (words := asked.givers.comparison) is not None}
+    return Judgement(evaluation, samples, course, judges)
 
 
 def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judgement: Judgement, crew: Crew) -> tuple[Result, Judgement]:
@@ -73,7 +76,7 @@ def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judg
     """
     known = {point.step: dict(point.values) for point in judgement.course.held_out}
     storage = attempt.own.at(CHECKPOINTS)
-    kept = [step for step in checkpoint.steps_of(storage) if step != result.steps]
+    kept = [step for step in checkpoint.steps_of(storage) if step < result.steps]  # with early stopping there are later ones
     for step in sorted(kept, key=lambda step: (known.get(step, {}).get(VALIDATION, math.inf), -step)):
         losses = {name.removesuffix("/loss"): value for name, value in known.get(step, {}).items()}
         attempt.console.say(f"a gate is not passed: trying the checkpoint of step {step}")
@@ -91,11 +94,10 @@ def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judg
     return result, judgement
 
 
-def _may_go_on_soon(attempt: Attempt) -> bool:
+def _may_go_on_soon(attempt: Attempt, measuring: Measuring) -> bool:
     """Whether an earlier checkpoint may be asked next, in seconds: no other model is waited for to score the answers."""
     plan = attempt.job.spec.evaluation
-    waits = any(suite.judge is not None or suite.encoder is not None for suite in plan.suites)
-    return bool(plan.gates) and plan.on_gate_failure == "tryEarlierCheckpoint" and not waits
+    return bool(plan.gates) and plan.on_gate_failure == "tryEarlierCheckpoint" and not measuring.waits
 
 
 def _exported(attempt: Attempt, preparation: Preparation, earlier: Result, crew: Crew) -> Result:

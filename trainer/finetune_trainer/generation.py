@@ -188,7 +188,8 @@ def references(cases: Sequence[Case], tokenizer: "PreTrainedTokenizerBase", loss
 def _example(case: Case) -> Conversation | PromptCompletion | Text:
     place = Place(case.place or case.id, 1)
     if case.messages:
-        answer = ({"role": "assistant", "content": case.reference},) if case.reference else ()
+        said = dict(case.turn) if case.turn else {"role": "assistant", "content": case.reference}
+        answer = (said,) if case.reference else ()
         return Conversation(place, (*map(dict, case.messages), *answer), tuple(map(dict, case.tools)))
     if not case.reference:
         return Text(place, case.prompt or "")

@@ -54,6 +54,8 @@ class Judge:
         folder = folder_of(identity_of(served.endpoint, namespace))
         mark_used(storage, folder)
         self._count = Count()
+        self.words = ""
+        """What became of the cases that it was asked about last."""
         self._asker = Asker(served, storage.at(folder), self._count, say)
 
     def __enter__(self) -> Self:
@@ -117,7 +119,8 @@ class Judge:
             raise self._served.party.failure(
                 f"{what}: check model, and maxTokens ({self._served.endpoint.max_tokens}) where it reasons first"
             )
-        self._say(f"{words}; {missing}{refused}" if judged.no_verdict else words)
+        self.words = f"{words}; {missing}{refused}" if judged.no_verdict else words
+        self._say(self.words)
 
 
 def compared(count: int, both: dict[int, tuple[float | None, float | None]]) -> Judged:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from finetune_api.evaluation import BASELINE, SCORED_METRICS, Suite
 from finetune_api.status import StageName
 from finetune_api.v1alpha1 import FineTuneJob
-from finetune_trainer.answering import Candidate, Questions, outstanding, read_answers, suite_file, write_cases
+from finetune_trainer.answering import Candidate, Questions, answered, outstanding, read_answers, suite_file, write_cases
 from finetune_trainer.asking import Say
 from finetune_trainer.attempt import Attempt
 from finetune_trainer.crew import Crew
@@ -116,9 +116,16 @@ class Measuring:
         self._attempt.reporter.announce(workers_wanted=compute.workers.max)
         config = {**self._preparation.for_workers, "candidates": [each.to_json() for each in by_weights(candidates)], "stage": stage}
         config["tasks"] = {where: suite.name for where, suite in self.tasks}
-        self._crew.run(
-            lambda group, _: fit_answers(compute, config, group, self._attempt.scratch), lambda: None if left() else True, lambda: -left()
-        )
+
+        def moved() -> int:
+            return sum(answered(own, candidate) - self._tasks_left(candidate) for candidate in candidates)
+
+        self._crew.run(lambda group, _: fit_answers(compute, config, group, self._attempt.scratch), lambda: None if left() else True, moved)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the answers are scored by other models, which the workers would be held for."""
+        return any(suite.judge is not None or suite.encoder is not None for suite in self._attempt.job.spec.evaluation.suites)
 
     @property
     def tasks(self) -> tuple[tuple[str, Suite], ...]:

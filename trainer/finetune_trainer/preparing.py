@@ -13,8 +13,9 @@ from finetune_trainer.manifest import digest_of
 from finetune_trainer.methods.advice import advice, strategy_advice
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.ray_cluster import gpus_of, processes_of
+from finetune_trainer.result import RESULT
 from finetune_trainer.search_space import config_of, roomiest
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage import MANIFEST, Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,8 @@ def prepare(attempt: Attempt, crew: Crew) -> Preparation:
     check_free(attempt.storage, job, own)
     check_quantization(job, gpus_here() if attempt.environment.local else gpus_of(job.spec.compute))
     find_others(attempt.storage, job)
-    _check_suites(attempt)
+    if not _is_trained(attempt):
+        _check_suites(attempt)
 
     facts = own.read_json(PREPARED_FACTS) or {}
     models = _models(attempt, facts)
@@ -121,6 +123,13 @@ def _forget_measured(own: Storage) -> None:
 
     for name in ("answers", "suites", BASELINE):
         own.remove(name)
+
+
+def _is_trained(attempt: Attempt) -> bool:
+    """Whether an earlier attempt has trained: what scores the answers is asked next then, and need not be there if all is scored."""
+    from finetune_trainer.evaluation.markdown import HELD
+
+    return any(attempt.own.exists(f"{name}/{MANIFEST}") for name in (RESULT, HELD))
 
 
 def _check_suites(attempt: Attempt) -> None:

@@ -65,7 +65,8 @@ def run_stages(attempt: Attempt) -> None:
             judgement = evaluate(attempt, preparation, result, crew)
         if judgement.evaluation.gates_verdict not in (None, "Passed") and spec.evaluation.on_gate_failure == "tryEarlierCheckpoint":
             result, judgement = try_earlier(attempt, preparation, result, judgement, crew)
-    publish_report(attempt.storage, Findings(preparation.job, attempt.reporter.report, judgement.course, judgement.samples, trials))
+    findings = Findings(preparation.job, attempt.reporter.report, judgement.course, judgement.samples, trials, judgement.judges)
+    publish_report(attempt.storage, findings)
     check_gates(attempt, result)
     publish_result(attempt, preparation, result)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from finetune_trainer.answering import Candidate, Questions, read_answers, write_cases
+from finetune_trainer.answering import Candidate, Questions, answered, read_answers, write_cases
 from finetune_trainer.attempt import Attempt
 from finetune_trainer.completions import Messages
 from finetune_trainer.crew import Crew
@@ -40,7 +40,9 @@ class WorkerGenerator:
         config = {"revision": self._revision, "config": {}, "candidates": [candidate.to_json()], "stage": "Prepare"}
         attempt.reporter.announce(workers_wanted=compute.workers.max, message="waiting for the workers, which write examples")
         for answer in self._crew.run(
-            lambda group, _: fit_answers(compute, config, group, attempt.scratch), lambda: read_answers(own, GENERATOR, questions)
+            lambda group, _: fit_answers(compute, config, group, attempt.scratch),
+            lambda: read_answers(own, GENERATOR, questions),
+            lambda: answered(own, candidate),
         ):
             yield answer.text
 

@@ -116,16 +116,6 @@ def test_a_job_without_results_is_told_with_what_to_do(storage: Storage) -> None
     )
 
 
-def test_a_job_is_not_compared_with_itself(storage: Storage) -> None:
-    publish_report(storage, findings())
-    not_found(storage, "support-bot")
-
-
-def test_an_earlier_job_of_the_same_name_is_another(storage: Storage) -> None:
-    publish_report(storage, findings(job=job("support-bot", OTHER_UID)))
-    assert find_others(storage, this_job("support-bot"))[0].name == "support-bot"
-
-
 @pytest.mark.parametrize("owner", [{"uid": "../../elsewhere"}, {"uid": ""}, {"uid": "a/b"}, {"uid": None}, {"uid": 7}, {}, "me", None])
 def test_a_manifest_cannot_lead_out_of_the_storage(storage: Storage, owner: object) -> None:
     with storage.new_folder(FOLDER) as folder:

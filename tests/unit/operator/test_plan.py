@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_the_job_file_says_all_and_can_be_read(name: str) -> None:
     original = job_from(yaml.safe_load((PLANS / f"{name}.job.yaml").read_text()))
     assert job.spec == original.spec
     assert job.metadata.uid == original.uid
+
+
+def test_the_head_is_told_that_a_queue_may_hold_pods_back() -> None:
+    """And no other label: the head has no use for them."""
+    labels = {"kueue.x-k8s.io/queue-name": "team", "app": "bot"}
+    job = make_job(status=Status(attempt=Attempt(number=1)))
+    queued = replace(job, labels=labels)
+    config_map = next(each for each in desired_objects(queued, job.status, SETTINGS) if each["kind"] == "ConfigMap")
+    assert parse_job(json.loads(config_map["data"]["job.json"])).metadata.labels == {"kueue.x-k8s.io/queue-name": "team"}
 
 
 def test_the_token_is_in_the_secret_alone() -> None:

@@ -5,12 +5,19 @@ import pytest
 from finetune_api.v1alpha1 import Compute, Method
 from finetune_trainer.methods.advice import advice, strategy_advice
 
+FEWEST = {"full": 1000, "freeze": 1000, "lora": 100, "adapter": 100, "ia3": 50, "promptTuning": 1000, "prefixTuning": 1000, "pTuning": 1000}
 
-@pytest.mark.parametrize(("key", "examples", "warned"), [("full", 999, True), ("full", 1000, False), ("lora", 10, False)])
-def test_full_tuning_on_few_examples_is_warned_of(key: str, examples: int, warned: bool) -> None:
-    said = advice(Method.model_validate({key: {}}), examples)
-    assert bool(said) is warned
-    assert all(f"{examples:,} examples" in sentence for sentence in said)
+
+@pytest.mark.parametrize("key", FEWEST)
+def test_too_few_examples_for_a_method_are_warned_of_with_the_number(key: str) -> None:
+    method = Method.model_validate({key: {"lastLayers": 1} if key == "freeze" else {}})
+    (said,) = advice(method, FEWEST[key] - 1)
+    assert said.startswith(f"method.{key} trains on {FEWEST[key] - 1:,} examples; with fewer than {FEWEST[key]:,} ")
+    assert advice(method, FEWEST[key]) == ()
+
+
+def test_every_method_has_a_number() -> None:
+    assert set(FEWEST) == {info.alias or name for name, info in Method.model_fields.items()}
 
 
 @pytest.mark.parametrize(

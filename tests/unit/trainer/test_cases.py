@@ -38,7 +38,14 @@ CALL = [{"function": {"name": "now", "arguments": {}}}]
         (Conversation(PLACE, (ANSWERED,)), Case("7", "A.", "", place="f.jsonl, line 3")),
         (
             Conversation(PLACE, (ASKED, turn("assistant", None, tool_calls=CALL))),
-            Case("7", '[{"function": {"name": "now", "arguments": {}}}]', None, (ASKED,), place="f.jsonl, line 3"),
+            Case(
+                "7",
+                '[{"function": {"name": "now", "arguments": {}}}]',
+                None,
+                (ASKED,),
+                place="f.jsonl, line 3",
+                turn=turn("assistant", None, tool_calls=CALL),
+            ),
         ),
         (
             Preference(PLACE, Conversation(PLACE, (ASKED, ANSWERED), (), 1), Conversation(PLACE, (ASKED, LAST), (), 1)),

@@ -255,6 +255,26 @@ def test_rows_of_a_group_are_on_one_side(prepare: Prepare) -> None:
     assert prepare.summary("train", "validation", "test") == (21, 6, 3)
 
 
+@pytest.mark.parametrize("leakage", ["ignore", "warn", "drop", "fail"])
+def test_a_group_that_validation_data_of_its_own_has_too(leakage: str, prepare: Prepare) -> None:
+    """Customers 0 to 4 with two rows each, and two of them once more in a validation file."""
+    write_jsonl(prepare.folder / "validation.jsonl", *(row | {"customer": number} for number, row in enumerate(rows(50, 51), start=3)))
+    train = [row | {"customer": number % 5} for number, row in enumerate(rows(*range(10)))]
+    data = {"groupBy": "customer", "validation": VALIDATION, "preparation": {"leakage": leakage}}
+    told = r"data.groupBy: 4 of 10 training examples have a value of customer that data.validation has too.*train.jsonl, line 4"
+    if leakage == "fail":
+        with pytest.raises(JobError, match=told):
+            prepare(train, **data)
+        return
+    prepared = prepare(train, **data)
+    assert prepare.summary("train", "validation", "leaked") == ((6, 2, 4) if leakage == "drop" else (10, 2, 0))
+    assert {int(answer) % 5 for answer in prepare.answers(prepared.train)} == ({0, 1, 2} if leakage == "drop" else set(range(5)))
+    warnings = prepare.manifest["warnings"]
+    assert len(warnings) == (leakage == "warn")
+    assert all(re.search(told, warning) for warning in warnings)
+    assert [row["line"] for row in prepare.rejects()] == ([4, 5, 9, 10] if leakage == "drop" else [])
+
+
 def test_a_row_without_its_group_cannot_be_used(prepare: Prepare, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"lines 1, 4: the column customer, by which data.groupBy keeps rows together, is missing or null"):
         prepare([*rows(0), *rows(1, 2, customer="a"), *rows(3, customer=None)], groupBy="customer")

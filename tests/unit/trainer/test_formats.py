@@ -101,6 +101,12 @@ def test_keys_that_a_columnar_file_left_null_are_dropped() -> None:
         ("messages", {"messages": [USER]}, "messages has no assistant turn to learn from"),
         ("messages", {"messages": [USER, ASSISTANT], "tools": "a"}, "tools must be an array of objects"),
         ("promptCompletion", {"prompt": "a"}, "the column completion is missing; the row has prompt"),
+        ("text", {"x" * 90: "a"}, f"the column text is missing; the row has {'x' * 59}…"),
+        (
+            "text",
+            {f"c{place}": "a" for place in range(30)},
+            f"the column text is missing; the row has {', '.join(f'c{place}' for place in range(20))}",
+        ),
         ("promptCompletion", {"prompt": 1, "completion": "a"}, "prompt must be a string, not a number"),
         ("promptCompletion", {"prompt": "a", "completion": None}, "completion must be a string, not null"),
         ("promptCompletion", {"prompt": "a", "completion": "\n"}, "completion is empty"),

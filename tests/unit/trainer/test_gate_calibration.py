@@ -1,7 +1,9 @@
 """How often gates decide wrongly: over many suites drawn from models whose true figures are known. Pure, and the same each time."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -82,3 +84,16 @@ def test_a_model_beyond_the_bound_passes_as_often_as_the_closed_form_says() -> N
     # Student's t with 59 degrees of freedom, whose bound is 2.0 and not 1.96
     assert within(found["Passed"], float(stats.nct.sf(stats.t.ppf(0.975, CASES - 1), CASES - 1, 2.8))), found
     assert found["Failed"] == 0
+
+
+def test_the_documents_table_of_examples_is_worked_out_by_the_closed_forms() -> None:
+    """1.96 standard errors to an end of the interval, and 0.84 more for four of five: 2.8."""
+    text = (Path(__file__).parents[3] / "docs/closed-loop.md").read_text(encoding="utf-8")
+    deviations = (0.3, 0.4, 0.5)
+    for width in (0.2, 0.1, 0.05):
+        cells = [math.ceil((reach * deviation / width) ** 2 - 1e-9) for reach in (1.96, 2.8) for deviation in deviations]
+        assert f"| {width} | {' | '.join(map(str, cells))} |" in text
+    for bound, needed in ((0.8, 17), (0.9, 36), (0.95, 72)):
+        assert 0.025 ** (1 / needed) >= bound > 0.025 ** (1 / (needed - 1))
+        assert f"`atLeast: {bound}`" in text
+    assert stats.norm.ppf(0.975) + stats.norm.ppf(0.8) == pytest.approx(2.8, abs=0.01)

@@ -1,5 +1,6 @@
 """What a model says is what transformers' own `generate` gives for what is published, whatever the method and whatever stands beside it."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tuned import shake
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import parse_job
+from finetune_trainer.data.cases import case_of
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.examples import join
 from finetune_trainer.data.formats import Conversation, PromptCompletion, Text
@@ -97,7 +99,23 @@ def test_without_kept_keys_and_values_it_says_the_same(name: str, model_files: M
     assert said(speaker, PROMPTS) == kept
 
 
-@pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
+def test_an_answer_that_calls_tools_is_measured_as_it_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As the chat template has the call, and not as the JSON that other metrics compare."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content or '' }}"
+        "{% for call in turn.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"role": "assistant", "content": "Wait.", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}]}
+    conversation = Conversation(Place("rows.jsonl", 1), ({"role": "user", "content": "Time?"}, call))
+    (learnt,) = Encoder(own, "completion", 64).encode([conversation])
+    tokens, labelled = references([case_of(conversation, "0")], own, "completion", 64).example(0)
+    assert (tokens.tolist(), labelled.tolist()) == (learnt.tokens.tolist(), learnt.labelled.tolist())  # type: ignore[union-attr]
+    assert own.decode(tokens[labelled].tolist()).startswith("Wait.[now]")
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_each_references_loss_adds_up_to_what_validation_measures(
     name: str, layout: str, model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast

@@ -88,12 +88,6 @@ def test_the_rows_are_such_as_the_job_reads(site: Site, data: dict[str, Any], is
     assert (last.completion if isinstance(last, PromptCompletion) else last.messages[-1]["content"]) == OUTPUTS[1]  # type: ignore[union-attr]
 
 
-def test_jobs_that_learn_from_other_rows_are_refused(site: Site) -> None:
-    error = refusal(site, site.job({"format": "text"}), Author(SAYS))
-    assert error.reason is Reason.INVALID_SPEC
-    assert error.message.startswith("data.format: text: data.preparation makes prompts with answers")
-
-
 def test_rows_keep_the_group_that_they_belong_to(site: Site) -> None:
     rows = site.rows(site.job({"groupBy": "id"}), Author(SAYS))
     assert [row.columns["id"] for row in rows if isinstance(row, Row)] == ["0", "1"]
@@ -174,8 +168,8 @@ def test_texts_are_saved_while_the_generator_writes(site: Site, monkeypatch: pyt
     monkeypatch.setattr(Storage, "write_json", write)
     assert len(site.rows(site.job(), Author(SAYS))) == 2
     assert [number for number in saved if number] == [1, 1]
-    told = [line.partition(", ")[0] for line in site.said if "written" in line]
-    assert told[:2] == [f"data.preparation.contentPoints.generator: {number} texts are written" for number in (1, 2)]
+    told = [line.partition(" after ")[0] for line in site.said if "written" in line]
+    assert told[:2] == [f"data.preparation.contentPoints.generator: {words} written" for words in ("1 text is", "2 texts are")]
 
 
 def test_empty_texts_are_asked_for_again_and_half_characters_are_no_obstacle(site: Site) -> None:

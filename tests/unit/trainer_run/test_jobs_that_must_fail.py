@@ -13,6 +13,7 @@ from tests.unit.trainer_run.test_whole_loop import a_job
 from finetune_api.reasons import Reason
 from finetune_api.report import Report
 from finetune_api.status import EvaluationResult
+from finetune_trainer import evaluation_stage
 from finetune_trainer.errors import JobError
 from finetune_trainer.report import Reporter
 
@@ -154,3 +155,24 @@ def test_an_overfit_is_not_published(inputs: Path, monkeypatch: pytest.MonkeyPat
     gap = results(report)["train/gap"].value
     assert gap is not None
     assert gap > 1.5
+
+
+def test_earlier_checkpoints_are_tried_and_no_later_ones(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early stopping goes back to an early step, and checkpoints of later ones are still there: they are worse, and not tried."""
+    judged: list[int] = []
+    evaluate = evaluation_stage.evaluate
+
+    def seen(attempt: Any, preparation: Any, result: Any, crew: Any) -> Any:
+        judged.append(result.steps)
+        return evaluate(attempt, preparation, result, crew)
+
+    monkeypatch.setattr(evaluation_stage, "evaluate", seen)
+    given = spec({"metric": "task/exactMatch", "atLeast": 0.99}, "few", 0.01, 60)
+    given["training"]["earlyStopping"] = {"patience": 2}
+    given["checkpoint"] = {"everySteps": 5, "keep": 5}
+    given["evaluation"]["onGateFailure"] = "tryEarlierCheckpoint"
+    held_back(inputs, monkeypatch, "stopped", given)
+    steps = {int(path.name.removeprefix("step-")) for path in (inputs / "claims").glob("stopped/out/.finetune/stopped/checkpoints/step-*")}
+    assert max(steps) > judged[0]
+    assert len(judged) > 1
+    assert max(judged[1:]) < judged[0]

@@ -1,5 +1,6 @@
 """The head's way through its stages, with the cluster and the publishing played: what a stop, a crash or a failure in between leaves."""
 
+import math
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -113,6 +114,45 @@ def test_workers_that_always_leave_before_a_step_end_the_attempt(
         train(attempt, preparation, workers)
     assert raised.value.reason == Reason.WORKERS_LOST
     assert groups == 5 + crew.MAX_FRUITLESS
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_workers_that_are_lost_again_and_again_end_the_attempt_only_without_progress(
+    progress: bool, attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each group is lost for good; with progress the third comes to the end."""
+    done: list[str] = []
+
+    def work(group: str, _: int) -> None:
+        done.append(group)
+        if len(done) < 3:
+            raise RuntimeError("the group failed") from JobError(Reason.WORKERS_LOST, "four times")
+
+    monkeypatch.setattr(crew, "driver", lambda _: nullcontext())
+    monkeypatch.setattr(crew, "wait_for_workers", lambda *_: 1)
+    monkeypatch.setattr(attempt.interruption, "listen", lambda: None)
+    with Crew(attempt) as workers:
+        if progress:
+            assert workers.run(work, lambda: len(done) if len(done) == 3 else None, lambda: len(done)) == 3
+            return
+        with pytest.raises(RuntimeError, match="the group failed"):
+            workers.run(work, lambda: None)
+    assert len(done) == 1
+
+
+@pytest.mark.parametrize(("labels", "seconds"), [({}, 1800), ({"kueue.x-k8s.io/queue-name": "team"}, math.inf)])
+def test_the_time_in_a_queue_is_for_the_operator_to_count(
+    labels: dict[str, str], seconds: float, attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    metadata = attempt.job.metadata.model_copy(update={"labels": labels})
+    attempt.job = attempt.job.model_copy(update={"metadata": metadata})
+    monkeypatch.setattr(crew, "driver", lambda _: nullcontext())
+    monkeypatch.setattr(crew, "wait_for_workers", lambda _, patience, __: waited.append(patience) or 1)
+    monkeypatch.setattr(attempt.interruption, "listen", lambda: None)
+    with Crew(attempt) as workers:
+        assert workers.run(lambda *_: None, lambda: True)
+    assert waited == [seconds]
 
 
 def test_that_it_succeeded_is_kept_before_anything_is_removed(

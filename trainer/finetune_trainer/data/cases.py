@@ -38,6 +38,8 @@ class Case:
     tools: tuple[Mapping[str, Any], ...] = ()
     place: str = ""
     """File and line, for a message."""
+    turn: Mapping[str, Any] | None = None
+    """The golden answer as the conversation has it, where it calls tools."""
 
 
 _BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
@@ -74,7 +76,9 @@ def case_of(example: Example, name: str) -> Case:
         return Case(name, "", example.text, place=str(example.place))
     last = max(index for index, turn in enumerate(example.messages) if turn["role"] == "assistant")
     before = example.messages[:last]
-    return Case(name, _said(example.messages[last]), None if before else "", before, example.tools, str(example.place))
+    answer = example.messages[last]
+    turn = answer if answer.get("tool_calls") else None
+    return Case(name, _said(answer), None if before else "", before, example.tools, str(example.place), turn)
 
 
 def _said(turn: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, TypeVar
 
-from finetune_trainer.data.rows import Fault, Place, Row, kind_of
+from finetune_trainer.data.rows import Fault, Place, Row, columns_of, kind_of
 
 Format = Literal["messages", "promptCompletion", "text", "preference"]
 NEEDED: dict[Format, tuple[str, ...]] = {
@@ -70,7 +70,7 @@ def detect_format(row: Row, columns: Mapping[str, str], *, preferences: bool = F
         if all(columns.get(field, field) in row.columns for field in fields):
             return format_
     wanted = " or ".join("+".join(columns.get(field, field) for field in fields) for fields in formats.values())
-    problem = f"the columns are {_names(row)}, not {wanted}"
+    problem = f"the columns are {columns_of(row)}, not {wanted}"
     if preferences:
         problem += ", which objective.dpo learns from"
     others = [fields for format_, fields in NEEDED.items() if format_ not in formats]
@@ -88,7 +88,7 @@ def example_from(row: Row, format_: Format, columns: Mapping[str, str]) -> Examp
     for field in (*NEEDED[format_], *(["prompt"] if has_prompt else [])):
         name = columns.get(field, field)
         if name not in row.columns:
-            return Fault(row.place, f"the column {name} is missing; the row has {_names(row)}")
+            return Fault(row.place, f"the column {name} is missing; the row has {columns_of(row)}")
     if format_ == "messages":
         return _conversation(row, columns.get("messages", "messages"))
     if format_ == "preference":
@@ -232,7 +232,3 @@ def _is_blank(content: str | list[dict[str, Any]]) -> bool:
 
 def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _names(row: Row) -> str:
-    return ", ".join(list(row.columns)[:20]) or "none"

@@ -99,7 +99,7 @@ def write_data(
         whole = _TrainingData(reading, *_written(reading, inputs, teacher))
         whole.leave_out_duplicates()
         whole.hold_out()
-        warnings = whole.check_leakage()
+        warnings = [*whole.check_groups(), *whole.check_leakage()]
         whole.divide()
     if teacher is not None:
         teacher.write(folder, Examples(*(np.load(folder / array_file("train", part), mmap_mode="r") for part in ARRAYS)))
@@ -190,6 +190,34 @@ class _TrainingData:
         seed = self.reading.job.spec.training.seed
         self.sides[free] = held_out(len(free), fractions, seed, None if keys is None else keys[free])
 
+    def check_groups(self) -> list[str]:
+        """Look for training examples of groups that validation or test data of its own has too: what is done is as for leakage.
+
+        Returns what there is to warn of. Raises JobError (DatasetInvalid).
+        """
+        what, keys = self.reading.job.spec.data.preparation.leakage, keys_of(self.kept)
+        others = {split: found for split in self.others if (found := keys_of(self.others[split])) is not None}
+        if what == "ignore" or keys is None or not others:
+            return []
+        shared = np.flatnonzero((self.sides == 0) & np.isin(keys, np.concatenate(list(others.values())))).tolist()
+        if not shared:
+            return []
+        names, column = " and ".join(f"data.{split}" for split in others), self.reading.job.spec.data.group_by
+        problem = (
+            f"data.groupBy: {len(shared):,} of {int((self.sides == 0).sum()):,} training examples have a value of {column} that {names} "
+            f"has too: set data.preparation.leakage: drop, or take them out. The first: {self.kept.places[shared[0]]}"
+        )
+        if what == "fail":
+            raise JobError(Reason.DATASET_INVALID, problem)
+        if what == "warn":
+            return [scrub(problem)[:WARNING_LENGTH_MAX]]
+        for index in shared:
+            self._leave_out(index, f"its value of {column} is one that {names} has too")
+        self.leaked += len(shared)
+        if not (self.sides == 0).any():
+            raise JobError(Reason.DATASET_INVALID, f"{problem}; without them none is left")
+        return []
+
     def check_leakage(self) -> list[str]:
         """Look for training examples that hold what is measured; returns what there is to warn of. Raises JobError (DatasetInvalid)."""
         what = self.reading.job.spec.data.preparation.leakage
@@ -197,7 +225,7 @@ class _TrainingData:
             return []
         held = self._held()
         found = leaks(self.reading.folder, Some(self.split, self.sides == 0, self.group), [some for _, some in held])
-        self.leaked = len(found)
+        self.leaked += len(found)
         if not found:
             return []
         problem = self._told(found, [name for name, _ in held])

@@ -22,6 +22,8 @@ _HALF_CHARACTER = b"\\ud"
 FORMS = (".jsonl", ".json", ".csv", ".parquet")
 ROW_BYTES = 16 << 20
 """Largest row; a longer one is a file of another form, or a mistake."""
+COLUMNS_SHOWN, NAME_SHOWN = 20, 60
+"""Columns that a message names at most, and characters of a name."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.problem}"
+
+
+def columns_of(row: Row) -> str:
+    """The names of a row's columns, for a message: the first, and each as far as it is short."""
+    names = [name if len(name) <= NAME_SHOWN else f"{name[: NAME_SHOWN - 1]}…" for name in list(row.columns)[:COLUMNS_SHOWN]]
+    return ", ".join(names) or "none"
 
 
 def read_rows(location: Location) -> Iterator[Row | Fault]:

@@ -36,6 +36,8 @@ class Givers:
     mounts: Mounts
     cache: Path
     say: Say
+    comparison: str | None = field(default=None, init=False)
+    """What became of the last comparison with the untuned model, in the judge's words: what it chose, and how often by the place alone."""
     _encoder: Encoder | None = field(default=None, init=False)
 
     def given(self, cases: Sequence[Case], answered: Iterable[Answered], baseline: Iterable[Answered]) -> dict[SuiteMetric, PerCase]:
@@ -70,7 +72,13 @@ class Givers:
     def _wins(self, cases: Sequence[Case], texts: Sequence[str], others: Sequence[str]) -> PerCase:
         if texts == others:
             return [EVEN] * len(cases)
-        return self._judged(lambda judge: judge.wins(cases, texts, others).per_case)
+
+        def compare(judge: Judge) -> PerCase:
+            found = judge.wins(cases, texts, others)
+            self.comparison = judge.words
+            return found.per_case
+
+        return self._judged(compare)
 
     def _judged(self, ask: Callable[[Judge], PerCase]) -> PerCase:
         with self._judge() as judge:

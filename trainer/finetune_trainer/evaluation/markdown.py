@@ -4,7 +4,7 @@ It is read in browsers and printed. What users and models have written is quoted
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class Findings:
     samples: tuple[Sample, ...] = ()
     trials: tuple[Trial, ...] = ()
     """Of the search."""
+    judges: Mapping[str, str] = field(default_factory=dict)
+    """What became of a judge's comparisons, by the suite."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -67,6 +69,7 @@ def markdown(findings: Findings, pictures: Sequence[str]) -> str:
         _gates(findings),
         _results(findings, pictures),
         _others(findings),
+        _judges(findings),
         _health(findings),
         _training(findings, pictures),
         _prompts(findings, pictures),
@@ -184,6 +187,17 @@ def _others(findings: Findings) -> Iterator[str]:
         yield ""
         title = _interval_title(findings)
         yield from table(("metric", "other job", "this job", "the other", "difference", title), rows, "llrrrr")
+
+
+def _judges(findings: Findings) -> Iterator[str]:
+    if findings.judges:
+        yield "## Judges"
+        yield ""
+        for suite, words in findings.judges.items():
+            yield f"- {code(suite)}: {inline(words, 600)}."
+        yield ""
+        yield "Each pair was shown in both orders. A judge that goes by the place chooses the first answer in far more, or far fewer, than"
+        yield "half of its decisions; a pair that goes with the place alone counts as a tie."
 
 
 def _health(findings: Findings) -> Iterator[str]:

@@ -103,7 +103,7 @@ def beside(
 def _find(storage: Storage, job: FineTuneJob, name: str) -> OtherJob:
     folder = report_folder(job.metadata.namespace, name)
     uid = _owner(storage, folder)
-    if uid is None or uid == job.metadata.uid:
+    if uid is None:
         raise JobError(
             Reason.COMPARISON_NOT_FOUND,
             f"spec.evaluation.compareWith: {storage.locate(folder)} holds no results of the job {name}: name a job of the namespace "

@@ -55,14 +55,8 @@ class Shape:
 
 
 def shape_of(job: FineTuneJob, *, is_chat: bool) -> Shape:
-    """The rows that a job can read. `is_chat` says whether its model has a chat template, which decides where the format is auto.
-
-    Raises JobError (InvalidSpec) where the job learns from rows of another kind.
-    """
+    """The rows that a job can read. `is_chat` says whether its model has a chat template, which decides where the format is auto."""
     data = job.spec.data
-    if data.format not in ("auto", "promptCompletion", "messages"):
-        problem = f"data.format: {data.format}: data.preparation makes prompts with answers: use auto, promptCompletion or messages"
-        raise JobError(Reason.INVALID_SPEC, problem)
     form: Literal["promptCompletion", "messages"] = "messages" if data.format == "messages" else "promptCompletion"
     if data.format == "auto" and is_chat:
         form = "messages"

@@ -8,7 +8,7 @@ from itertools import islice
 from finetune_api.preparation import ContentPoints
 from finetune_trainer.completions import Messages
 from finetune_trainer.data.inputs import Input
-from finetune_trainer.data.rows import Fault, Place, Row, kind_of
+from finetune_trainer.data.rows import Fault, Place, Row, columns_of, kind_of
 from finetune_trainer.made_data.made import Means, Shape, Tally
 from finetune_trainer.made_data.texts import filled, numbered, points_in
 from finetune_trainer.made_data.writer import BATCH, Desk, Writer
@@ -101,8 +101,8 @@ class PointRows:
             if name is None:
                 continue
             if name not in row.columns:
-                has = ", ".join(list(row.columns)[:20]) or "none"
-                return Fault(row.place, f"the column {name} ({FIELD}.goldenOutputs.{field}) is missing; the row has {has}")
+                missing = f"the column {name} ({FIELD}.goldenOutputs.{field}) is missing"
+                return Fault(row.place, f"{missing}; the row has {columns_of(row)}")
             value = row.columns[name]
             if not isinstance(value, str):
                 return Fault(row.place, f"{name} must be a string, not {kind_of(value)}")

@@ -118,7 +118,8 @@ class Desk:
     def _tell(self, number: int, seconds: float) -> None:
         """Say how far it is; a generator that keeps its answers says so itself."""
         if not self._writer.keeps:
-            self._say(f"{self._field}: {number:,} texts are written, {number / max(seconds, 1e-9):.1f} a second")
+            texts = "1 text is" if number == 1 else f"{number:,} texts are"
+            self._say(f"{self._field}: {texts} written after {seconds:,.0f} s")
 
     def _keep(self, texts: Mapping[str, str]) -> None:
         """Keep texts for other attempts, those that say something: another time an empty one may be another."""

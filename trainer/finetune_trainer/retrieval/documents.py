@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from finetune_api.reasons import Reason
-from finetune_trainer.data.rows import Fault, Row, kind_of, read_rows
+from finetune_trainer.data.rows import Fault, Row, columns_of, kind_of, read_rows
 from finetune_trainer.errors import JobError
 from finetune_trainer.retrieval.html import DEEPEST, TooDeepError, title_and_blocks
 from finetune_trainer.sources import Location, explained, files_under, patiently
@@ -174,7 +174,7 @@ def _rows(file: Location, field: str) -> Iterator[Document | Fault]:
 
 def _row(row: Row) -> Document | Fault:
     if "text" not in row.columns:
-        return Fault(row.place, f"text is missing; the row has {', '.join(list(row.columns)[:20]) or 'nothing'}")
+        return Fault(row.place, f"text is missing; the row has {columns_of(row)}")
     text, title = row.columns["text"], row.columns.get("title") or ""
     for name, value in (("text", text), ("title", title)):
         if not isinstance(value, str):

@@ -252,7 +252,17 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
 
 def _gpus(raw: Raw) -> int:
     limits = ((container.get("resources") or {}).get("limits") or {} for container in (raw.get("spec") or {}).get("containers") or ())
-    return sum(int(amount) for each in limits for name, amount in each.items() if name.endswith("/gpu"))
+    return sum(_whole(amount) for each in limits for name, amount in each.items() if name.endswith("/gpu"))
+
+
+_QUANTITY = re.compile(r"([0-9]{1,12})(k|M|G|Ki|Mi|Gi)?", re.ASCII)
+_SCALE = {"k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def _whole(amount: int | str) -> int:
+    """A number of devices, as the API server writes it: a thousand are 1k. 0 for what is none, in a pod that somebody else made."""
+    found = _QUANTITY.fullmatch(str(amount))
+    return int(found[1]) * _SCALE.get(found[2], 1) if found else 0
 
 
 def _ended(status: Raw) -> datetime | None:

@@ -222,3 +222,13 @@ def test_a_report_with_a_number_that_no_status_can_hold_is_none(value: str) -> N
     best = '{"trial": 1, "value": 0.5, "parameters": {"training.seed": %s}}'
     assert parse_report(f'{{"jobUid": "u", "attempt": 1, "search": {{"best": {best % 7}}}}}') is not None
     assert parse_report(f'{{"jobUid": "u", "attempt": 1, "search": {{"best": {best % value}}}}}') is None
+
+
+@pytest.mark.parametrize(
+    ("amount", "gpus"), [("8", 8), (2, 2), ("1k", 1000), ("1Ki", 1024), ("1500", 1500), ("all", 0), ("-1", 0), ("500m", 0)]
+)
+def test_the_gpus_of_a_pod_are_counted_as_the_api_server_writes_them(amount, gpus) -> None:
+    """A thousand are 1k: it writes every quantity in its shortest form."""
+    raw = raw_pod("worker")
+    raw["spec"] = {"containers": [{"resources": {"limits": {"nvidia.com/gpu": amount, "cpu": "4"}}}]}
+    assert pod_from(raw).gpus == gpus

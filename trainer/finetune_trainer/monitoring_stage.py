@@ -20,6 +20,7 @@ from finetune_api.v1alpha1 import Endpoint
 from finetune_trainer.answering import Candidate
 from finetune_trainer.attempt import REPORT, Attempt
 from finetune_trainer.crew import Crew
+from finetune_trainer.environment import own_folder
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Case
 from finetune_trainer.evaluation.given import Givers
@@ -36,7 +37,7 @@ def measure_again(attempt: Attempt) -> None:
     assert plan is not None  # noqa: S101 - that is what makes it a measuring run
     attempt.reporter.start_stage("Prepare", "reading fresh data", workers_wanted=0)
     attempt.storage.check_writable()
-    attempt.own.remove("")
+    attempt.storage.remove(own_folder(attempt.job))  # what another run was told says nothing of this one
     suites = _fresh_suites(attempt, plan)
     for asked in suites:
         if asked.suite.encoder is not None or asked.suite.judge is not None:

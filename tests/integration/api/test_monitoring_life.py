@@ -1,5 +1,6 @@
 """A published job is measured again on a real API server: the status is taken, the objects come and go, and the operator may change."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -65,7 +66,9 @@ async def test_a_published_model_is_measured_again_by_whoever_is_the_operator(st
             ]
             created = [name for name, _ in player.created]
             assert created[:6] == [f"tune-{run}-{pod}" for run in (1, 2) for pod in ("head", "worker-0", "worker-1")]
-            assert "Degraded" in await stage.told()
+            async with asyncio.timeout(30):  # the Event follows on the status
+                while "Degraded" not in await stage.told():
+                    await asyncio.sleep(0.1)
             # It can be taken away at any time, and everything of it goes.
             await stage.kube.patch("FineTuneJob", stage.namespace, "tune", {"spec": {"monitoring": None}})
             job = await stage.wait_for_job(lambda job: not monitoring_of(job), "left alone", another)

@@ -36,6 +36,10 @@ def _achieved(status: Status) -> Iterator[str]:
 
 
 def _used(status: Status) -> Iterator[str]:
+    if plan := status.plan:
+        verdict = "" if plan.fits is None else f", {'fits' if plan.fits else 'does not fit'} into {plan.gpu}"
+        hours = "" if plan.gpu_hours is None else f", about {plan.gpu_hours:.3g} GPU-hours"
+        yield f"plan: {plan.steps} steps, {plan.memory_per_gpu.total / 2**30:.1f} GiB of each GPU{verdict}{hours}"
     if usage := status.usage:
         yield f"used: {usage.gpu_seconds / 3600:.2f} GPU-hours, {usage.trained_tokens} tokens trained on"
 

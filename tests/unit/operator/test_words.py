@@ -12,9 +12,12 @@ from finetune_api.status import (
     Failure,
     GateResult,
     Health,
+    MemoryParts,
+    Plan,
     SearchBest,
     SearchSummary,
     Status,
+    Usage,
 )
 from finetune_operator.words import status_lines
 
@@ -116,3 +119,10 @@ def test_a_failure_is_told_with_where_it_was_its_last_words_and_what_to_change()
         "what to do: Lower training.microBatchSize.",
         "more of it: finetune explain GPUOutOfMemory",
     ]
+
+
+def test_a_plan_and_what_was_used() -> None:
+    plan = Plan(steps=120, memory_per_gpu=MemoryParts(total=12 * 2**30), gpu="l4", fits=True, gpu_hours=1.234)
+    assert lines(plan=plan) == ["plan: 120 steps, 12.0 GiB of each GPU, fits into l4, about 1.23 GPU-hours"]
+    assert lines(plan=Plan(steps=3)) == ["plan: 3 steps, 0.0 GiB of each GPU"]
+    assert lines(usage=Usage(gpu_seconds=5400, trained_tokens=7)) == ["used: 1.50 GPU-hours, 7 tokens trained on"]

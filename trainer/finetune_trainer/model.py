@@ -386,6 +386,9 @@ def _empty_model(config: "PreTrainedConfig", files: ModelFiles) -> "PreTrainedMo
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=files.trusted)
     except Exception as error:
         raise _invalid(files, "has a configuration that makes no model", error) from error
+    if model.get_decoder() is model:  # as of Llama 4's text models, which name a part that they do not have
+        why = f"({config.model_type}) cannot be computed without its output layer in this version of transformers; name another model"
+        raise JobError(Reason.MODEL_INVALID, f"{files.base.name} {why}")
     return model
 
 

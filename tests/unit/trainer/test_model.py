@@ -137,6 +137,10 @@ def impossible(folder: Path) -> None:
     edit(folder / "config.json", hidden_size="wide")
 
 
+def without_decoder(folder: Path) -> None:
+    edit(folder / "config.json", model_type="llama4_text", pad_token_id=0, num_local_experts=2, intermediate_size_mlp=48)
+
+
 def no_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
@@ -151,6 +155,7 @@ def no_tokenizer(folder: Path) -> None:
         (quantised, "holds quantised weights"),
         (small_vocabulary, "the tokenizer of .* has 259 tokens, its model only 100"),
         (impossible, "has .* configuration"),
+        (without_decoder, r"\(llama4_text\) cannot be computed without its output layer"),
         (no_tokenizer, "has no tokenizer"),
         (lambda folder: (folder / "config.json").write_text("{"), "has no configuration"),
         (lambda folder: (folder / "config.json").write_text("[]"), "has no configuration"),
@@ -158,7 +163,7 @@ def no_tokenizer(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "has no tokenizer"),
     ],
     ids=[
-        *("unknown", "remote code", "encoder", "quantised", "vocabulary", "impossible", "no tokenizer"),
+        *("unknown", "remote code", "encoder", "quantised", "vocabulary", "impossible", "Llama 4", "no tokenizer"),
         *("broken config", "config that is a list", "nested config", "broken tokenizer"),
     ],
 )

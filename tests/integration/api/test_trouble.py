@@ -66,7 +66,7 @@ async def test_policy_is_named_and_the_job_goes_on_when_it_is_lifted(stage: Stag
     await stage.kube.create("LimitRange", policy, stage.namespace)
     async with stage.player().playing() as player, stage.operator().running() as operator:
         await stage.apply()
-        job = await stage.wait_for_job(lambda job: _ready(job).get("reason") == "Forbidden", "Forbidden", operator)
+        job = await stage.wait_for_job(lambda job: _ready(job).get("reason") == "AdmissionDenied", "AdmissionDenied", operator)
         assert "maximum cpu usage per Container is 10m" in _ready(job)["message"]
         assert not player.created
         await stage.kube.delete("LimitRange", stage.namespace, "small")

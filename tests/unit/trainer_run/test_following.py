@@ -201,3 +201,10 @@ def test_workers_that_are_silent_or_gone_are_expected_to_do_nothing(monkeypatch:
     assert last_step(head) is not None
     head.following.workers_released()
     assert last_step(head) is None
+
+
+def test_what_was_said_last_is_kept_for_a_failure_to_be_told_with() -> None:
+    said = Console()
+    for number in range(100):
+        said.say(f"line {number}")
+    assert said.tail.splitlines() == [f"line {number}" for number in range(60, 100)]

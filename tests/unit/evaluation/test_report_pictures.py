@@ -134,6 +134,16 @@ def test_loss_curves_name_what_they_show() -> None:
         assert word in told, told
 
 
+def test_losses_that_fall_far_have_plain_numbers_at_their_axis() -> None:
+    """From 6 to 0.15 the scale is logarithmic; the library would write its own labels as mathematics."""
+    losses = [6.0, 3.0, 1.5, 0.75, 0.3, 0.15]
+    picture = loss_curves(Course(tuple(Point(step, {"train/loss": loss}) for step, loss in enumerate(losses, start=1))))
+    assert picture is not None
+    labels = [word for word in words(picture) if word[0].isdigit() and "." in word]
+    assert {"5.000", "2.000", "1.000", "0.500", "0.200"} <= set(labels)
+    assert not any("$" in word for word in words(picture))
+
+
 def test_panels_are_there_only_where_there_is_something_to_show() -> None:
     short = Course((Point(1, {"train/loss": 2.0}), Point(2, {"train/loss": 1.5})))
     told = words(loss_curves(short) or b"")

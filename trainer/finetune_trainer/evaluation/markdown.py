@@ -280,7 +280,7 @@ def _data(findings: Findings) -> Iterator[str]:
 def _data_rows(data: DataSummary) -> Iterator[tuple[str, str]]:
     rows = {
         "training": data.train,
-        "of them made from documents": data.made,
+        "made from documents, wherever they then went": data.made,
         "validation": data.validation,
         "test": data.test,
         "left out: could not be used": data.rejected,

@@ -103,6 +103,8 @@ def gaps(course: Course) -> list[tuple[int, float]]:
 
 
 def _draw_losses(axes: "Axes", train: list[tuple[int, float]], held_out: list[tuple[int, float]], marked: int | None) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if train:
         steps, losses = zip(*train, strict=True)
         averaged = len(losses) >= 2 * WINDOWS
@@ -126,7 +128,9 @@ def _draw_losses(axes: "Axes", train: list[tuple[int, float]], held_out: list[tu
     values = [*_smoothed([value for _, value in train]), *(value for _, value in held_out)]
     if min(values) > 0 and max(values) / min(values) > LOG_FROM:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: number(value))
+        axes.yaxis.set_minor_formatter(NullFormatter())  # its own labels are mathematics, which is not parsed here
     axes.set_ylabel("loss")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=8, borderaxespad=0.2)
 

@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 import pytest
-import yaml
 from tests.e2e.kubectl import Kubectl, assert_all_gone
 from tests.e2e.names import CLAIM, ROOT
 from tests.e2e.test_whole_way import condition, status_of
+
+from finetune_operator.manifest import read_manifests
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -20,7 +21,7 @@ DATA = ROOT / "examples/data/closed-loop"
 def example(kubectl: Kubectl, writer: str) -> dict[str, Any]:
     """The manifest, with the writer's place in this cluster."""
     kubectl("create", "configmap", "closed-loop", f"--from-file={DATA}")
-    (found,) = yaml.safe_load_all(EXAMPLE.read_text())
+    (found,) = copy.deepcopy(read_manifests(EXAMPLE.read_text()))
     found["spec"]["data"]["preparation"]["contentPoints"]["generator"]["endpoint"]["url"] = writer
     return dict(found)
 
@@ -70,7 +71,7 @@ def test_a_gate_that_is_not_passed_publishes_nothing(release: Kubectl, kubectl: 
     assert status["failure"]["reason"] == "GatesNotPassed"
     assert [gate["verdict"] for gate in status["evaluation"]["gates"]] == ["Failed"]
     assert condition(status, "Published").get("status") != "True"
-    assert "artifacts" not in status
+    assert not status.get("artifacts")
     held = kubectl.python(storage, "import sys, pathlib; print(*pathlib.Path('/storage/held').rglob('adapter_model.safetensors'))").split()
     assert len(held) == 1
     assert "/.finetune/" in held[0]

@@ -47,7 +47,16 @@ def test_a_drained_node_costs_no_more_than_a_step(release: Kubectl, kubectl: Kub
     try:
         for each in kubectl.names("nodes"):
             kubectl("cordon", each)
-        kubectl("drain", node, f"--pod-selector={LABEL_JOB_NAME}={name}", "--ignore-daemonsets", "--force", "--timeout=120s", timeout=140)
+        kubectl(
+            "drain",
+            node,
+            f"--pod-selector={LABEL_JOB_NAME}={name}",
+            "--ignore-daemonsets",
+            "--delete-emptydir-data",
+            "--force",
+            "--timeout=120s",
+            timeout=140,
+        )
     finally:
         for each in kubectl.names("nodes"):
             kubectl("uncordon", each)

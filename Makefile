@@ -12,6 +12,8 @@ IMAGE_LOAD     ?= kind load docker-image
 
 # Of the tests that start no Ray and no API server: files of tests that run at a time, each in some 2 GiB of memory.
 TEST_PROCESSES ?= 2
+# Tests that are not to be run, such as 'and not long'.
+LEAVE_OUT ?=
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -34,9 +36,9 @@ demo: install  ## tune the quickstart's model on this machine and ask it three q
 	@$(BIN)/python examples/demo.py
 
 test: install $(VENV)/quantization/.installed  ## all tests that this machine can run; says what it left out and why
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not cluster and not quantization and not ray and not api'
-	$(BIN)/python -m pytest -m 'ray or api'
-	PYTHONPATH=$(VENV)/quantization $(BIN)/python -m pytest -m quantization
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not cluster and not quantization and not ray and not api $(LEAVE_OUT)'
+	$(BIN)/python -m pytest -m '(ray or api) $(LEAVE_OUT)' tests/integration
+	PYTHONPATH=$(VENV)/quantization $(BIN)/python -m pytest -m quantization tests/unit/trainer
 
 # In a folder of its own: PEFT imports bitsandbytes wherever it finds it, which takes every process of the other tests seconds.
 $(VENV)/quantization/.installed: $(VENV)/.installed constraints.txt
@@ -60,7 +62,7 @@ images:  ## build the operator's and the trainer's image and load them into the 
 
 e2e: install images  ## the whole way on the cluster that KUBECONFIG names
 	FINETUNE_OPERATOR_IMAGE=$(OPERATOR_IMAGE) FINETUNE_TRAINER_IMAGE=$(TRAINER_IMAGE) \
-	  $(BIN)/python -m pytest -m cluster tests/e2e
+	  $(BIN)/python -m pytest -m 'cluster $(LEAVE_OUT)' tests/e2e
 
 bench: install  ## measure: trainer beside TRL, preparing data, kept teachers, API writes per job, operator with 1,000 jobs
 	$(BIN)/python -m tests.bench

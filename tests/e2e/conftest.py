@@ -218,7 +218,7 @@ def _pod(name: str, image: str, program: str, volume: dict[str, Any], user: int)
 
 @pytest.fixture(autouse=True)
 def what_was_there(request: pytest.FixtureRequest, kubectl: Kubectl) -> Iterator[None]:
-    """When a test fails: the jobs, the pods' logs and the events, for whoever looks into it."""
+    """When a test fails: the jobs, the pods' logs and the events, for whoever looks into it. Then its jobs go."""
     yield
     outcome = request.node.stash.get(_FAILED, False)
     if not outcome:
@@ -229,6 +229,8 @@ def what_was_there(request: pytest.FixtureRequest, kubectl: Kubectl) -> Iterator
     for pod in kubectl.names("pods", LABEL_JOB_UID):
         _print(kubectl, "logs", pod, "--tail", "60")
     _print(Kubectl(SYSTEM), "logs", f"deployment/{RELEASE}", "--tail", "120")
+    # What it left must not take the room that the next test's pods need.
+    _print(kubectl, "delete", "finetunejobs", "--all", "--timeout=120s")
 
 
 _FAILED = pytest.StashKey[bool]()

@@ -89,6 +89,7 @@ def test_processes_that_are_killed_are_made_anew(
     kubectl.apply(job(name, training=LONG))
     before = trains(kubectl, name, 5)
     assert kubectl.python(f"{name}-1-{role}", _KILL.replace("PREFIX", repr(prefix))).strip(), "nothing was killed"
+    wait_until(f"attempt {attempts}", lambda: status_of(kubectl, name)["attempt"]["number"] == attempts, 180)
     trains(kubectl, name, before, 300)
     attempt = status_of(kubectl, name)["attempt"]
     assert attempt["number"] == attempts
@@ -96,6 +97,7 @@ def test_processes_that_are_killed_are_made_anew(
     gone(kubectl, name)
 
 
+@pytest.mark.long
 def test_an_operator_that_is_away_is_not_missed(release: Kubectl, kubectl: Kubectl, storage: str) -> None:
     name = "unwatched"
     kubectl.apply(job(name, training=ENDLESS))
@@ -119,6 +121,7 @@ def uids(kubectl: Kubectl, name: str) -> set[str]:
     return {pod["metadata"]["uid"] for pod in kubectl.get("pods", "--selector", f"{LABEL_JOB_NAME}={name}")["items"]}
 
 
+@pytest.mark.long
 def test_two_operators_do_the_work_of_one(release: Kubectl, kubectl: Kubectl, storage: str) -> None:
     """The one that leads is killed: the other takes over, and nothing that was made is made again."""
     name = "two-operators"
@@ -172,6 +175,7 @@ def _restarts(release: Kubectl) -> int:
     return sum(status["restartCount"] for status in statuses)
 
 
+@pytest.mark.long
 def test_an_api_server_that_stops_for_a_minute_changes_nothing(release: Kubectl, kubectl: Kubectl, storage: str) -> None:
     """It accepts connections and answers nothing: the worst kind of absence."""
     servers = list(_api_servers(kubectl))
@@ -211,6 +215,7 @@ def _answers(kubectl: Kubectl) -> bool:
     return False
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_twenty_preemptions_in_a_row_leave_no_trace_in_the_weights(release: Kubectl, kubectl: Kubectl, storage: str) -> None:
     """All pods get SIGTERM twenty times. No step is lost but the one that was under way, and the weights are those of a calm run."""

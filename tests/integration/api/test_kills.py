@@ -112,7 +112,14 @@ COURSES = {
 }
 
 
-@pytest.mark.parametrize("course", COURSES.values(), ids=COURSES)
+QUICK = ("success", "retry")
+
+
+def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if name in QUICK else (pytest.mark.long,)
+
+
+@pytest.mark.parametrize("course", [pytest.param(course, id=name, marks=_marks(name)) for name, course in COURSES.items()])
 async def test_kill_at_every_write_changes_nothing(new_stage: NewStage, course: Course) -> None:
     begun, room = time.monotonic(), asyncio.Semaphore(AT_ONCE)
     async with forks() as ready:

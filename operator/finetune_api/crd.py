@@ -15,7 +15,7 @@ pydantic                                    structural schema
 ==========================================  ===============================================================
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -69,32 +69,24 @@ PRINTER_COLUMNS = (
 
 def custom_resource_definition() -> dict[str, Any]:
     """The CustomResourceDefinition of the FineTuneJob, as `kubectl apply` takes it."""
+    names = {**names_of(KIND, PLURAL), "shortNames": ["ftj"], "categories": ["all", "ml"]}
+    return definition_of("Namespaced", names, {"subresources": {"status": {}}}, PRINTER_COLUMNS, job_schema())
+
+
+def names_of(kind: str, plural: str) -> dict[str, Any]:
+    """The names that every definition has."""
+    return {"kind": kind, "listKind": f"{kind}List", "plural": plural, "singular": kind.lower()}
+
+
+def definition_of(scope: str, names: dict[str, Any], more: dict[str, Any], columns: Sequence[Mapping[str, Any]], schema: Schema) -> Schema:
+    """A CustomResourceDefinition of this group; `more` is what its one version has besides columns and schema."""
+    version = {"name": VERSION, "served": True, "storage": True, **more}
+    version |= {"additionalPrinterColumns": [dict(column) for column in columns], "schema": {"openAPIV3Schema": schema}}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PLURAL}.{GROUP}", "labels": {"app.kubernetes.io/part-of": "finetune-operator"}},
-        "spec": {
-            "group": GROUP,
-            "scope": "Namespaced",
-            "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": PLURAL,
-                "singular": KIND.lower(),
-                "shortNames": ["ftj"],
-                "categories": ["all", "ml"],
-            },
-            "versions": [
-                {
-                    "name": VERSION,
-                    "served": True,
-                    "storage": True,
-                    "subresources": {"status": {}},
-                    "additionalPrinterColumns": [dict(column) for column in PRINTER_COLUMNS],
-                    "schema": {"openAPIV3Schema": job_schema()},
-                }
-            ],
-        },
+        "metadata": {"name": f"{names['plural']}.{GROUP}", "labels": {"app.kubernetes.io/part-of": "finetune-operator"}},
+        "spec": {"group": GROUP, "scope": scope, "names": names, "versions": [version]},
     }
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from finetune_api import GROUP, VERSION
-from finetune_api.crd import Schema, model_schema
+from finetune_api.crd import Schema, definition_of, model_schema, names_of
 from finetune_api.fields import LABEL_PATTERN
 from finetune_api.profile import DEFAULT_PROFILE, PROFILE_KIND, PROFILE_NAME_MAX, PROFILE_PLURAL, ProfileSpec, TuningProfile
 
@@ -30,32 +30,8 @@ PROFILE_COLUMNS = (
 
 def profile_definition() -> dict[str, Any]:
     """The CustomResourceDefinition of the TuningProfile, as `kubectl apply` takes it."""
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PROFILE_PLURAL}.{GROUP}", "labels": {"app.kubernetes.io/part-of": "finetune-operator"}},
-        "spec": {
-            "group": GROUP,
-            "scope": "Cluster",
-            "names": {
-                "kind": PROFILE_KIND,
-                "listKind": f"{PROFILE_KIND}List",
-                "plural": PROFILE_PLURAL,
-                "singular": PROFILE_KIND.lower(),
-                "shortNames": ["tprof"],
-                "categories": ["ml"],
-            },
-            "versions": [
-                {
-                    "name": VERSION,
-                    "served": True,
-                    "storage": True,
-                    "additionalPrinterColumns": [dict(column) for column in PROFILE_COLUMNS],
-                    "schema": {"openAPIV3Schema": profile_schema()},
-                }
-            ],
-        },
-    }
+    names = {**names_of(PROFILE_KIND, PROFILE_PLURAL), "shortNames": ["tprof"], "categories": ["ml"]}
+    return definition_of("Cluster", names, {}, PROFILE_COLUMNS, profile_schema())
 
 
 def profile_schema() -> Schema:

@@ -100,9 +100,10 @@ def termination_message(report: Report) -> str:
     for said, dropped in (
         (report, ()),
         (report, ("metrics",)),
-        (report, ("metrics", "stages")),
+        (brief, ("metrics",)),
         (brief, _MANY_OPTIONAL),
         (brief, _ALL_BUT_VERDICTS),
+        (brief, (*_ALL_BUT_VERDICTS, "stages")),
         (brief, _ALL_OPTIONAL),
         (_without_log(brief), _ALL_OPTIONAL),
     ):
@@ -157,6 +158,6 @@ _FEW_CHARACTERS = 500
 """Of a failure's message, where it is too long in bytes: a character takes up to four, and up to six in JSON."""
 _FEW_RESULTS = 8
 _FEW_FIGURES = 32
-_MANY_OPTIONAL = ("metrics", "stages", "progress", "usage", "resolved", "warnings")
+_MANY_OPTIONAL = ("metrics", "progress", "usage", "resolved", "warnings")
 _ALL_BUT_VERDICTS = (*_MANY_OPTIONAL, "model", "data", "search", "checkpoints", "message")
-_ALL_OPTIONAL = (*_ALL_BUT_VERDICTS, "evaluation", "artifacts", "fresh")
+_ALL_OPTIONAL = (*_ALL_BUT_VERDICTS, "stages", "evaluation", "artifacts", "fresh")

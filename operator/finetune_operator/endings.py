@@ -22,6 +22,18 @@ def finish(status: Status, now: datetime) -> dict[str, Any]:
     return {"completion_time": ended, "attempt": attempt, "workers_wanted": 0, "workers_ready": 0}
 
 
+def done(status: Status, now: datetime) -> dict[str, Any]:
+    """The job ends as its user wanted: with it, the stages whose end its head had no more time to tell."""
+    ended = rfc3339(now)
+    return {"stages": tuple(_succeeded(stage, ended) for stage in status.stages), **finish(status, now)}
+
+
+def _succeeded(stage: Stage, ended: str) -> Stage:
+    if stage.state not in ("Pending", "Running"):
+        return stage
+    return stage.model_copy(update={"state": "Succeeded", "start_time": stage.start_time or ended, "end_time": ended})
+
+
 def end(look: Look, reason: Reason, message: str, **figures: int | str) -> dict[str, Any]:
     """The attempt ends, the job does not."""
     ended = {"end_time": rfc3339(look.now), "end_reason": reason, "end_message": message[:TEXT_MAX], "waiting_time": None}

@@ -15,7 +15,7 @@ from finetune_api.status import TEXT_MAX, Resolved, Status
 from finetune_operator.admission import admission, awaiting_profile
 from finetune_operator.budget import hold_of
 from finetune_operator.conditions import PHASES, Summary, conditions_of
-from finetune_operator.endings import counted, end, failed, finish, let_in, rested
+from finetune_operator.endings import counted, done, end, failed, finish, let_in, rested
 from finetune_operator.failures import ending_of, explained, failure, head_lost
 from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
 from finetune_operator.headway import stalled, with_last_step
@@ -79,11 +79,11 @@ def succeeded(look: Look) -> Verdict | None:
         words = report.message or "a prompt alone reaches baseline.sufficientIf"
         return Verdict(Summary("Complete", Reason.BASELINE_SUFFICIENT, words), finish(look.status, look.now))
     if look.spec.plan_only:
-        return Verdict(Summary("Complete", Reason.PLANNED, report.message or "see status.plan"), finish(look.status, look.now))
+        return Verdict(Summary("Complete", Reason.PLANNED, report.message or "see status.plan"), done(look.status, look.now))
     if (refused := _not_passed(look)) is not None:
         return refused
     summary = Summary("Complete", Reason.SUCCEEDED, report.message or "the result is published")
-    return Verdict(summary, finish(look.status, look.now))
+    return Verdict(summary, done(look.status, look.now))
 
 
 def _not_passed(look: Look) -> Verdict | None:

@@ -21,6 +21,8 @@ from finetune_trainer.report import Reporter, ReportServer
 from finetune_trainer.run import run_stages
 
 EXIT_CODES: dict[Outcome, int] = {"Succeeded": EXIT_SUCCEEDED, "Failed": EXIT_FAILED, "Interrupted": EXIT_INTERRUPTED}
+LINGER_SECONDS = 5.0
+"""How long the head waits for its last report to be read, which the operator does every two seconds where no training runs."""
 ENOUGH = "a prompt alone reaches baseline.sufficientIf: nothing was trained or published"
 
 
@@ -43,9 +45,11 @@ def run_head(environment: Environment) -> int:
     # Ray starts while the data is checked; it is the first child, before there are threads.
     ray_head = RayHead(environment, scratch)
     attempt = Attempt(environment, job, reporter, console, ray_head, following, interruption)
+    server: ReportServer | None = None
     try:
         interruption.listen()
-        ReportServer(reporter, environment.token(), environment.report_port, following.take).start()
+        server = ReportServer(reporter, environment.token(), environment.report_port, following.take)
+        server.start()
         console.say(f"job {job.metadata.namespace}/{job.metadata.name}, attempt {environment.attempt}")
         run_stages(attempt)
         interruption.ignore()
@@ -64,6 +68,8 @@ def run_head(environment: Environment) -> int:
     code = _end(environment, reporter.report, console)
     ray_head.stop()
     remove(scratch, seconds=5.0)
+    if server and not interruption.requested:  # else the pod is on the clock
+        server.wait_read(LINGER_SECONDS)
     return code
 
 

@@ -26,6 +26,8 @@ from finetune_trainer.training_series import PREFIX, Workers, running_stage, ser
 
 LONGEST_WAIT_SECONDS = 60.0
 LARGEST_BODY_BYTES = 64 * 1024
+LATELY_SECONDS = 60.0
+"""Whoever has not asked for the report for so long does not follow it."""
 
 
 class Reporter:
@@ -96,6 +98,8 @@ class ReportServer:
         self._reporter, self._token, self._port, self._on_progress = reporter, token, port, on_progress
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
+        self._read = threading.Condition()
+        self._read_revision, self._read_at = 0, -math.inf
         self._registry = CollectorRegistry()
         self._collector = ReportCollector(reporter)
         self._registry.register(self._collector)
@@ -112,6 +116,17 @@ class ReportServer:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(timeout=30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
+
+    def wait_read(self, seconds: float) -> bool:
+        """Wait until somebody has read the newest report: no longer than so, and not at all where nobody follows it.
+
+        Returns whether it was read. A termination message has no room for all that a report says.
+        """
+        newest = self._reporter.report.revision
+        with self._read:
+            if time.monotonic() - self._read_at > LATELY_SECONDS:
+                return False
+            return self._read.wait_for(lambda: self._read_revision >= newest, timeout=seconds)
 
     async def _listen(self) -> None:
         app = web.Application(client_max_size=LARGEST_BODY_BYTES)
@@ -149,8 +164,12 @@ class ReportServer:
         while True:
             changed = self._changed
             left = deadline - self._loop.time()
-            if self._reporter.report.revision > after or left <= 0:
-                return web.json_response(self._reporter.report.to_json())
+            report = self._reporter.report
+            if report.revision > after or left <= 0:
+                with self._read:
+                    self._read_revision, self._read_at = report.revision, time.monotonic()
+                    self._read.notify_all()
+                return web.json_response(report.to_json())
             try:
                 await asyncio.wait_for(changed.wait(), left)
             except TimeoutError:

@@ -28,7 +28,7 @@ from finetune_trainer.manifest import digest_of
 from finetune_trainer.search_space import check_comparable, trials_of
 from finetune_trainer.storage import Storage
 from finetune_trainer.suggestion import suggested
-from finetune_trainer.trial_run import LOSS, Measure, RunningTrial, Searching, share_of
+from finetune_trainer.trial_run import LOSS, Measure, RunningTrial, Searching, dismiss, share_of
 from finetune_trainer.trials import ReportDesk, Trial, Trials, best_of
 
 ON_HEAD = {"node:__internal_head__": 0.001}
@@ -126,7 +126,7 @@ class Search:
         tuner = tune.Tuner(
             tune.with_resources(driver, tune.PlacementGroupFactory([ON_HEAD])),
             tune_config=tune.TuneConfig(
-                search_alg=NextTrial(self, self._job.spec.training.seed, lambda: tell(self.summary())),
+                search_alg=NextTrial(self, self._job.spec.training.seed, lambda: tell(self.summary()), searching.desk),
                 scheduler=scheduler_of(self.plan, self.trials.all()),
                 num_samples=self.total,
                 max_concurrent_trials=parallel,
@@ -172,9 +172,9 @@ class TrialDriver(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
     """Says which trial comes next, first those that an earlier attempt had begun, and writes down what becomes of each."""
 
-    def __init__(self, search: Search, seed: int, changed: Callable[[], None]) -> None:
+    def __init__(self, search: Search, seed: int, changed: Callable[[], None], desk: Any) -> None:  # noqa: ANN401 - Ray has no types
         super().__init__()
-        self._search, self._seed, self._changed = search, seed, changed
+        self._search, self._seed, self._changed, self._desk = search, seed, changed, desk
         self._begun = [trial for trial in search.trials.all() if not trial.ended]
         self._numbers: dict[str, int] = {}
         self._broken = False
@@ -211,6 +211,7 @@ class NextTrial(Searcher):  # type: ignore[misc]  # Ray has no types
             self._search.trials.changed(number, state="Failed", reason=result["reason"], message=result["message"])
         elif not self._broken:
             self._search.trials.changed(number, state="Pruned")
+            dismiss(self._desk, number)
         self._search.tidy(number)
         self._changed()
 

@@ -165,6 +165,22 @@ class RunningTrial:
             self._outcome = run_trial(self._number, values, searching)
         except BaseException as error:
             self._error = error
+        finally:
+            if self._desk is not None:
+                self._desk.leave.remote(self._number)
+
+
+def dismiss(desk: Any, number: int) -> None:  # noqa: ANN401 - Ray has no types
+    """Have the workers of a trial leave, and wait for that.
+
+    Ray Tune kills the driver of the last trial that it ends early after some ten seconds, and Ray would not free what its workers hold.
+    """
+    import ray
+
+    ray.get(desk.end.remote(number))
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while not ray.get(desk.left.remote(number)) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
 
 
 def train_on_worker(config: dict[str, Any]) -> None:

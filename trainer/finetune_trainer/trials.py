@@ -95,6 +95,7 @@ class ReportDesk:
     def __init__(self) -> None:
         self._reports: dict[int, list[dict[str, float]]] = {}
         self._ended: set[int] = set()
+        self._left: set[int] = set()
 
     def put(self, number: int, report: dict[str, float]) -> None:
         """Leave a report of a trial."""
@@ -111,6 +112,14 @@ class ReportDesk:
     def ended(self, number: int) -> bool:
         """Whether a trial's workers are to leave."""
         return number in self._ended
+
+    def leave(self, number: int) -> None:
+        """Say that a trial's workers have left."""
+        self._left.add(number)
+
+    def left(self, number: int) -> bool:
+        """Whether a trial's workers have left."""
+        return number in self._left
 
 
 def trial_folder_in(trials: Storage, number: int) -> Storage:

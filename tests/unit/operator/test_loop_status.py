@@ -1,7 +1,7 @@
 """The closed loop as the operator sees it: stages before the training, gates, a baseline that is good enough, details that stay."""
 
 import pytest
-from tests.builders import at, make_job, make_report
+from tests.builders import at, make_job, make_report, stages
 from tests.unit.operator.looks import BEGUN, HEAD, TRAINING, WORKERS, condition, ended, step
 
 from finetune_api.report import parse_report, termination_message
@@ -187,6 +187,17 @@ def test_a_last_word_keeps_the_verdicts_where_the_details_are_too_long() -> None
     assert [found.verdict for found in brief.evaluation.health] == ["Good"]
     assert [result.metric for result in brief.evaluation.results] == [f"suite-{index}/f1" for index in range(8)]
     assert (brief.evaluation.candidate, brief.data.made, brief.search) == (40, 40, SEARCH)
+
+
+def test_the_stages_of_a_job_that_succeeded_have_ended_also_where_its_last_word_came_alone() -> None:
+    """The head may go from the training to its end between two questions of the operator's."""
+    said = make_report("Publish", outcome="Succeeded", stages=stages("Publish", ended=True), **measured_at_length())
+    after = step(TRAINING, ended(0, "Completed", termination_message(said)), **GATED)
+    assert [(stage.name, stage.state) for stage in after.stages] == [(stage.name, "Succeeded") for stage in said.stages]
+    told = TRAINING.model_copy(update={"stages": (*TRAINING.stages, Stage(name="Evaluate", state="Pending"))})
+    silent = step(told, ended(0, "Completed", termination_message(said.model_copy(update={"stages": ()}))), now=at(90), **GATED)
+    assert [(stage.name, stage.state) for stage in silent.stages] == [(name, "Succeeded") for name in ("Prepare", "Train", "Evaluate")]
+    assert {stage.end_time for stage in silent.stages[1:]} == {silent.completion_time}
 
 
 def test_a_last_word_that_leaves_out_details_takes_none_back() -> None:

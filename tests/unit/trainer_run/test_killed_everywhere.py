@@ -91,7 +91,7 @@ class Deaths:
 
 def run_trials(self: search.Search, searching: Any, _: int, __: str, tell: Callable[[Any], None]) -> None:
     """In Ray Tune's place."""
-    trials = search.NextTrial(self, 42, lambda: tell(self.summary()))
+    trials = search.NextTrial(self, 42, lambda: tell(self.summary()), None)
     while isinstance(asked := trials.suggest("trial"), dict):
         trials.on_trial_complete("trial", run_trial(asked["number"], asked["values"], searching))
 

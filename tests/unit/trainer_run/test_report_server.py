@@ -75,6 +75,18 @@ def test_without_a_change_the_same_report_comes_after_the_wait(head: Head) -> No
     assert json.loads(head.call("/report?after=1&wait=0.01")[1])["revision"] == 1
 
 
+def test_a_head_waits_for_its_last_report_to_be_read_by_whoever_follows_it(head: Head) -> None:
+    assert not head.server.wait_read(60)  # nobody has ever asked: it does not wait a minute
+    head.call("/report")
+    assert head.server.wait_read(0)
+    head.reporter.finish("Succeeded", "published")
+    assert not head.server.wait_read(0.01)
+    reader = threading.Timer(0.05, head.call, ["/report"])
+    reader.start()
+    assert head.server.wait_read(60)
+    reader.join()
+
+
 @pytest.mark.parametrize("token", [None, "", "another", TOKEN + "x", TOKEN[:-1]])
 @pytest.mark.parametrize(("path", "body"), [("/report", None), ("/progress", {"group": "g"})])
 def test_only_the_token_opens_the_report(head: Head, token: str | None, path: str, body: Any) -> None:

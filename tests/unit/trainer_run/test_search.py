@@ -12,6 +12,7 @@ from tests.builders import raw_job
 from finetune_api.reasons import Reason
 from finetune_api.status import SearchSummary
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
+from finetune_trainer import trial_run
 from finetune_trainer.errors import JobError
 from finetune_trainer.search import NextTrial, Search, scheduler_of
 from finetune_trainer.search_space import Values
@@ -48,9 +49,48 @@ class Told:
         self.summaries.append(self._search.summary())
 
 
+class Workers:
+    """The desk's handle where the workers of a trial take some time to leave once they are asked to."""
+
+    def __init__(self, looks: int = 0) -> None:
+        self.asked: list[int] = []
+        self._looks = looks
+        self.end, self.left = SimpleNamespace(remote=self.asked.append), SimpleNamespace(remote=self._left)
+
+    def _left(self, number: int) -> bool:
+        self._looks -= 1
+        return number in self.asked and self._looks <= 0
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of Ray's answer at once, here."""
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    monkeypatch.setattr(trial_run, "LOOK_SECONDS", 0.001)
+
+
 def following(search: Search) -> tuple[NextTrial, Told]:
     told = Told(search)
-    return NextTrial(search, 42, told), told
+    return NextTrial(search, 42, told, Workers()), told
+
+
+def test_the_workers_of_a_trial_that_is_ended_early_have_left_before_anything_comes_after_it(
+    own: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Ray Tune might kill its driver while they leave, and Ray would take what they hold for taken, for ever."""
+    search, workers = Search(a_job(trials=2), CONFIG, own), Workers(looks=5)
+    tune = NextTrial(search, 42, lambda: None, workers)
+    tune.suggest("a")
+    tune.suggest("b")
+    tune.on_trial_complete("a", {"value": 1.0})
+    assert workers.asked == []
+    tune.on_trial_complete("b", {"share": 0.25, "validation/loss": 9.0})
+    assert (workers.asked, workers.left.remote(2)) == ([2], True)
+
+    monkeypatch.setattr(trial_run, "LEAVE_SECONDS", 0.01)
+    stuck = Workers(looks=10**9)
+    trial_run.dismiss(stuck, 1)  # gives up, rather than hold up the search for ever
+    assert stuck.asked == [1]
 
 
 def test_trials_are_written_down_as_they_go_and_the_best_is_told(own: Storage) -> None:

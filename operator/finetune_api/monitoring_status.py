@@ -61,6 +61,8 @@ class MonitoringRun(StatusModel):
     """When it began."""
     end_time: Time | None = None
     """When it ended, or was told to."""
+    active_time: Time | None = None
+    """Since when no queue has held it back, from which its deadline counts; absent while one does."""
     waiting_time: Time | None = None
     """Since when it has waited for pods to run."""
     head_seen: bool = False
@@ -84,7 +86,7 @@ class MonitoringStatus(StatusModel):
     schedule: Annotated[str, Field(max_length=SCHEDULE_MAX)] = ""
     """The schedule that nextRunTime follows from."""
     next_run_time: Time | None = None
-    """When the next run begins; absent while one is under way, and while spec.suspend is set."""
+    """When the next run begins; absent while one is under way, while spec.suspend is set, and while maxGpuHours are used up."""
     last_run_time: Time | None = None
     """When the last run ended."""
     run: MonitoringRun | None = None

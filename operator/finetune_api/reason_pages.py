@@ -219,7 +219,9 @@ PAGES: dict[Reason, Page] = {
         (DESCRIBE, EVENTS, "kubectl describe nodes"),
     ),
     Reason.DEADLINE_EXCEEDED: Page(
-        "The job as a whole took longer than activeDeadlineSeconds, or a pod longer than something else allows pods here.", (SPEC, HEAD_LOG)
+        "The job as a whole took longer than activeDeadlineSeconds, a measuring run longer than that or than its schedule leaves to it "
+        "(a day at most), or a pod longer than something else allows pods here.",
+        (SPEC, HEAD_LOG),
     ),
     Reason.BACKOFF_LIMIT_EXCEEDED: Page("As many attempts failed as backoffLimit allows, and one more.", (FAILURE, EVENTS)),
     Reason.CANCELED: Page(

@@ -289,7 +289,11 @@ ADVICE: dict[Reason, Advice] = {
     Reason.PRE_RUNNING_DEADLINE_EXCEEDED: Advice(
         False, "The pods never ran: see the message, then raise preRunningDeadlineSeconds or ask for less."
     ),
-    Reason.DEADLINE_EXCEEDED: Advice(False, "Raise activeDeadlineSeconds, lower training.epochs, or use more workers."),
+    Reason.DEADLINE_EXCEEDED: Advice(
+        False,
+        "Raise activeDeadlineSeconds, lower training.epochs, or use more workers. A measuring run that did not hang takes less time on "
+        "fewer examples (limit in monitoring.suites).",
+    ),
     Reason.BACKOFF_LIMIT_EXCEEDED: Advice(False, "Every attempt failed: see status.failure for the last one's reason."),
     Reason.BUDGET_EXCEEDED: Advice(
         True,

@@ -242,6 +242,11 @@ FAMILIES: tuple[_Family, ...] = (
     ),
     _Family("finetune_job_monitoring_runs", "Measuring runs of the published model, by result.", _runs, labels=("result",), counter=True),
     _Family(
+        "finetune_job_monitoring_next_timestamp_seconds",
+        "When the next measuring run is due; none while one is under way or held back.",
+        _value(lambda s: _seconds(s.monitoring.next_run_time) if s.monitoring else None),
+    ),
+    _Family(
         "finetune_job_monitoring_timestamp_seconds",
         "When the last measuring run ended.",
         _value(lambda s: _seconds(s.monitoring.last_run_time) if s.monitoring else None),
@@ -269,6 +274,7 @@ _WHILE_IT_RUNS = frozenset(
         "startup_duration_seconds",
         "eta_seconds",
         "progress_timestamp_seconds",
+        "checkpoint_step",
     )
 )
 """Left out of a job whose published model is measured again: it makes room for what is told of that."""

@@ -1,12 +1,13 @@
 """After the release: when the published model is measured again, what became of it, and whether it is degraded. Pure.
 
 A measuring run has its own number, after those of the attempts, and its own pods, named like theirs. It is not tried again: a run that
-fails leaves the condition Degraded Unknown, and the next one comes on schedule. The job itself stays Complete whatever happens here.
+fails, or does not end in time, leaves the condition Degraded Unknown, and the next one comes on schedule. The job itself stays Complete
+whatever happens here.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from cronsim import CronSim, CronSimError
@@ -20,12 +21,16 @@ from finetune_api.status import TEXT_MAX, Attempt, Condition, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.budget import SECONDS_PER_HOUR
 from finetune_operator.failures import ending_of, head_lost
-from finetune_operator.look import Look, waiting_of, waiting_since
+from finetune_operator.look import Look, crew_of, waiting_of, waiting_since
 from finetune_operator.observed import Job, Observed, head_name
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
 
 Truth = Literal["True", "False", "Unknown"]
+
+RUN_SECONDS_MIN, RUN_SECONDS_MAX = 6 * 3600, 24 * 3600
+"""Bounds of what a schedule leaves to a run: one that comes every minute is no reason to end a run of an hour, and pods that hang hold
+their GPUs for nothing."""
 
 
 def next_time(schedule: str, after: datetime) -> datetime | None:
@@ -34,6 +39,21 @@ def next_time(schedule: str, after: datetime) -> datetime | None:
         return next(CronSim(schedule, after.astimezone(UTC)))
     except (CronSimError, StopIteration):
         return None
+
+
+def run_deadline(spec: Spec, plan: MonitoringPlan, since: datetime) -> tuple[datetime, str]:
+    """When a run that no queue has held back since then must have ended, and what says so, for people.
+
+    A run has the time between two of the schedule's times, at least RUN_SECONDS_MIN and at most RUN_SECONDS_MAX, and never more than
+    activeDeadlineSeconds: to measure a model takes less than to tune it.
+    """
+    first = next_time(plan.schedule, since)
+    second = next_time(plan.schedule, first) if first else None
+    between = int((second - first).total_seconds()) if first and second else RUN_SECONDS_MAX
+    seconds, words = min(max(between, RUN_SECONDS_MIN), RUN_SECONDS_MAX), "the {} s that its schedule leaves to it"
+    if spec.active_deadline_seconds is not None and spec.active_deadline_seconds < seconds:
+        seconds, words = spec.active_deadline_seconds, "activeDeadlineSeconds ({})"
+    return since + timedelta(seconds=seconds), words.format(seconds)
 
 
 def acting(status: Status) -> Status:
@@ -107,7 +127,7 @@ class _Watch:
         if self.observed.alive or any(pod.attempt == number for pod in self.observed.pods):
             return found
         begun = rfc3339(self.now)
-        run = MonitoringRun(number=number, start_time=begun, waiting_time=begun)
+        run = MonitoringRun(number=number, start_time=begun, active_time=begun, waiting_time=begun)
         return found.model_copy(update={"run": run, "next_run_time": None, "message": f"run {number} is under way"})
 
     def under_way(self, found: MonitoringStatus, run: MonitoringRun) -> MonitoringStatus:
@@ -124,14 +144,23 @@ class _Watch:
         wanted = min(report.workers_wanted, self.spec.compute.workers.max) if report else run.workers_wanted
         look = self._look(run.model_copy(update={"workers_wanted": wanted}))
         since, waiting = waiting_since(look), waiting_of(look)
+        active = None if crew_of(look).gated else run.active_time or rfc3339(self.now)
+        if active is not None and (late := self._late(active)) is not None:
+            return self._failed(found, run, Reason.DEADLINE_EXCEEDED, f"run {run.number} has not ended within {late}")
         if since is not None and self.now >= later(since, self.spec.pre_running_deadline_seconds):
             why = waiting.message if waiting else found.message
             limit = f"within preRunningDeadlineSeconds ({self.spec.pre_running_deadline_seconds})"
             return self._failed(found, run, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, f"{limit}: {why}")
-        going = run.model_copy(update={"workers_wanted": wanted, "waiting_time": since, "head_seen": run.head_seen or head is not None})
+        seen = run.head_seen or head is not None
+        going = run.model_copy(update={"workers_wanted": wanted, "active_time": active, "waiting_time": since, "head_seen": seen})
         # A refusal is known only in the turn that was refused: its words stay until the pod is there.
         message = waiting.message if waiting else found.message if head is None else f"run {run.number} is under way"
         return found.model_copy(update={"run": going, "message": message[:TEXT_MAX]})
+
+    def _late(self, active: str) -> str | None:
+        """What the run has taken longer than, if it has."""
+        latest, words = run_deadline(self.spec, self.plan, later(active, 0))
+        return words if self.now >= latest else None
 
     def _held(self) -> str | None:
         """Why no run may begin: the user wants it suspended, or the workers that it needs have used their GPU-hours up."""

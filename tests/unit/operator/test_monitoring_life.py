@@ -1,5 +1,6 @@
 """A published job is measured again and again: the operator dies at every write, and twice nothing is measured twice."""
 
+import itertools
 import json
 
 import pytest
@@ -140,6 +141,42 @@ async def test_a_head_that_is_killed_at_any_moment_costs_that_run_alone():
         assert monitoring.runs + monitoring.failed_runs == 2, moment
         assert cluster.status.phase == "Complete"
         assert cluster.status.attempt.failures == 0
+
+
+class HangingKubelet(MeasuringKubelet):
+    """The first run's head never comes to an end."""
+
+    def _train(self, head: Object) -> None:
+        if head["metadata"]["labels"][LABEL_ATTEMPT] != "2":
+            super()._train(head)
+
+
+async def test_an_operator_that_dies_at_any_write_ends_a_run_that_hangs_once():
+    """Every write from the publication to the end of the run's pods is the operator's last one; the second run does not suffer."""
+    total = None
+    for write in itertools.count(0):
+        cluster = FakeCluster(Clock(), raw_job(**SPEC, activeDeadlineSeconds=120))
+        kubelet = HangingKubelet(cluster)
+        await drive(cluster, kubelet, until=lambda cluster=cluster: cluster.status.phase == "Complete")
+        before = len(cluster.writes)
+        cluster.crash_after = before + write if write else None
+        hung = lambda cluster=cluster: _runs(cluster) >= 1  # noqa: E731
+        await drive(cluster, kubelet, until=hung)
+        failure = cluster.status.monitoring.failure
+        assert failure is not None, write
+        assert (failure.reason, failure.message) == (
+            "DeadlineExceeded",
+            "run 2 has not ended within activeDeadlineSeconds (120)",
+        )
+        assert degraded(cluster) == ("Unknown", "DeadlineExceeded"), write
+        await days(cluster, kubelet, 1)
+        total = total or len(cluster.writes) - before
+        await days(cluster, kubelet, 2)
+        assert kubelet.measured == [3], write
+        assert (cluster.status.monitoring.runs, cluster.status.monitoring.failed_runs) == (1, 1), write
+        assert len([event for event in cluster.events.values() if event.reason == "DeadlineExceeded"]) <= 1, write
+        if write == total:
+            break
 
 
 async def test_deleting_the_job_ends_a_run():

@@ -193,6 +193,7 @@ MONITORED = {
         "runs": 5,
         "failedRuns": 1,
         "lastRunTime": "2026-01-02T03:05:00Z",
+        "nextRunTime": "2026-01-03T03:00:00Z",
         "results": [
             {"metric": "task/loss", "value": 1.5, "released": 1.5, "difference": 0.0, "verdict": "Held"},
             {"metric": "task/bleu", "value": 20.0, "released": 30.0, "difference": -10.0},
@@ -211,6 +212,15 @@ def test_drift_and_measuring_runs_are_told(metrics: Metrics) -> None:
     assert [of_job(found, "finetune_job_monitoring_runs_total", result=result) for result in ("measured", "failed")] == [5, 1]
     # 2 January 2026 begins 1767312000 seconds after 1970
     assert of_job(found, "finetune_job_monitoring_timestamp_seconds") == 1767312000 + 3 * 3600 + 300
+    assert of_job(found, "finetune_job_monitoring_next_timestamp_seconds") == 1767312000 + 27 * 3600
+
+
+def test_a_first_run_that_is_to_come_has_a_time_and_the_last_has_none(metrics: Metrics) -> None:
+    first = {"phase": "Complete", "monitoring": {"nextRunTime": "2026-01-02T00:00:00Z"}}
+    metrics.jobs.see({**JOB, "status": first}, gone=False)
+    found = samples(metrics)
+    assert of_job(found, "finetune_job_monitoring_next_timestamp_seconds") == 1767312000
+    assert "finetune_job_monitoring_timestamp_seconds" not in found
 
 
 def test_job_with_all_that_it_may_measure_has_few_series(metrics: Metrics) -> None:

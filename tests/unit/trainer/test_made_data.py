@@ -108,12 +108,34 @@ def test_outputs_that_cannot_be_used_are_told_of_in_their_place(site: Site) -> N
 def test_outputs_without_a_passage_are_not_asked_for_and_those_without_a_point_left_out(site: Site) -> None:
     site.golden({"text": "Xylophones!"}, {"text": OUTPUTS[0]}, {"text": OUTPUTS[1]})
     author = Author({"Your drill": "- Bring cake", "Trailers are": SAYS["Trailers are"]})
-    assert len(site.rows(site.job(), author)) == 1
+    assert [row.place.number for row in site.rows(site.job(), author) if isinstance(row, Row)] == [3]
     assert len(author.told) == 2
     assert site.said[-1] == (
         "data.preparation.contentPoints: 1 examples of 3 golden outputs; of 3 points written, passages support 2; "
         "golden outputs that share no word with any passage: 1; golden outputs without a supported point: 1"
     )
+
+
+def test_an_output_of_which_nothing_is_made_is_told_of_by_file_line_and_reason(site: Site) -> None:
+    outputs = ("Xylophones!", OUTPUTS[0], "The fees are 2 euros.", "Depots.", OUTPUTS[1])
+    site.golden(*({"text": output} for output in outputs))
+    long = {"": "", "Your drill": "- Bring cake\n- Sing", "The fees": "12.", "Trailers are": SAYS["Trailers are"]}
+    author = Author({key: long[key] for key in ("Your drill", "The fees", "Trailers are", "")})
+    rows = site.rows(site.job(), author)
+    told = next(text for text in author.told if "Depots." in text)
+    faults = [row for row in rows if isinstance(row, Fault)]
+    assert [(fault.place.file.rpartition("/")[2], fault.place.number, fault.counts) for fault in faults] == [
+        ("golden.jsonl", line, False) for line in (1, 2, 3, 4)
+    ]
+    passages, length = told.count("\n[") + told.startswith("["), len(told)
+    assert [fault.problem for fault in faults] == [
+        "no passage of the knowledge base has a word in common with the output",
+        "no passage supports any of the 2 points that the generator wrote",
+        "the generator listed no points, one a line",
+        f"the generator wrote nothing: what it was told has {length:,} characters, with {passages} passages, which may leave no room "
+        "for an answer",
+    ]
+    assert [row.columns["completion"] for row in rows if isinstance(row, Row)] == [OUTPUTS[1]]
 
 
 def test_where_nothing_is_supported_the_job_fails_and_says_what_to_do(site: Site) -> None:

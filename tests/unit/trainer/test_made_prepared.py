@@ -1,5 +1,6 @@
 """Made examples on their way to the trainer: through the data's own checks into the cache, by generators as they really are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from made_site import OUTPUTS, SAYS, Author, Site
 from tiny_models import byte_tokenizer
 
 from finetune_api.preparation import Generator as GeneratorSpec
+from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import Endpoint
 from finetune_trainer import data_cache, endpoint
 from finetune_trainer.asking import Served, identity_of
 from finetune_trainer.data.examples import open_prepared
 from finetune_trainer.endpoint_generator import EndpointGenerator, generator_at
+from finetune_trainer.errors import JobError
 from finetune_trainer.made_data import Means, Writer, made_rows
 from finetune_trainer.retrieval.documents import KnowledgeFiles
 from finetune_trainer.sources import Location, Mounts
@@ -55,6 +58,29 @@ def test_made_examples_are_prepared_as_any_and_found_by_the_next_job(site: Site)
     (site.folder / "kb" / "more.md").write_text("Another document.")
     changed, _ = prepared(site, Author(SAYS))
     assert changed.name != entry.name
+
+
+def test_outputs_of_which_nothing_was_made_are_in_the_rejects_and_count_towards_no_limit(site: Site) -> None:
+    """maxRejectedFraction is 0: one row that is wrong would end the job."""
+    site.golden({"text": "Xylophones!"}, *({"text": output} for output in OUTPUTS))
+    entry, _ = prepared(site, Author(SAYS))
+    assert (entry.manifest["summary"]["made"], entry.manifest["summary"]["rejected"]) == (2, 0)
+    (told,) = [json.loads(line) for line in (site.folder / "out" / entry.name / "rejects.jsonl").read_text().splitlines()]
+    assert json.loads((site.folder / "out/.finetune/rejects.jsonl").read_text()) == told  # of a job without a uid
+    assert told == {
+        "data": "data.preparation",
+        "file": f"file://{site.folder}/golden.jsonl",
+        "line": 1,
+        "reason": "no passage of the knowledge base has a word in common with the output",
+    }
+
+
+def test_outputs_of_which_nothing_was_made_are_told_of_where_the_job_fails_for_it(site: Site) -> None:
+    with pytest.raises(JobError) as caught:
+        prepared(site, Author({"": "- Bring cake"}))
+    assert caught.value.reason is Reason.DATASET_INVALID
+    own = (site.folder / "out/.finetune/rejects.jsonl").read_text()
+    assert [json.loads(line)["line"] for line in own.splitlines()] == [1, 2]
 
 
 def test_an_endpoint_writes_and_is_paid_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

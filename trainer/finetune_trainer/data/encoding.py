@@ -81,22 +81,26 @@ class Encoder:
         has a label: there is nothing to learn from them.
 
         A chunk is cut into tokens by a thread while the next one is read and rendered by this; no more than the two are held.
-        Raises JobError (ModelInvalid) where the tokenizer lacks what the format needs.
+        Raises JobError (ModelInvalid) where the tokenizer lacks what the format needs, and what reading the examples raises, once all
+        that came before it is given.
         """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens") as pool:
             coming: deque[Future[list[Encoded | Fault]]] = deque()
-            for chunk in self._chunks(examples):
+            ended: list[JobError] = []
+            for chunk in self._chunks(examples, ended):
                 coming.append(pool.submit(self._tokenize, chunk))
                 if len(coming) > 1:
                     yield from coming.popleft().result()
             while coming:
                 yield from coming.popleft().result()
+        if ended:
+            raise ended[0]
 
-    def _chunks(self, examples: Iterable[Example | Fault]) -> "Iterator[list[_Rendered | Fault]]":
-        """Rendered examples, as many as are cut into tokens at once."""
+    def _chunks(self, examples: Iterable[Example | Fault], ended: list[JobError]) -> "Iterator[list[_Rendered | Fault]]":
+        """Rendered examples, as many as are cut into tokens at once. An error that ends them is put into `ended`."""
         chunk: list[_Rendered | Fault] = []
         characters = 0
-        for example in examples:
+        for example in _until_error(examples, ended):
             rendered = self._both(example) if isinstance(example, Preference) else [self._render(example)]
             chunk += rendered
             characters += sum(len(item.text) for item in rendered if isinstance(item, _Rendered))
@@ -214,6 +218,14 @@ class Encoder:
         if len(tokens) and tokens[-1] == end:
             return tokens, np.concatenate([labelled[:-1], [True]])
         return np.append(tokens, np.int32(end)), np.append(labelled, True)
+
+
+def _until_error(examples: Iterable[Example | Fault], ended: list[JobError]) -> Iterator[Example | Fault]:
+    """The examples up to an error, which is put into `ended`: what was read before it may be wrong too, and is to be told of."""
+    try:
+        yield from examples
+    except JobError as error:
+        ended.append(error)
 
 
 def _is_same_answer(item: "_Rendered | Fault", one: Encoded, before: Encoded) -> bool:

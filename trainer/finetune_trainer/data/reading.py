@@ -164,6 +164,9 @@ class _Seen:
 
     def fault(self, fault: Fault) -> None:
         """One more row that cannot be used."""
+        if not fault.counts:
+            self.left_out.add(self.name, fault.place, fault.problem)
+            return
         self.faulty += 1
         self.faults += [fault] if len(self.faults) < SHOWN_FAULTS else []
         self.left_out.add(self.name, fault.place, fault.problem)

@@ -52,6 +52,9 @@ class Fault:
 
     place: Place
     problem: str
+    counts: bool = True
+    """Whether the row itself is wrong, which maxRejectedFraction bounds; else it is left out and told of all the same: nothing could be
+    made of it."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.problem}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from finetune_api.preparation import ContentPoints
@@ -40,6 +40,8 @@ class Told:
     golden: Golden
     passages: tuple[Passage, ...]
     points: tuple[str, ...] = ()
+    written: bool = False
+    """Whether the generator wrote anything."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class PointRows:
         return [*self.golden.state(), *self.files.state()]
 
     def rows(self) -> Iterator[Row | Fault]:
-        """A row for each golden output that has a point which a passage supports.
+        """A row for each golden output that has a point which a passage supports, and in the place of each other one why it has none.
 
         Raises JobError (KnowledgeBaseInvalid, GeneratorUnavailable, DatasetInvalid, ...).
         """
@@ -77,9 +79,7 @@ class PointRows:
                 read = [self._golden(row) if isinstance(row, Row) else row for row in rows]
                 told = iter(self._told([item for item in read if isinstance(item, Golden)], knowledge, desk))
                 for item in read:
-                    made = item if isinstance(item, Fault) else self._row(next(told), grounding, tally)
-                    if made is not None:
-                        yield made
+                    yield item if isinstance(item, Fault) else self._row(next(told), grounding, tally)
         tally.finish(self.means.say, "check that the knowledge base holds what the outputs say, or lower minSupport")
 
     def _knowledge(self) -> Knowledge:
@@ -118,19 +118,36 @@ class PointRows:
         found = knowledge.retrieve(queries, self.spec.retriever.passages)
         told = [Told(each, passages) for each, passages in zip(golden, found, strict=True)]
         texts = iter(desk.write([self._asked(each) for each in told if each.passages]))
-        return [Told(each.golden, each.passages, tuple(points_in(next(texts)))) if each.passages else each for each in told]
+        return [_read(each, next(texts)) if each.passages else each for each in told]
 
     def _asked(self, told: Told) -> Messages:
         """What the generator is told."""
         values = {"passages": numbered(told.passages), "output": told.golden.output, "prompt": told.golden.prompt}
         return ({"role": "user", "content": filled(self.spec.instruction, values)},)
 
-    def _row(self, told: Told, grounding: Grounding, tally: Tally) -> Row | None:
-        """The example; None where no point is supported."""
+    def _row(self, told: Told, grounding: Grounding, tally: Tally) -> Row | Fault:
+        """The example; where no point is supported, why there is none."""
         facts = [grounding.facts(passage.shown) for passage in told.passages]
         points = [point for point in told.points if grounding.holds(point, facts)]
         tally.add(found=bool(told.passages), written=len(told.points), kept=len(points), made=bool(points))
         if not points:
-            return None
+            return Fault(told.golden.place, self._why_none(told), counts=False)
         values = {"points": "\n".join(f"- {point}" for point in points), "prompt": told.golden.prompt}
         return self.shape.row(told.golden.place, filled(self.spec.prompt, values), told.golden.output, told.golden.group)
+
+    def _why_none(self, told: Told) -> str:
+        """Why no example came of a golden output."""
+        if not told.passages:
+            return "no passage of the knowledge base has a word in common with the output"
+        if not told.written:
+            (message,) = self._asked(told)
+            length = f"what it was told has {len(message['content']):,} characters"
+            return f"the generator wrote nothing: {length}, with {len(told.passages)} passages, which may leave no room for an answer"
+        if not told.points:
+            return "the generator listed no points, one a line"
+        return f"no passage supports any of the {len(told.points)} points that the generator wrote"
+
+
+def _read(told: Told, text: str) -> Told:
+    """With what the generator wrote."""
+    return replace(told, points=tuple(points_in(text)), written=bool(text.strip()))

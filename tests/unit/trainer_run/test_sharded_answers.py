@@ -18,6 +18,7 @@ from finetune_trainer.answering import Candidate, Questions, answer, read_answer
 from finetune_trainer.candidates import Candidates
 from finetune_trainer.evaluation.answered import Answered, Case
 from finetune_trainer.loop import Models, Task, train
+from finetune_trainer.methods import method_for
 from finetune_trainer.model import load_model
 from finetune_trainer.model_files import ModelFiles, fetch_model
 from finetune_trainer.sources import Mounts
@@ -26,6 +27,12 @@ from finetune_trainer.worker import Worker
 
 QUESTIONS = Questions("task", max_new_tokens=6)
 CASES = [Case(str(number), "yes" * (1 + number % 3), prompt="ab" * (1 + number)) for number in range(7)]
+ASKED = (
+    Candidate("baseline", (QUESTIONS,)),
+    Candidate("step-3", (QUESTIONS,), step=3),
+    Candidate("published", (QUESTIONS,), artifact="adapter"),
+)
+"""The last one is what a measuring run asks."""
 METHODS: dict[str, dict[str, Any]] = {"lora": {"lora": {"rank": 2}}, "prompt": {"promptTuning": {"numVirtualTokens": 3}}}
 """The second one computes with the embeddings itself."""
 
@@ -35,7 +42,7 @@ def place(root: Path, name: str) -> Storage:
 
 
 def ask(root: Path, manifest: dict[str, Any], name: str, worker: Worker) -> bool:
-    """Have the untuned model and a checkpoint answer. Returns whether it was sharded."""
+    """Have the untuned model, a checkpoint and the published adapter answer. Returns whether all were sharded."""
     job = parse_job(manifest, local=True)
     mounts = Mounts(root, local=True)
 
@@ -44,9 +51,9 @@ def ask(root: Path, manifest: dict[str, Any], name: str, worker: Worker) -> bool
 
     answering.ROUND = 2
     revision = fetch(job.spec.model, None).revision
-    candidates = Candidates(job, revision, CONFIG, place(root, name), fetch, worker)
+    candidates = Candidates(job, revision, CONFIG, place(root, name), fetch, worker, place(root, name))
     sharded = []
-    for candidate in (Candidate("baseline", (QUESTIONS,)), Candidate("step-3", (QUESTIONS,), step=3)):
+    for candidate in ASKED:
         asking = candidates.asking(candidate)
         sharded.append(asking.speaker.voice.model.sharded)
         answer(asking, candidate, place(root, name), worker, lambda told: None)
@@ -62,9 +69,15 @@ def _work(rank: int, root: Path, manifests: dict[str, dict[str, Any]]) -> None:
 
 
 def answers(root: Path, name: str) -> dict[str, tuple[Answered, ...]]:
-    found = {candidate: read_answers(place(root, name), candidate, QUESTIONS) for candidate in ("baseline", "step-3")}
+    found = {each.name: read_answers(place(root, name), each.name, QUESTIONS) for each in ASKED}
     assert all(each is not None for each in found.values())
     return found  # type: ignore[return-value]
+
+
+def assert_same(found: tuple[Answered, ...], expected: tuple[Answered, ...]) -> None:
+    assert [each.text for each in found] == [each.text for each in expected]
+    assert [(each.id, each.labels, each.correct) for each in found] == [(each.id, each.labels, each.correct) for each in expected]
+    torch.testing.assert_close(torch.tensor([each.loss for each in found]), torch.tensor([each.loss for each in expected]))
 
 
 def test_workers_that_share_every_layer_answer_as_one_alone(tmp_path: Path) -> None:
@@ -75,7 +88,10 @@ def test_workers_that_share_every_layer_answer_as_one_alone(tmp_path: Path) -> N
         job = parse_job(manifest, local=True)
         files = fetch_model(job.spec.model, Mounts(tmp_path, local=True), tmp_path / "cache", weights=True)
         task = Task(job, files.base, CONFIG, place(tmp_path, name))
-        train(task, Models(load_model(files, job, torch.device("cpu"))), DATA, Worker(), Listener(stop_after=3))
+        model = load_model(files, job, torch.device("cpu"))
+        train(task, Models(model), DATA, Worker(), Listener(stop_after=3))
+        (tmp_path / name / "adapter").mkdir()
+        method_for(job.spec.method).export(model.module, tmp_path / name / "adapter", files.base, "adapter")
         write_cases(place(tmp_path, name), QUESTIONS.file, CASES)
         assert not ask(tmp_path, manifest, name, Worker())
         alone[name] = answers(tmp_path, name)
@@ -87,8 +103,6 @@ def test_workers_that_share_every_layer_answer_as_one_alone(tmp_path: Path) -> N
     for name in METHODS:
         together = answers(tmp_path, name)
         assert alone[name]["baseline"] != alone[name]["step-3"]
+        assert_same(alone[name]["published"], alone[name]["step-3"])
         for candidate, expected in alone[name].items():
-            found = together[candidate]
-            assert [each.text for each in found] == [each.text for each in expected]
-            assert [(each.id, each.labels, each.correct) for each in found] == [(each.id, each.labels, each.correct) for each in expected]
-            torch.testing.assert_close(torch.tensor([each.loss for each in found]), torch.tensor([each.loss for each in expected]))
+            assert_same(together[candidate], expected)

@@ -20,7 +20,7 @@ from finetune_operator.failures import ending_of, explained, failure, head_lost
 from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
 from finetune_operator.headway import stalled, with_last_step
 from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
-from finetune_operator.monitoring import monitored
+from finetune_operator.monitoring import monitored, with_refusal
 from finetune_operator.observed import Job, Observed, head_name, with_status
 from finetune_operator.pace import deadline, paced
 from finetune_operator.profiles import as_offered
@@ -271,4 +271,5 @@ def _conclude(job: Job, status: Status, verdict: Verdict, now: datetime) -> Stat
         }
     )
     gated = job.spec is not None and bool(job.spec.evaluation.gates)
-    return told.model_copy(update={"conditions": conditions_of(told, replace(summary, gates=gated), now)})
+    stated = told.model_copy(update={"conditions": conditions_of(told, replace(summary, gates=gated), now)})
+    return with_refusal(stated, job.left_out if summary.phase != "Failed" else "", status.condition("Degraded"), now)

@@ -71,37 +71,46 @@ def monitored(job: Job, spec: Spec, observed: Observed, settings: Settings, now:
     """The status that follows for a job that has ended."""
     status, plan = job.status, spec.monitoring
     complete = status.condition("Complete")
-    if plan is None or complete is None or complete.status != "True" or not status.artifacts:
-        return _without(status)
+    released = complete is not None and complete.status == "True" and bool(status.artifacts)
+    if plan is None or not released:
+        return with_refusal(_without(status), job.left_out if released else "", status.condition("Degraded"), now)
     found = status.monitoring or MonitoringStatus()
     watch = _Watch(job, spec, plan, observed, settings, now)
     run = found.run
     found = watch.under_way(found, run) if run is not None and run.running else watch.at_rest(found)
     found = found.model_copy(update={"results": tuple(judged(each, plan) for each in found.results)})
-    truth, reason, message = degraded(found)
+    return _stated(status.model_copy(update={"monitoring": found}), *degraded(found), status.condition("Degraded"), now)
+
+
+def with_refusal(status: Status, why: str, before: Condition | None, now: datetime) -> Status:
+    """The status that tells why spec.monitoring has no effect, where there is a reason: a user who has asked for it hears of it.
+
+    `before` is the condition Degraded as it was.
+    """
+    if not why:
+        return status
+    message = f"nothing is measured after the release: {why}"
+    return _stated(status, "Unknown", Reason.PROFILE_VIOLATED, message, before, now)
+
+
+def _stated(status: Status, truth: Truth, reason: Reason, message: str, before: Condition | None, now: datetime) -> Status:
+    """The status with the condition Degraded."""
     condition = Condition(
         type="Degraded",
         status=truth,
         observed_generation=max(status.observed_generation, 0),
-        last_transition_time=_since(status, truth) or rfc3339(now),
+        last_transition_time=before.last_transition_time if before and before.status == truth else rfc3339(now),
         reason=reason,
         message=message[:TEXT_MAX],
     )
     others = tuple(each for each in status.conditions if each.type != "Degraded")
-    return status.model_copy(update={"monitoring": found, "conditions": (*others, condition)})
+    return status.model_copy(update={"conditions": (*others, condition)})
 
 
 def _without(status: Status) -> Status:
     """Nothing is measured, or no longer."""
-    if status.monitoring is None:
-        return status
     others = tuple(each for each in status.conditions if each.type != "Degraded")
     return status.model_copy(update={"monitoring": None, "conditions": others})
-
-
-def _since(status: Status, truth: Truth) -> str | None:
-    before = status.condition("Degraded")
-    return before.last_transition_time if before and before.status == truth else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec, parse_job
 from finetune_operator.diagnosis import Disruption, Raw, Waiting, condition, disruption_of, waiting_of
 from finetune_operator.manifest import explain
-from finetune_operator.profiles import Offered, effective
+from finetune_operator.profiles import Offered, effective, left_out
 
 __all__ = ["Exit", "Job", "Observed", "Pod", "Raw", "Role", "Waiting", "head_name", "job_from", "observe", "pod_from"]
 
@@ -136,6 +136,8 @@ class Job:
     problem: str
     """What is wrong with the spec, by field."""
     status: Status
+    left_out: str = ""
+    """Why spec.monitoring is not in the spec that runs: what of it the profile does not allow. Empty where nothing was left out."""
 
 
 def job_from(raw: Raw, *, local: bool = False) -> Job:
@@ -154,12 +156,17 @@ def job_from(raw: Raw, *, local: bool = False) -> Job:
         spec=effective(spec, status, local=local) if spec else None,
         problem=problem,
         status=status,
+        left_out=left_out(spec, status) if spec else "",
     )
 
 
 def with_status(job: Job, status: Status, *, local: bool = False) -> Job:
     """The job when it has come to this status: under the profile that the status keeps."""
-    return replace(job, status=status, spec=effective(job.spec, status, local=local) if job.spec else None)
+    if job.spec is None:
+        return replace(job, status=status)
+    # What was left out before is not in the job's spec any more.
+    why = job.left_out or left_out(job.spec, status)
+    return replace(job, status=status, spec=effective(job.spec, status, local=local), left_out=why)
 
 
 def _spec(raw: Raw, local: bool) -> tuple[Spec | None, str]:

@@ -247,6 +247,12 @@ def monitoring_violations(spec: Spec, kept: ResolvedProfile) -> tuple[str, ...]:
     return tuple(each for each in uri_violations(spec, kept.name, kept.allow) if each.startswith("spec.monitoring."))
 
 
+def left_out(spec: Spec, status: Status) -> str:
+    """Why `effective` leaves spec.monitoring out of a spec; empty where it does not."""
+    kept = status.resolved.profile if status.resolved else None
+    return "; ".join(monitoring_violations(spec, kept)) if kept else ""
+
+
 def _placed(output: Output, kept: ResolvedProfile) -> Output:
     if output.storage is not None or kept.storage is None:
         return output

@@ -110,18 +110,16 @@ def _failed(status: Status) -> Iterator[str]:
 
 
 def monitoring_lines(status: Status) -> Iterator[str]:
-    """What the published model does on fresh data, where it is measured again."""
-    found = status.monitoring
-    if found is None:
-        return
-    held = status.condition("Degraded")
-    yield f"measured again: {found.runs} runs, {found.failed_runs} failed; {found.message}"
-    for result in found.results:
+    """What the published model does on fresh data, where it is measured again, or why it is not."""
+    found, held = status.monitoring, status.condition("Degraded")
+    if found is not None:
+        yield f"measured again: {found.runs} runs, {found.failed_runs} failed; {found.message}"
+    for result in found.results if found else ():
         change = f", difference {result.difference:+.6g}" if result.difference is not None else ""
         verdict = f": {result.verdict}" if result.verdict else ""
         fresh = f"{figure(result.value)}{interval(result.low, result.high)}"
         yield f"fresh {result.metric}{verdict}: {fresh}, released with {figure(result.released)}{change}"
     if held is not None:
         yield f"degraded: {held.status}: {held.reason}: {held.message}"
-    if found.failure and found.failure.hint:
+    if found is not None and found.failure and found.failure.hint:
         yield f"what to do: {found.failure.hint}"

@@ -9,6 +9,7 @@ from tests.fakes import KEY, FakeCluster, FakeKubelet, drive
 from tests.unit.operator.profile_cases import raw_profile
 
 from finetune_operator.reconcile import reconcile
+from finetune_operator.words import monitoring_lines
 
 OFFER = {
     "trainerImage": "registry.example/own:1",
@@ -220,3 +221,61 @@ async def test_a_report_of_the_tenants_pod_cannot_change_the_profile():
     )
     await look(cluster)
     assert (cluster.status.resolved.profile, cluster.status.resolved.data_digest) == (kept, "d")
+
+
+SUITES = {"suites": [{"name": "task", "source": "validation", "metrics": ["loss"]}]}
+ELSEWHERE = {"schedule": "0 3 * * *", "suites": [{"name": "task", "source": "s3://elsewhere/fresh.jsonl"}]}
+HERE = {**ELSEWHERE, "suites": [{"name": "task", "source": "pvc://data/fresh.jsonl"}]}
+REFUSED = (
+    "nothing is measured after the release: "
+    "spec.monitoring.suites[0] names s3://elsewhere/fresh.jsonl, which the profile small does not allow (allow.data)"
+)
+
+
+def degraded(cluster):
+    """The condition Degraded: status, reason and message."""
+    found = cluster.status.condition("Degraded")
+    return found and (found.status, found.reason, found.message)
+
+
+async def test_monitoring_that_the_profile_does_not_allow_is_told_at_once_and_until_it_is_mended():
+    cluster = cluster_with(raw_profile(allow={"data": ["pvc://data"]}), profileRef={"name": "small"}, evaluation=SUITES)
+    kubelet = FakeKubelet(cluster)
+    await until_workers(cluster, kubelet)
+    assert degraded(cluster) is None
+    cluster.edit_spec(monitoring=ELSEWHERE)
+    await look(cluster)
+    assert degraded(cluster) == ("Unknown", "ProfileViolated", REFUSED)
+    since = cluster.status.condition("Degraded").last_transition_time
+    await drive(cluster, kubelet)
+    assert cluster.status.phase == "Complete"
+    assert degraded(cluster) == ("Unknown", "ProfileViolated", REFUSED)
+    assert cluster.status.condition("Degraded").last_transition_time == since
+    assert [event.message for event in cluster.events.values() if event.reason == "ProfileViolated"] == [REFUSED]
+    assert cluster.status.monitoring is None
+    assert list(monitoring_lines(cluster.status)) == [f"degraded: Unknown: ProfileViolated: {REFUSED}"]
+    writes = len(cluster.writes)
+    await look(cluster)
+    assert len(cluster.writes) == writes
+    cluster.edit_spec(monitoring=HERE)
+    await look(cluster)
+    assert degraded(cluster)[:2] == ("Unknown", "Pending")
+    assert cluster.status.monitoring.next_run_time is not None
+    cluster.edit_spec(monitoring=ELSEWHERE)
+    await look(cluster)
+    assert (degraded(cluster), cluster.status.monitoring) == (("Unknown", "ProfileViolated", REFUSED), None)
+    cluster.edit_spec(monitoring=None)
+    await look(cluster)
+    assert degraded(cluster) is None
+
+
+async def test_a_failed_job_is_not_told_that_it_is_not_measured():
+    cluster = cluster_with(raw_profile(allow={"data": ["pvc://data"]}), profileRef={"name": "small"}, evaluation=SUITES)
+    await look(cluster)
+    cluster.edit_spec(monitoring=ELSEWHERE, activeDeadlineSeconds=10)
+    await look(cluster)
+    assert degraded(cluster) is not None
+    cluster.clock.advance(10)
+    await look(cluster)
+    assert cluster.status.failure.reason == "DeadlineExceeded"
+    assert degraded(cluster) is None

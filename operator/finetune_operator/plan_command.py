@@ -14,13 +14,16 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from finetune_api import KIND
 from finetune_api.architecture import Config, UnknownArchitectureError, architecture_of
 from finetune_api.estimate import USABLE_SHARE
 from finetune_api.gpus import GPUS, Gpu, gpu_of
 from finetune_api.planning import DEFAULT_UTILISATION, Counted, Given, device_of, holds_teacher, plan_of, sizes_of
 from finetune_api.status import Plan
 from finetune_api.v1alpha1 import Spec, parse_job
+from finetune_operator.budget import SECONDS_PER_HOUR
 from finetune_operator.manifest import ManifestError, explain, read_manifests
+from finetune_operator.profile_file import ProfileError, read_profile, under
 
 GIB = 2**30
 HUB = "https://huggingface.co"
@@ -56,22 +59,26 @@ def plan(  # noqa: PLR0913, PLR0917 - one argument for each option
     ] = DEFAULT_UTILISATION,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Tokens of the training examples, for steps and hours.")] = None,
     examples: Annotated[int | None, typer.Option("--examples", min=1, help="Training examples; needed where packing is off.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", help="The TuningProfile that the job runs under: plan what the platform would run.", metavar="FILE"),
+    ] = None,
     output: Annotated[Literal["table", "json", "yaml"], typer.Option("--output", "-o", help="Form of the answer.")] = "table",
 ) -> None:
     """Tell what a job would take: memory of each GPU by parts, micro-batch, steps, hours.
 
     Needs no GPU: memory and time are estimated from the model's config.json. Hours are those of the training steps alone, at
-    --utilisation of the GPU's peak. A job with spec.planOnly counts its data, too. Exit code 1 where the training does not fit, or there
-    is no plan.
+    --utilisation of the GPU's peak. A job with spec.planOnly counts its data, too. Exit code 1 where the training does not fit, the job
+    exceeds its profile, or there is no plan.
     """
     try:
-        spec = _spec(job)
+        spec = _spec(job, profile)
         known, data = _gpu(spec, gpu, gpu_memory, peak_tflops), _counted(spec, tokens, examples)
         found = plan_for(spec, job.parent, model_config, Given(device_of(spec, known), data, utilisation=utilisation))
     except PlanError as error:
         typer.echo(f"finetune: {error}", err=True)
         raise typer.Exit(1) from None
-    _print(found, output, utilisation)
+    _print(found, spec, output, utilisation)
     raise typer.Exit(1 if found.fits is False else 0)
 
 
@@ -86,16 +93,19 @@ def plan_for(spec: Spec, folder: Path, model_config: Path | None, given: Given) 
     return plan_of(spec, model, replace(given, teacher=beside))
 
 
-def _spec(file: Path) -> Spec:
+def _spec(file: Path, profile: Path | None) -> Spec:
+    """The spec that runs: the job's own with what the profile gives and bounds. Raises PlanError."""
     try:
-        manifests = [each for each in read_manifests(file.read_text(encoding="utf-8")) if each.get("kind") == "FineTuneJob"]
+        manifests = [each for each in read_manifests(file.read_text(encoding="utf-8")) if each.get("kind") == KIND]
         if len(manifests) != 1:
             raise PlanError(f"{file} holds {len(manifests)} FineTuneJobs; a plan is of one")
-        return parse_job(manifests[0], local=True).spec
+        return under(parse_job(manifests[0], local=True), read_profile(profile) if profile else None, local=True).spec
     except (OSError, UnicodeDecodeError, ManifestError) as error:
         raise PlanError(f"{file}: {error}") from error
     except ValidationError as error:
         raise PlanError(f"{file}: {'; '.join(explain(error))}") from error
+    except ProfileError as error:
+        raise PlanError(f"{file}: {'; '.join(str(error).splitlines())}") from error
 
 
 def _gpu(spec: Spec, name: str | None, memory: float | None, teraflops: float | None) -> Gpu | None:
@@ -163,7 +173,7 @@ def _parsed(content: bytes, where: str) -> Config:
     return config
 
 
-def _print(found: Plan, output: str, utilisation: float) -> None:
+def _print(found: Plan, spec: Spec, output: str, utilisation: float) -> None:
     if output == "json":
         typer.echo(json.dumps(found.to_json(), indent=2))
     elif output == "yaml":
@@ -171,7 +181,7 @@ def _print(found: Plan, output: str, utilisation: float) -> None:
     else:
         console = Console()
         console.print(_table(found))
-        for line in _lines(found, utilisation):
+        for line in (*_lines(found, utilisation), *_stopped(found, spec)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -204,4 +214,15 @@ def _lines(found: Plan, utilisation: float) -> list[str]:
             f"about {found.hours:.3g} hours and {found.gpu_hours:.3g} GPU-hours of training steps, at {utilisation:.0%} of the GPU's peak: "
             "an estimate, without waiting, measuring and publishing"
         )
+    return lines
+
+
+def _stopped(found: Plan, spec: Spec) -> list[str]:
+    """Limits, the job's own or its profile's, that such a training comes to before its end."""
+    budget, seconds = spec.max_gpu_hours, spec.active_deadline_seconds
+    lines = []
+    if budget is not None and found.gpu_hours is not None and found.gpu_hours > budget:
+        lines.append(f"maxGpuHours ({budget:g}) is less than that: the job would be suspended before it ends")
+    if seconds is not None and found.hours is not None and found.hours * SECONDS_PER_HOUR > seconds:
+        lines.append(f"activeDeadlineSeconds ({seconds}) is less than that: the job would fail before it ends")
     return lines

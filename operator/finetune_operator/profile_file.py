@@ -1,4 +1,4 @@
-"""A TuningProfile in a file, for commands that have no cluster to ask: `--profile FILE` of `finetune validate` and `finetune local`."""
+"""A TuningProfile in a file, for commands that have no cluster to ask: `--profile FILE` of `finetune validate`, `local` and `plan`."""
 
 from pathlib import Path
 

@@ -80,7 +80,7 @@ def test_a_local_model_is_read_where_it_is(tmp_path: Path) -> None:
     ("arguments", "spec", "words"),
     [
         ([], {}, "give its config.json with --model-config, or apply the job with planOnly: true"),
-        (["--gpu", "abacus"], {}, "--gpu abacus is not known; there are h200, h100"),
+        (["--gpu", "abacus"], {}, "--gpu abacus is not known; there are h200, h200-nvl, h100"),
         (["--peak-tflops", "100"], {}, "give --gpu-memory, too"),
         (["--tokens", "100"], {"training": {"packing": False}}, "give --examples, too"),
         (["--model-config", "nowhere.json"], {}, "nowhere.json: No such file"),
@@ -116,3 +116,69 @@ def test_a_hub_model_s_configuration_is_fetched_with_the_user_s_token(tmp_path: 
     code, _, _ = call(tmp_path, model={"source": "hf://org/model", "revision": "v1"})
     assert code == 0
     assert asked == [("https://hub.example/org/model/resolve/v1/config.json", "Bearer secret")]
+
+
+PROFILE = {
+    "apiVersion": "finetune.dev/v1alpha1",
+    "kind": "TuningProfile",
+    "metadata": {"name": "two-gpus"},
+    "spec": {
+        "compute": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L40S"}, "resourcesPerWorker": {"nvidia.com/gpu": 2}},
+        "output": {"storage": "pvc://models/{name}"},
+        "allow": {"methods": ["lora"]},
+        "limits": {"workers": 1, "gpus": 2, "maxGpuHours": 1, "activeDeadlineSeconds": 600},
+    },
+}
+UNDER = {"profileRef": {"name": "two-gpus"}, "output": {}, "compute": {}}
+
+
+def under(folder: Path, *arguments: str, profile: dict[str, object] = PROFILE, **spec: object) -> tuple[int, str, str]:
+    """The plan of a job that names a profile, with its file."""
+    (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
+    given = ("--model-config", str(TINY), "--profile", str(folder / "profile.yaml"), *arguments)
+    return call(folder, *given, **{**UNDER, **spec})
+
+
+def test_the_plan_is_of_what_the_profile_gives(tmp_path: Path) -> None:
+    code, said, _ = under(tmp_path, "-o", "json")
+    assert code == 0
+    found = json.loads(said)
+    assert (found["gpu"], found["processes"]) == ("l40s", 2)
+    _, own, _ = under(tmp_path, "-o", "json", compute={"resourcesPerWorker": {"nvidia.com/gpu": 1}})
+    assert json.loads(own)["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            {"compute": {"workers": {"min": 1, "max": 2}}},
+            "spec.compute.workers.max is 2, and the profile two-gpus allows at most 1 (limits.workers)",
+        ),
+        ({"compute": {"resourcesPerWorker": {"nvidia.com/gpu": 4}}}, "the profile two-gpus allows at most 2 (limits.gpus)"),
+        ({"maxGpuHours": 2}, "spec.maxGpuHours is 2, and the profile two-gpus allows at most 1 (limits.maxGpuHours)"),
+        ({"method": {"full": {}}}, "spec.method is full, and the profile two-gpus allows lora (allow.methods)"),
+        ({"profileRef": {"name": "other"}}, "spec.profileRef names the TuningProfile other, and --profile gives two-gpus"),
+    ],
+)
+def test_a_job_beyond_its_profile_has_no_plan(tmp_path: Path, spec: dict[str, object], words: str) -> None:
+    code, said, errors = under(tmp_path, **spec)
+    assert (code, said) == (1, "")
+    assert words in errors
+
+
+def test_a_job_that_names_a_profile_asks_for_its_file(tmp_path: Path) -> None:
+    code, _, errors = call(tmp_path, "--model-config", str(TINY), **UNDER)
+    assert code == 1
+    assert "spec.profileRef names the TuningProfile two-gpus: give its file with --profile" in errors
+
+
+def test_a_limit_that_ends_the_training_early_is_told(tmp_path: Path) -> None:
+    """The tiny model takes about 6 x its parameters for each token: at a billion operations a second that is days."""
+    slow = ("--gpu", "t4", "--peak-tflops", "0.001", "--tokens", "1000000000")
+    _, said, _ = under(tmp_path, *slow)
+    assert "maxGpuHours (1) is less than that: the job would be suspended before it ends" in said
+    assert "activeDeadlineSeconds (600) is less than that: the job would fail before it ends" in said
+    _, said, _ = under(tmp_path, "--tokens", "1000")
+    assert "GPU-hours of training steps" in said
+    assert "less than that" not in said

@@ -127,6 +127,10 @@ def test_a_teacher_stands_beside_the_model_unless_its_logits_are_kept() -> None:
         ({"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}, "a100-80gb"),
         ({"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-40GB"}, "a100-40gb"),
         ({"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}, "h100"),
+        ({"nvidia.com/gpu.product": "NVIDIA-H100-PCIe"}, "h100-pcie"),
+        ({"nvidia.com/gpu.product": "NVIDIA-H100-NVL"}, "h100-nvl"),
+        ({"nvidia.com/gpu.product": "NVIDIA-H200"}, "h200"),
+        ({"nvidia.com/gpu.product": "NVIDIA-H200-NVL"}, "h200-nvl"),
         ({"nvidia.com/gpu.product": "NVIDIA-L40S"}, "l40s"),
         ({"cloud.google.com/gke-accelerator": "nvidia-l4"}, "l4"),
         ({"cloud.google.com/gke-accelerator": "nvidia-tesla-a100"}, "a100-40gb"),
@@ -140,6 +144,26 @@ def test_a_teacher_stands_beside_the_model_unless_its_logits_are_kept() -> None:
 def test_a_node_selector_names_the_gpu(selector: dict[str, str], name: str | None) -> None:
     found = gpu_of(selector)
     assert (found.name if found else None) == name
+
+
+def test_peaks_are_dense_and_memory_is_what_the_driver_has_left() -> None:
+    """Printed with sparsity in the data sheets: BFLOAT16 of the H100 (SXM, NVL, PCIe), the H200, the A100, the L40S, the A10 and the L4."""
+    printed = {"h100": 1979, "h100-nvl": 1671, "h100-pcie": 1513, "h200": 1979, "h200-nvl": 1671, "a100-80gb": 624, "a100-40gb": 624}
+    for name, sparse in (printed | {"a10": 250, "l4": 242}).items():
+        assert GPUS[name].teraflops == pytest.approx(sparse / 2, abs=0.5)
+    gigabytes = {
+        "h100": 80,
+        "h100-nvl": 94,
+        "h100-pcie": 80,
+        "h200": 141,
+        "a100-80gb": 80,
+        "a100-40gb": 40,
+        "l40s": 48,
+        "a10": 24,
+        "l4": 24,
+    }
+    for name, size in (gigabytes | {"t4": 16, "v100-16gb": 16}).items():
+        assert 0.9 * size * 2**30 < GPUS[name].memory < 1.075 * size * 1e9
 
 
 def test_a_gpu_without_bfloat16_computes_in_float32() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.example_jobs import RUNNABLE
 from tests.in_process import run_job
 from tests.unit.docs.markdown import ROOT
 
@@ -17,7 +18,7 @@ from finetune_api.v1alpha1 import parse_job
 from finetune_operator.manifest import read_manifests
 
 TEACHER = ROOT / "examples/methods/lora.yaml"
-EXAMPLES = sorted([*(ROOT / "examples/methods").glob("*.yaml"), *(ROOT / "examples/objectives").glob("*.yaml")])
+EXAMPLES = [path for path in RUNNABLE if path.parent.name in ("methods", "objectives")]
 ENDPOINT_KEY = "an-endpoints-key"
 TEACHER_UID = "teacher-of-the-examples"
 LOADS = """

@@ -64,7 +64,7 @@ e2e: install images  ## the whole way on the cluster that KUBECONFIG names
 	FINETUNE_OPERATOR_IMAGE=$(OPERATOR_IMAGE) FINETUNE_TRAINER_IMAGE=$(TRAINER_IMAGE) \
 	  $(BIN)/python -m pytest -m 'cluster $(LEAVE_OUT)' tests/e2e
 
-bench: install  ## measure: trainer beside TRL, preparing data, kept teachers, API writes per job, operator with 1,000 jobs
+bench: install  ## measure: trainer beside TRL, preparing data, kept teachers, API writes per job, operator with 1,000 and 5,000 jobs
 	$(BIN)/python -m tests.bench
 
 clean:  ## remove the virtual environment and what runs left here

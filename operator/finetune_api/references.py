@@ -1,8 +1,9 @@
 """Everything outside itself that a spec refers to: sources, ConfigMaps, Secrets and endpoints, wherever in the spec they stand."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -59,24 +60,42 @@ def _inside(value: object, field: str) -> Iterator[Reference]:
     if isinstance(value, BaseModel):
         if reference := _reference(value, field):
             yield reference
-        for name, info in type(value).model_fields.items():
-            yield from _inside(getattr(value, name), f"{field}.{info.alias or name}")
+        for name, written in _fields(type(value)):
+            inner = getattr(value, name)
+            if isinstance(inner, (BaseModel, tuple)):
+                yield from _inside(inner, f"{field}.{written}")
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
             yield from _inside(item, f"{field}[{index}]")
 
 
+@functools.cache
+def _fields(kind: type[BaseModel]) -> tuple[tuple[str, str], ...]:
+    """Fields of a model, each by its own name and as it is written."""
+    return tuple((name, info.alias or name) for name, info in kind.model_fields.items())
+
+
+@functools.cache
+def _has(kind: type[BaseModel], name: str) -> bool:
+    """Whether objects of a model have such an attribute. pydantic takes long to say of an object that it has not."""
+    return name in kind.model_fields or hasattr(kind, name)
+
+
+def _get(model: BaseModel, name: str) -> Any:  # noqa: ANN401 - of whatever type the field is
+    return getattr(model, name) if _has(type(model), name) else None
+
+
 def _reference(model: BaseModel, field: str) -> Reference | None:
     """What an object itself refers to; the objects inside it are asked apart."""
-    secret: SecretReference | None = getattr(model, "secret_ref", None)
+    secret: SecretReference | None = _get(model, "secret_ref")
     name = secret.name if secret else None
     if isinstance(model, Endpoint):
         return Reference(field, "endpoint", model.url, secret=name)
     if isinstance(model, Output):
         return Reference(field, "storage", model.storage, secret=name)
-    uri: str | None = getattr(model, "source", None)
-    config_map: ConfigMapSource | None = getattr(model, "config_map", None)
+    uri: str | None = _get(model, "source")
+    config_map: ConfigMapSource | None = _get(model, "config_map")
     if (uri is None or uri in HELD_OUT) and config_map is None:
         return None
     use: Use = "model" if isinstance(model, (ModelSource, ModelReference, Teacher)) else "data"
-    return Reference(field, use, uri, config_map, name, getattr(model, "revision", None))
+    return Reference(field, use, uri, config_map, name, _get(model, "revision"))

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.request import getproxies
 
 import aiohttp
 import aiohttp_retry
@@ -63,6 +64,8 @@ async def connect(
         file = os.environ.get("KUBECONFIG", "~/.kube/config")
         await load_kube_config(config_file=file, context=context or None, client_configuration=configuration)
     configuration.retries = aiohttp_retry.ExponentialRetry(attempts=4, start_timeout=0.2, max_timeout=5.0, statuses={429})
+    # Where the environment names no proxy, aiohttp would look for one at each request all the same: in a thread, and in ~/.netrc.
+    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     async with ApiClient(configuration) as client, Heads(report_port) as heads:
         yield KubernetesCluster(client, heads, on_call, kinds_with(scheduler))
 

@@ -16,8 +16,8 @@ from finetune_api import GROUP, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL, VERSION
 from finetune_api.profile import PROFILE_PLURAL
 from finetune_operator.port import JobKey
 
-Wake = Callable[[JobKey], None]
-"""Puts a job on the queue."""
+Wake = Callable[[JobKey, bool], None]
+"""Puts a job on the queue; whether something has happened to it, or it has only been listed."""
 Seen = Callable[[Mapping[str, Any], bool], None]
 """Told of each job as it is now, and whether it is gone."""
 Watched = Callable[[str], None]
@@ -56,18 +56,18 @@ def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = l
             return
         else:
             fingerprints[uid] = fingerprint
-        wake(key)
+        wake(key, event["type"] is not None)
 
     async def on_profile(event: Mapping[str, Any], **_: object) -> None:
         # What a job runs under is chosen once: a profile that comes or changes concerns those alone that have not begun.
         for key in tuple(unbegun.values()):
-            wake(key)
+            wake(key, event["type"] is not None)
 
     async def on_pod(event: Mapping[str, Any], **_: object) -> None:
         meta = event["object"]["metadata"]
         watched("pods")
         if name := meta["labels"][LABEL_JOB_NAME]:  # a label may be empty, and anyone may set it
-            wake(JobKey(meta["namespace"], name))
+            wake(JobKey(meta["namespace"], name), event["type"] is not None)
 
     kopf.on.login(registry=registry, errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(on_login)
     kopf.on.event(GROUP, VERSION, PLURAL, id="job", registry=registry)(on_job)
@@ -88,6 +88,19 @@ def _without_status(job: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
 
 
+class _NoState(kopf.DiffBaseStorage):  # type: ignore[misc]  # kopf is Any here
+    """What kopf is to compare an object with: nothing. Else it copies each that it is told of, twice, for handlers that there are not."""
+
+    def build(self, **_: object) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, **_: object) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, **_: object) -> None:
+        """Nothing: there is no handler that this would be done for."""
+
+
 def informer_settings() -> kopf.OperatorSettings:
     """Make kopf a watcher only: it posts nothing, scans nothing, and outlives half an hour of errors."""
     settings = kopf.OperatorSettings()
@@ -104,6 +117,7 @@ def informer_settings() -> kopf.OperatorSettings:
     settings.networking.error_backoffs = _RETRY_DELAYS
     settings.networking.enforce_retry_after = True
     settings.queueing.idle_timeout = 1.0
+    settings.persistence.diffbase_storage = _NoState()
     settings.process.ultimate_exiting_timeout = 30
     return settings
 

@@ -2,10 +2,15 @@
 
 A key that is added while it is worked on has another turn afterwards; one that waits already is not queued twice. Work that raises
 has another turn after a wait that doubles each time, and that no event shortens.
+
+Where more keys wait than can be worked on, what has happened to a job goes before what has only come due, and that before what is looked at
+for safety's sake. None is put off for ever: each goes before what is added when its patience has run out.
 """
 
 import asyncio
+import itertools
 import logging
+import math
 from collections.abc import Awaitable, Callable
 
 from finetune_operator.port import ApiError, JobKey
@@ -13,6 +18,10 @@ from finetune_operator.port import ApiError, JobKey
 BACKOFF_SECONDS = 1.0
 """Wait after the first error of a key."""
 BACKOFF_MAX_SECONDS = 120.0
+CLOCK_PATIENCE_SECONDS = 5.0
+"""A turn whose time has come lets events of so many seconds go first."""
+LISTED_PATIENCE_SECONDS = 60.0
+"""So does one that is given to every job, because the jobs have been listed."""
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +42,11 @@ class Queue:
     def __init__(self, work: Work, max_concurrent: int) -> None:
         self._work = work
         self._max_concurrent = max_concurrent
-        self._ready: asyncio.Queue[JobKey] = asyncio.Queue()
-        self._waiting: set[JobKey] = set()
+        self._ready: asyncio.PriorityQueue[tuple[float, int, JobKey]] = asyncio.PriorityQueue()
+        """Keys by the time up to which they let others go first; of equal times the first that came."""
+        self._waiting: dict[JobKey, float] = {}
+        """That time of each key. An entry of `_ready` with another time is void: the key has gone before."""
+        self._numbers = itertools.count()
         self._running: set[JobKey] = set()
         self._again: set[JobKey] = set()
         self._timers: dict[JobKey, asyncio.TimerHandle] = {}
@@ -44,22 +56,26 @@ class Queue:
         """Keys that wait for a free worker."""
         return len(self._waiting)
 
-    def add(self, key: JobKey, delay: float = 0.0) -> None:
-        """Give the key a turn, `delay` seconds from now. Of several delays the shortest counts."""
+    def add(self, key: JobKey, delay: float = 0.0, patience: float = 0.0) -> None:
+        """Give the key a turn, `delay` seconds from now. Of several delays the shortest counts.
+
+        Where others wait, it lets go first what is added in the next `patience` seconds with none. Of several the least counts.
+        """
         if delay > 0:
             self._add_later(key, delay)
         # After an error even an event waits: it would find the same error.
         elif key not in self._errors or key not in self._timers:
-            self._add_now(key)
+            self._add_now(key, patience)
 
-    def _add_now(self, key: JobKey) -> None:
+    def _add_now(self, key: JobKey, patience: float) -> None:
         if timer := self._timers.pop(key, None):
             timer.cancel()
+        until = asyncio.get_running_loop().time() + patience
         if key in self._running:
             self._again.add(key)
-        elif key not in self._waiting:
-            self._waiting.add(key)
-            self._ready.put_nowait(key)
+        elif until < self._waiting.get(key, math.inf):
+            self._waiting[key] = until
+            self._ready.put_nowait((until, next(self._numbers), key))
 
     async def run(self) -> None:
         """Give turns until cancelled. Turns that are being taken then are cancelled too: work must be safe to cut short."""
@@ -74,8 +90,10 @@ class Queue:
 
     async def _give_turns(self) -> None:
         while True:
-            key = await self._ready.get()
-            self._waiting.discard(key)
+            until, _, key = await self._ready.get()
+            if self._waiting.get(key) != until:
+                continue
+            del self._waiting[key]
             self._running.add(key)
             try:
                 delay = await self._turn(key)
@@ -108,4 +126,4 @@ class Queue:
             return
         if timer is not None:
             timer.cancel()
-        self._timers[key] = loop.call_later(delay, self._add_now, key)
+        self._timers[key] = loop.call_later(delay, self._add_now, key, CLOCK_PATIENCE_SECONDS)

@@ -1,4 +1,4 @@
-"""Measure and print: training beside TRL, preparing data, retrieval, answering, a teacher's kept answers, API requests of a job, many jobs.
+"""Measure and print: training beside TRL, preparing data, retrieval, answering, kept answers, API requests of a job, many lives, many jobs.
 
 python -m tests.bench                        # all
 python -m tests.bench training --pairs 5     # one of them
@@ -7,13 +7,14 @@ python -m tests.bench training --pairs 5     # one of them
 import argparse
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from tests.bench import control_plane, data, distillation, generation, retrieval, training
+from tests.bench import control_plane, data, distillation, generation, retrieval, scale, training
 from tests.integration.api.apiserver import NoApiServerError
 
-PARTS = ("training", "data", "retrieval", "generation", "distillation", "life", "jobs")
+PARTS = ("training", "data", "retrieval", "generation", "distillation", "life", "lives", "jobs")
 
 
 def main() -> None:
@@ -24,7 +25,11 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(training.SUBJECTS), help="training: the model (default: small, or 0.5B on a GPU)")
     parser.add_argument("--clock", choices=tuple(training.CLOCKS), default="wall", help="training: cpu where the machine has other work")
     parser.add_argument("--encoder", type=Path, help="retrieval: folder of an encoder (default: one of random weights, for its speed)")
-    parser.add_argument("--jobs", type=int, default=1000, help="jobs: how many at the API server (default: %(default)s)")
+    parser.add_argument("--lives", type=int, default=100, help="lives: jobs that live from creation to Complete (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, nargs="+", default=[1000, 5000], help="jobs: how many exist, one size after the other (default: 1000 5000)"
+    )
+    parser.add_argument("--training", type=float, default=10, help="jobs: percent of them that train (default: %(default)s)")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
@@ -42,12 +47,20 @@ def main() -> None:
         if "distillation" in parts:
             console.print(distillation.compare(Path(folder) / "distillation"))
         try:
-            if "life" in parts:
-                console.print(asyncio.run(control_plane.one_life(Path(folder) / "life")))
-            if "jobs" in parts:
-                console.print(asyncio.run(control_plane.many_jobs(Path(folder) / "jobs", arguments.jobs)))
+            asyncio.run(_operator(console, Path(folder), parts, arguments))
         except NoApiServerError as error:
             console.print(f"left out: the operator's figures, since there is {error}", style="yellow")
+
+
+async def _operator(console: Console, folder: Path, parts: Sequence[str], arguments: argparse.Namespace) -> None:
+    """The parts that need an API server. Raises NoApiServerError."""
+    if "life" in parts:
+        console.print(await control_plane.one_life(folder / "life"))
+    if "lives" in parts:
+        console.print(await control_plane.many_lives(folder / "lives", arguments.lives))
+    if "jobs" in parts:
+        async for table in scale.many_jobs(folder / "jobs", arguments.jobs, arguments.training):
+            console.print(table)
 
 
 if __name__ == "__main__":

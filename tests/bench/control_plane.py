@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 from rich.table import Table
+from tests.bench.processes import use_of
+from tests.bench.turns import in_both, turns_in
 from tests.integration.api.apiserver import ApiServer, api_server, kubeconfig_through
 from tests.integration.api.kube import Kube, Object
 from tests.integration.api.operators import Operator
@@ -24,7 +26,7 @@ AS_IN_PRODUCTION = {"FINETUNE_POLL_SECONDS": "10"}
 
 
 @contextlib.asynccontextmanager
-async def _stage(folder: Path) -> AsyncIterator[tuple[ApiServer, Stage]]:
+async def stage_in(folder: Path) -> AsyncIterator[tuple[ApiServer, Stage]]:
     with api_server(folder / "server") as server:
         kube = Kube(server.admin_kubeconfig)
         try:
@@ -49,7 +51,7 @@ async def _served(kube: Kube) -> bool:
 
 async def one_life(folder: Path) -> Table:
     """API requests of one job from its creation to Complete, by what they are."""
-    async with _stage(folder) as (server, stage), Proxy(server.url).serving() as proxy:
+    async with stage_in(folder) as (server, stage), Proxy(server.url).serving() as proxy:
         through = kubeconfig_through(folder / "proxy.yaml", proxy.url, server.admin_kubeconfig)
         async with stage.player().playing(), stage.operator(through, **AS_IN_PRODUCTION).running() as operator:
             await operator.wait_until_ready()
@@ -77,43 +79,33 @@ def _what(write: str) -> str:
     return f"{method} {'/'.join(parts[::2])}"
 
 
-async def many_jobs(folder: Path, number: int) -> Table:
-    """Memory, reconcile latency and throughput while so many jobs go from creation to Complete."""
-    async with _stage(folder) as (server, stage):
-        operator = stage.operator(server.admin_kubeconfig, **AS_IN_PRODUCTION)
+async def many_lives(folder: Path, number: int) -> Table:
+    """Memory, latencies, throughput and writes while so many jobs go from creation to Complete."""
+    written = folder / "turns"
+    async with stage_in(folder) as (server, stage):
+        operator = stage.operator(server.admin_kubeconfig, **AS_IN_PRODUCTION, BENCH_TURNS=str(written))
+        operator.module = "tests.bench.timed"
         async with stage.player().playing(), operator.running():
             await operator.wait_until_ready()
-            idle = _memory(await _metrics(operator))
-            begun = time.monotonic()
+            assert operator.process is not None
+            idle, begun = use_of(operator.process.pid), time.monotonic()
             await _create(stage.kube, number)
             created = time.monotonic() - begun
-            peak = await _until_complete(stage.kube, operator, number)
-            whole = time.monotonic() - begun
-            metrics = await _metrics(operator)
-            operator.kill()
-            await operator.exited()
-            again = time.monotonic()
-            await operator.start()
-            await operator.wait_until_ready()
-            restarted = time.monotonic() - again
-            settled = _memory(await _metrics(operator))
-    count, total = (
-        _value(metrics, "finetune_operator_reconcile_duration_seconds_count"),
-        _value(metrics, "finetune_operator_reconcile_duration_seconds_sum"),
-    )
+            await _until_complete(stage.kube, operator, number)
+            whole, use = time.monotonic() - begun, use_of(operator.process.pid)
+            writes = await writes_of(operator)
+    turns = turns_in(written)
     rows = {
-        "memory before the first job": f"{idle / 2**20:.0f} MiB",
-        f"memory, peak with {number} jobs": f"{peak / 2**20:.0f} MiB",
-        f"memory after a restart with {number} jobs there": f"{settled / 2**20:.0f} MiB",
-        "from a restart to ready": f"{restarted:.1f} s",
+        "memory before the first job; peak": f"{idle.resident / 2**20:.0f} MiB; {use.peak / 2**20:.0f} MiB",
         "creating the jobs took": f"{created:.0f} s",
         "all Complete after": f"{whole:.0f} s ({number / whole:.1f} jobs/s; the player of the pods shares the CPUs)",
-        "reconciles": f"{count:.0f} ({count / number:.1f} per job)",
-        "reconcile latency, mean": f"{1000 * total / count:.0f} ms",
-        **{f"reconcile latency, p{q}": f"<= {1000 * _quantile(metrics, q / 100):.0f} ms" for q in (50, 99)},
-        "operator CPU per job": f"{1000 * _value(metrics, 'process_cpu_seconds_total') / number:.0f} ms",
+        "turns": f"{len(turns)} ({len(turns) / number:.1f} per job)",
+        "from when a turn was due to its end, p50; p99": in_both([turn.end - turn.due for turn in turns]),
+        "a turn, from its begin to its end, p50; p99": in_both([turn.end - turn.begin for turn in turns]),
+        "operator's CPU per job": f"{1000 * (use.cpu_seconds - idle.cpu_seconds) / number:.0f} ms",
+        "writes per job": f"{writes / number:.1f}",
     }
-    table = Table(title=f"The operator with {number} jobs (two workers each, pods played)", title_justify="left")
+    table = Table(title=f"The operator with {number} whole lives at once (two workers each, pods played)", title_justify="left")
     table.add_column("figure")
     table.add_column("value")
     for name, value in rows.items():
@@ -134,44 +126,24 @@ async def _create(kube: Kube, number: int) -> None:
             group.create_task(create(index))
 
 
-async def _until_complete(kube: Kube, operator: Operator, number: int) -> float:
-    """Wait for all jobs; the operator's largest memory meanwhile, in bytes."""
-    peak, shown = 0.0, -1
+async def _until_complete(kube: Kube, operator: Operator, number: int) -> None:
+    shown = -1
     async with asyncio.timeout(QUEUE_SECONDS):
         while True:
             operator.check_alive()
-            peak = max(peak, _memory(await _metrics(operator)))
             done = sum(is_true(job, "Complete") for job in await kube.list("FineTuneJob", NAMESPACE))
             if done * 10 // number != shown:
                 shown = done * 10 // number
-                print(f"jobs: {done} of {number} are Complete", flush=True)
+                print(f"lives: {done} of {number} jobs are Complete", flush=True)
             if done == number:
-                return peak
-            await asyncio.sleep(5)  # listing a thousand jobs costs the API server and this process as much as some reconciles
+                return
+            await asyncio.sleep(5)  # listing many jobs costs the API server and this process as much as some reconciles
 
 
-async def _metrics(operator: Operator) -> str:
+async def writes_of(operator: Operator) -> float:
+    """Requests that change something, which the operator has made so far, its Lease apart."""
     status, text = await operator.get("/metrics")
     if status != 200:
         raise RuntimeError(f"/metrics answered {status}")
-    return text
-
-
-def _value(metrics: str, name: str) -> float:
-    """Sum over the series of a metric."""
-    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", metrics, flags=re.MULTILINE))
-
-
-def _memory(metrics: str) -> float:
-    return _value(metrics, "process_resident_memory_bytes")
-
-
-def _quantile(metrics: str, share: float) -> float:
-    """Upper bound of the histogram's bucket that holds the quantile, in seconds."""
-    buckets = re.findall(
-        r'^finetune_operator_reconcile_duration_seconds_bucket{[^}]*le="([^"]+)"[^}]*} (\S+)$', metrics, flags=re.MULTILINE
-    )
-    counts: Counter[float] = Counter()
-    for bound, count in buckets:
-        counts[float(bound)] += float(count)  # type: ignore[assignment]
-    return next(bound for bound in sorted(counts) if counts[bound] >= share * max(counts.values()))
+    series = r'^finetune_operator_api_requests_total{[^}]*verb="(?:create|update|patch|delete)"[^}]*} (\S+)$'
+    return sum(float(value) for value in re.findall(series, text, flags=re.MULTILINE))

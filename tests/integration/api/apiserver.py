@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-STARTUP_SECONDS = 60
+STARTUP_SECONDS = 240
 ADMIN_TOKEN = "admin-token-of-the-tests"
 OPERATOR_TOKEN = "operator-token-of-the-tests"
 OPERATOR_USER = "finetune-operator-under-test"

@@ -43,6 +43,8 @@ class Operator:
         }
         self.forks: Forks | None = None
         """Where to have the process forked; None starts it from nothing, as a user does."""
+        self.module = "finetune_operator"
+        """What is run: a benchmark runs it in another way, or something else beside it."""
         self.process: asyncio.subprocess.Process | Fork | None = None
 
     @contextlib.asynccontextmanager
@@ -59,7 +61,7 @@ class Operator:
             return
         with self.log.open("ab") as output:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "finetune_operator", env=self._env, cwd=ROOT, stdout=output, stderr=asyncio.subprocess.STDOUT
+                sys.executable, "-m", self.module, env=self._env, cwd=ROOT, stdout=output, stderr=asyncio.subprocess.STDOUT
             )
 
     def kill(self) -> None:

@@ -23,6 +23,12 @@ NODE = "played-by-the-tests"
 NOW = "2026-01-01T00:00:00Z"
 _addresses = (f"127.{a}.{b}.{c}" for a, b, c in itertools.product(range(10, 250), range(1, 250), range(1, 250)))
 
+
+def next_address() -> str:
+    """An address of the loopback network that no pod has had yet."""
+    return next(_addresses)
+
+
 Script = Callable[[str, int], list[Report]]
 """Reports of one attempt, from the job's UID and the attempt's number; the last one has the outcome."""
 
@@ -198,7 +204,7 @@ class Player:
                 if self.hold(pod):
                     return
                 self._played.add(meta["uid"])
-                address = next(_addresses)
+                address = next_address()
                 if meta["labels"][LABEL_ROLE] == "head":
                     self._heads[meta["uid"]] = asyncio.create_task(self._trainer(pod, address))
                 await self._status(pod, "Running", address, {"running": {"startedAt": NOW}})

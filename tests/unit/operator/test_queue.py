@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from finetune_operator.port import ApiError, JobKey
-from finetune_operator.queue import BACKOFF_MAX_SECONDS, Queue
+from finetune_operator.queue import BACKOFF_MAX_SECONDS, CLOCK_PATIENCE_SECONDS, LISTED_PATIENCE_SECONDS, Queue
 
 A, B = JobKey("team-a", "a"), JobKey("team-a", "b")
 
@@ -262,5 +262,56 @@ def test_the_end_cuts_turns_short_and_leaves_no_timer() -> None:
         assert ended == [A]
         await asyncio.sleep(100)
         assert len(queue) == 0
+
+    in_virtual_time(scenario)
+
+
+def test_what_has_happened_goes_first_then_what_is_due_then_what_was_only_listed() -> None:
+    async def scenario() -> None:
+        begun: list[tuple[float, str]] = []
+
+        async def work(key: JobKey) -> None:
+            begun.append((now(), key.name))
+            await asyncio.sleep(1)
+
+        def add(name: str, *, delay: float = 0.0, patience: float = 0.0) -> None:
+            queue.add(JobKey("team-a", name), delay, patience)
+
+        queue = Queue(work, max_concurrent=1)
+        add("first")
+        for name in "listed", "listed and changed":
+            add(name, patience=LISTED_PATIENCE_SECONDS)
+        add("due", delay=0.25)
+        asyncio.get_running_loop().call_later(0.5, add, "changed")
+        asyncio.get_running_loop().call_later(0.75, add, "listed and changed")
+        await run_for(queue, 20)
+        assert begun == [(0, "first"), (1, "changed"), (2, "listed and changed"), (3, "due"), (4, "listed")]
+
+    in_virtual_time(scenario)
+
+
+@pytest.mark.parametrize("patience", [CLOCK_PATIENCE_SECONDS, LISTED_PATIENCE_SECONDS])
+def test_a_flood_of_events_goes_before_others_for_no_longer_than_their_patience(patience: float) -> None:
+    async def scenario() -> None:
+        begun: dict[str, float] = {}
+
+        async def work(key: JobKey) -> None:
+            begun[key.name] = now()
+            await asyncio.sleep(1)
+
+        async def flood() -> None:
+            for number in range(400):
+                queue.add(JobKey("team-a", f"changed-{number}"))
+                await asyncio.sleep(0.5)  # twice as many as can be worked on
+
+        queue = Queue(work, max_concurrent=1)
+        flooding = asyncio.create_task(flood())
+        await asyncio.sleep(0.75)
+        queue.add(A, patience=patience)
+        await run_for(queue, 400)
+        await flooding
+        # 0.75 s after the flood began, A was added; until its patience ends 2 events a second go before it, each of which takes a second.
+        ahead = 2 * (patience + 0.75)
+        assert ahead - 1 <= begun[A.name] <= ahead + 3
 
     in_virtual_time(scenario)

@@ -14,10 +14,15 @@ class Informed:
 
     def __init__(self) -> None:
         self.woken: list[JobKey] = []
+        self.listed: list[JobKey] = []
+        """Those of them that nothing has happened to."""
         self.seen: list[tuple[str, bool]] = []
-        self.registry = informer_registry(
-            self.woken.append, lambda job, gone: self.seen.append((job["metadata"]["name"], gone)), self.login
-        )
+        self.registry = informer_registry(self.wake, lambda job, gone: self.seen.append((job["metadata"]["name"], gone)), self.login)
+
+    def wake(self, key: JobKey, happened: bool) -> None:
+        self.woken.append(key)
+        if not happened:
+            self.listed.append(key)
 
     async def login(self) -> dict[str, Any]:
         return {"server": "https://api", "token": "t"}
@@ -43,6 +48,7 @@ async def test_job_is_woken_when_it_appears_changes_and_goes(informed: Informed)
     await informed.send("job", "MODIFIED", job(generation=2, labels={"a": "b"}, deletionTimestamp="2026-01-01T00:00:00Z"))
     await informed.send("job", "DELETED", job())
     assert informed.woken == [JobKey("team", "bot")] * 5
+    assert informed.listed == [JobKey("team", "bot")]  # the first, which has no type
     assert informed.seen == [("bot", False)] * 4 + [("bot", True)]
 
 

@@ -125,15 +125,29 @@ async def test_replica_that_stands_by_queues_nothing_and_takes_up_every_job_when
     operator._cluster = Two()  # type: ignore[assignment]
     operator.election = Election(ApiClient(Configuration(host="http://127.0.0.1:1")), "system", "me")
     resync = asyncio.create_task(operator._resync())
-    operator._wake(JobKey("team", "bot"))
+    operator._wake(JobKey("team", "bot"), True)
     await asyncio.sleep(0)
     assert len(operator.queue) == 0
     operator.election.leading.set()
     for _ in range(10):
         await asyncio.sleep(0)
-    operator._wake(JobKey("team", "dog"))
+    operator._wake(JobKey("team", "dog"), True)
     assert len(operator.queue) == 3
     resync.cancel()
+
+
+async def test_after_a_turn_that_all_are_given_each_comes_due_at_a_time_of_its_own_and_then_as_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def reconcile(*_: object) -> float:
+        return 10.0
+
+    monkeypatch.setattr("finetune_operator.__main__.reconcile", reconcile)
+    monkeypatch.setattr("random.random", lambda: 0.25)
+    operator, key = Operator(Settings()), JobKey("team", "bot")
+    operator._cluster = None  # type: ignore[assignment]
+    operator._listed.add(key)
+    assert [await operator._reconcile(key) for _ in range(3)] == [2.5, 10.0, 10.0]
 
 
 class Counting:

@@ -10,7 +10,7 @@ TRAINER_IMAGE  ?= docker.io/local/finetune-trainer:e2e
 IMAGE_BUILD    ?= docker build -t
 IMAGE_LOAD     ?= kind load docker-image
 
-# Of the tests that start no Ray and no API server: files of tests that run at a time, each in some 2 GiB of memory.
+# Files of tests that run at a time, each in some 2 GiB of memory.
 TEST_PROCESSES ?= 2
 # Tests that are not to be run, such as 'and not long'.
 LEAVE_OUT ?=
@@ -37,7 +37,7 @@ demo: install  ## tune the quickstart's model on this machine and ask it three q
 
 test: install $(VENV)/quantization/.installed  ## all tests that this machine can run; says what it left out and why
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not cluster and not quantization and not ray and not api $(LEAVE_OUT)'
-	$(BIN)/python -m pytest -m '(ray or api) $(LEAVE_OUT)' tests/integration
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m '(ray or api) $(LEAVE_OUT)' tests/integration
 	PYTHONPATH=$(VENV)/quantization $(BIN)/python -m pytest -m quantization tests/unit/trainer
 
 # In a folder of its own: PEFT imports bitsandbytes wherever it finds it, which takes every process of the other tests seconds.

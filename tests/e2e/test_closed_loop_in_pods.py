@@ -56,6 +56,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 def test_a_gate_that_is_not_passed_publishes_nothing(release: Kubectl, kubectl: Kubectl, storage: str, example: dict[str, Any]) -> None:
     """Trained too little to be any good."""
     job = copy.deepcopy(example)

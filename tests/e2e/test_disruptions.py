@@ -80,6 +80,7 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("role", "prefix", "attempts"), [("worker-0", "ray::", 1), ("head", "", 2)])
 def test_processes_that_are_killed_are_made_anew(
     release: Kubectl, kubectl: Kubectl, storage: str, role: str, prefix: str, attempts: int

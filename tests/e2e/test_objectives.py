@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 TRAINING = {"epochs": 4, "globalBatchSize": 8, "maxSequenceLength": 128}
 
 
+@pytest.mark.long
 def test_sharded_student_learns_from_what_is_kept_of_a_teacher(release: Kubectl, kubectl: Kubectl, storage: str) -> None:
     name = "distilled"
     spec = {

@@ -105,6 +105,7 @@ def _prepared(attempt: Attempt, crew: Crew, models: _Models) -> dict[str, Any]:
     job, files, tokenizer = attempt.job, models.files, models.inspected.tokenizer
     longest = shortest_limit(longest_example(files, roomiest(job).spec.method), models.teacher)
     served = endpoint_teacher(job, tokenizer, attempt.mounts, attempt.storage, attempt.tell)
+    _check_knowledge(attempt)
     made = _made(attempt, crew, models)
     entry = data_cache.find_or_prepare(attempt.storage, job, attempt.mounts, tokenizer, longest, served, made)
     attempt.console.say(f"data {'written to' if entry.is_new else 'prepared before, in'} {attempt.storage.locate(entry.name)}")
@@ -144,6 +145,23 @@ def _check_suites(attempt: Attempt) -> None:
         elif suite.encoder is not None or suite.judge is not None:
             namespace = attempt.job.metadata.namespace
             Givers(suite, where, attempt.storage, namespace, attempt.mounts, attempt.cache, attempt.tell).check()
+
+
+def _check_knowledge(attempt: Attempt) -> None:
+    """Find out whether each knowledge base holds something: the baseline's, too, before workers or an endpoint write examples.
+
+    Raises JobError (KnowledgeBaseInvalid, AuthenticationFailed, StorageUnavailable).
+    """
+    from finetune_trainer.retrieval.knowledge import check_knowledge, files_of
+
+    preparation, baseline = attempt.job.spec.data.preparation, attempt.job.spec.baseline
+    named = {"contentPoints": preparation.content_points, "questions": preparation.questions}
+    bases = {f"data.preparation.{name}": part.knowledge_base for name, part in named.items() if part is not None}
+    for place, prompt in enumerate(baseline.prompts if baseline else ()):
+        if prompt.retrieval is not None:
+            bases[f"baseline.prompts[{place}].retrieval"] = prompt.retrieval.knowledge_base
+    for field, base in bases.items():
+        check_knowledge(base, files_of(base, attempt.mounts, f"{field}.knowledgeBase"))
 
 
 def _made(attempt: Attempt, crew: Crew, models: _Models) -> "Input | None":

@@ -14,6 +14,7 @@ from finetune_trainer.errors import JobError
 from finetune_trainer.report import Reporter
 
 EMPTY = {"source": "pvc://data/nothing"}
+HANDBOOK = {"source": "pvc://data/handbook"}
 GOLDEN = {"source": "pvc://data/train.jsonl", "column": "completion"}
 SUITE = {"name": "task", "source": "validation", "metrics": ["f1"], "maxNewTokens": 4}
 
@@ -27,6 +28,8 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_questions(claim / "validation.jsonl", 6, start=100)
     (claim / "nothing").mkdir()
     (claim / "nothing" / "empty.md").write_text("\n")
+    (claim / "handbook").mkdir()
+    (claim / "handbook" / "digits.md").write_text("Numbers end in a digit, such as seven or two.")
     (folder / "secrets" / "judge").mkdir(parents=True)
     return folder
 
@@ -83,6 +86,29 @@ def failure(name: str, volumes: Path, monkeypatch: pytest.MonkeyPatch, **spec: A
             {"evaluation": {"suites": [SUITE]}, "baseline": {"prompts": [{"name": "rag", "retrieval": {"knowledgeBase": EMPTY}}]}},
             Reason.KNOWLEDGE_BASE_INVALID,
             "baseline.prompts[0].retrieval.knowledgeBase",
+        ),
+        (
+            "retrieval-beside-points",  # which the workers would write
+            {
+                "data": {"preparation": {"contentPoints": {"knowledgeBase": HANDBOOK, "goldenOutputs": GOLDEN}}},
+                "evaluation": {"suites": [{**SUITE, "source": "pvc://data/validation.jsonl"}]},
+                "baseline": {"prompts": [{"name": "plain"}, {"name": "rag", "retrieval": {"knowledgeBase": EMPTY}}]},
+            },
+            Reason.KNOWLEDGE_BASE_INVALID,
+            "baseline.prompts[1].retrieval.knowledgeBase",
+        ),
+        (
+            "questions-beside-points",
+            {
+                "data": {
+                    "preparation": {
+                        "contentPoints": {"knowledgeBase": HANDBOOK, "goldenOutputs": GOLDEN},
+                        "questions": {"knowledgeBase": EMPTY},
+                    }
+                }
+            },
+            Reason.KNOWLEDGE_BASE_INVALID,
+            "data.preparation.questions.knowledgeBase",
         ),
     ],
     ids=lambda given: given if isinstance(given, str) else "",

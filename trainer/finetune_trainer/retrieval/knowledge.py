@@ -35,6 +35,15 @@ def files_of(knowledge_base: KnowledgeBase, mounts: Mounts, field: str) -> Knowl
     return KnowledgeFiles(resolve_data(knowledge_base.data_source(), mounts), field)
 
 
+def check_knowledge(knowledge_base: KnowledgeBase, files: KnowledgeFiles) -> None:
+    """Find out whether there is anything to look up, before anybody is paid or asked; no more than the first passage is read.
+
+    Raises JobError as read_passages does.
+    """
+    if next(iter(passages_of(files.documents(), knowledge_base.passage_words, knowledge_base.overlap_words)), None) is None:
+        raise _without_words(files)
+
+
 def read_passages(knowledge_base: KnowledgeBase, files: KnowledgeFiles, say: Say) -> tuple[Passage, ...]:
     """All passages, in the order of the documents. Raises JobError (KnowledgeBaseInvalid, AuthenticationFailed, StorageUnavailable)."""
     places: set[str] = set()
@@ -43,11 +52,15 @@ def read_passages(knowledge_base: KnowledgeBase, files: KnowledgeFiles, say: Say
         places.add(passage.place)
         found.append(passage)
     if not found:
-        raise JobError(Reason.KNOWLEDGE_BASE_INVALID, f"{files.field}: {files.location.uri} holds no words: no document has a letter")
+        raise _without_words(files)
     others = files.files()[1]
     left = f"; {_counted(others, 'file')} of other forms left out" if others else ""
     say(f"{files.field}: {_counted(len(found), 'passage')} of {_counted(len(places), 'document')}{left}")
     return tuple(found)
+
+
+def _without_words(files: KnowledgeFiles) -> JobError:
+    return JobError(Reason.KNOWLEDGE_BASE_INVALID, f"{files.field}: {files.location.uri} holds no words: no document has a letter")
 
 
 def _counted(number: int, what: str) -> str:

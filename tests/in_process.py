@@ -45,9 +45,17 @@ class KilledError(BaseException):
     """The workers' process is gone."""
 
 
-class _RayHead:
+class NoRay:
+    """In place of the Ray head."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
     def wait_ready(self) -> None:
         """It is."""
+
+    def stop(self) -> None:
+        """It has."""
 
 
 def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *, attempt: int = 1, kill_at: int | None = None) -> Finished:
@@ -80,31 +88,38 @@ def run_job(job: FineTuneJob, volumes: Path, monkeypatch: pytest.MonkeyPatch, *,
         def close(self) -> None:
             """Nothing is open."""
 
+    with monkeypatch.context() as patch:
+        without_ray(patch, environment, folder)
+        patch.setattr("finetune_trainer.progress.ProgressSender", Sender)
+        run.run_stages(Attempt(environment, job, reporter, console, NoRay(), following, interruption))  # type: ignore[arg-type]
+    return Finished(reporter.report, told)
+
+
+def without_ray(patch: pytest.MonkeyPatch, environment: Environment, folder: Path) -> None:
+    """Have the workers' function run in this process, where the head calls for workers."""
+
     def fit(compute: Any, config: dict[str, Any], name: str, scratch: Path, on_worker: Any = None) -> None:
         (on_worker or worker_group._train_on_worker)(config)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(crew, "driver", lambda _: nullcontext())
-        patch.setattr(crew, "wait_for_workers", lambda *_, **__: 1)
-        patch.setattr(worker_group, "fit", fit)
-        patch.setattr(worker_group, "this_worker", Worker)
-        patch.setattr(worker_group, "_first_of_each_node", lambda worker, call: call())
-        patch.setattr("finetune_trainer.progress.ProgressSender", Sender)
-        patch.setattr(crew, "_Background", _Now)
-        variables = {
-            "FINETUNE_JOB_FILE": environment.job_file,
-            "FINETUNE_ATTEMPT": attempt,
-            "FINETUNE_TOKEN_FILE": environment.token_file,
-            "FINETUNE_HEAD_HOST": "127.0.0.1",
-            "FINETUNE_VOLUMES": volumes,
-            "FINETUNE_LOCAL": 1,
-            worker_group.SCRATCH_VARIABLE: folder / "scratch",
-        }
-        for name, value in variables.items():
-            patch.setenv(name, str(value))
-        patch.setattr(Interruption, "listen", lambda self: None)
-        run.run_stages(Attempt(environment, job, reporter, console, _RayHead(), following, interruption))  # type: ignore[arg-type]
-    return Finished(reporter.report, told)
+    patch.setattr(crew, "driver", lambda _: nullcontext())
+    patch.setattr(crew, "wait_for_workers", lambda *_, **__: 1)
+    patch.setattr(worker_group, "fit", fit)
+    patch.setattr(worker_group, "this_worker", Worker)
+    patch.setattr(worker_group, "_first_of_each_node", lambda worker, call: call())
+    patch.setattr(crew, "_Background", _Now)
+    patch.setattr(Interruption, "listen", lambda self: None)
+    variables = {
+        "FINETUNE_JOB_FILE": environment.job_file,
+        "FINETUNE_ATTEMPT": environment.attempt,
+        "FINETUNE_TOKEN_FILE": environment.token_file,
+        "FINETUNE_HEAD_HOST": "127.0.0.1",
+        "FINETUNE_REPORT_PORT": environment.report_port,
+        "FINETUNE_VOLUMES": environment.volumes,
+        "FINETUNE_LOCAL": 1,
+        worker_group.SCRATCH_VARIABLE: folder / "scratch",
+    }
+    for name, value in variables.items():
+        patch.setenv(name, str(value))
 
 
 class _Now:

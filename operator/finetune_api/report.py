@@ -8,9 +8,12 @@ from pydantic import Field
 
 from finetune_api.fields import StatusModel
 from finetune_api.monitoring_status import FRESH_MAX, FreshFigure
-from finetune_api.scrub import last_lines
+from finetune_api.scrub import brief, last_lines, scrub
 from finetune_api.status import (
     BASELINES_MAX,
+    LOG_MAX,
+    TEXT_MAX,
+    WARNING_LENGTH_MAX,
     Artifact,
     BaselineResult,
     Checkpoints,
@@ -87,11 +90,29 @@ class Report(StatusModel):
 
 
 def parse_report(text: str | bytes) -> Report | None:
-    """The report in a body or termination message, or None where it is not one (cut off, or another program's words)."""
+    """The report in a body or termination message, or None where it is not one (cut off, or another program's words).
+
+    What it says in words is scrubbed: whoever wrote it may not have done so.
+    """
     try:
-        return Report.model_validate_json(text)
+        return _scrubbed(Report.model_validate_json(text))
     except ValueError:
         return None
+
+
+def _scrubbed(report: Report) -> Report:
+    """The report with its texts for people scrubbed, within their bounds."""
+    failure, evaluation = report.failure, report.evaluation
+    if failure is not None:
+        hint, log = failure.hint, failure.log
+        told = {"message": brief(failure.message, TEXT_MAX), "hint": hint and brief(hint, TEXT_MAX), "log": log and scrub(log)[-LOG_MAX:]}
+        failure = failure.model_copy(update=told)
+    if evaluation is not None:
+        health = tuple(found.model_copy(update={"message": brief(found.message, TEXT_MAX)}) for found in evaluation.health)
+        evaluation = evaluation.model_copy(update={"health": health})
+    warnings = tuple(brief(warning, WARNING_LENGTH_MAX) for warning in report.warnings)
+    texts = {"message": brief(report.message, TEXT_MAX), "warnings": warnings, "failure": failure, "evaluation": evaluation}
+    return report.model_copy(update={name: text for name, text in texts.items() if text != getattr(report, name)})
 
 
 def termination_message(report: Report) -> str:

@@ -1,6 +1,7 @@
 """Text that people will read: without what must stay secret, and of a log what says something."""
 
 import re
+from urllib.parse import quote
 
 _NAMES = (
     r"(?:aws_?)?secret_?access_?key|secret[_-]?key|client[_-]?secret|api[_-]?key|access[_-]?key|private[_-]?key|password|passwd|passphrase"
@@ -31,17 +32,34 @@ _SECRETS = re.compile(
 _ROUNDS = 4
 """More than it takes until nothing more is found: what was hidden may leave behind what is to be hidden, too."""
 
+_SHORTEST = 8
+"""Characters of a secret that can be hidden for itself: a shorter one could be a part of any word."""
+_known: tuple[str, ...] = ()
+"""This process's own secrets, the longest first."""
+
+
+def hide(secret: str) -> None:
+    """Take this text for a secret from now on, wherever in this process a text is scrubbed: a server may repeat what it was sent."""
+    global _known  # noqa: PLW0603 - what is read anywhere must be hidden everywhere
+    found = {*_known, secret, quote(secret, safe="")} if len(secret) >= _SHORTEST else set(_known)
+    _known = tuple(sorted(found, key=lambda each: (-len(each), each)))
+
+
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal obeys, or what turns a text's direction around; a tab and a line break are harmless. Half a character, as JSON may hold
 it, can be written nowhere: neither to a log nor in a report."""
 
 
 def scrub(text: str) -> str:
-    """The text without what looks like a token, a key or a password: a second line of defence, never the first.
+    """The text without what is known for a secret (`hide`), and what looks like a token, a key or a password.
+
+    A second line of defence, never the first.
 
     Some of it is a stranger's (a server's words, a column's name), so what would change the reader's terminal is shown as a sign.
     """
     clean = _CONTROLS.sub("\ufffd", text)
+    for secret in _known:
+        clean = clean.replace(secret, "***")
     for _ in range(_ROUNDS):
         before, clean = clean, _SECRETS.sub(_hidden, clean)
         if clean == before:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune_api.reasons import Reason
+from finetune_api.scrub import hide
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.errors import JobError
 
@@ -51,7 +52,9 @@ class Environment:
 
     def token(self) -> str:
         """The attempt's secret. Raises OSError where the file cannot be read."""
-        return self.token_file.read_text(encoding="utf-8").strip()
+        token = self.token_file.read_text(encoding="utf-8").strip()
+        hide(token)
+        return token
 
     def job(self) -> FineTuneJob:
         """The job as the operator resolved it. Raises JobError(InvalidSpec) naming each field at fault."""

@@ -23,6 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from finetune_api.reasons import Reason
+from finetune_api.scrub import hide
 from finetune_api.v1alpha1 import DataSource, Output
 from finetune_trainer.errors import JobError
 
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 RETRY_WAIT: tenacity.wait.wait_base = tenacity.wait_random_exponential(multiplier=2, max=30)
 """Pause before a failed call is tried again."""
+PUBLIC_KEYS = ("region", "endpoint")
+"""Keys of a Secret whose values may be told."""
 _S3_TRANSIENT = ("NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "REQUEST_TIMEOUT", "INTERNAL_FAILURE", "THROTTLING")
 _S3_REFUSED = ("INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID", "UNRECOGNIZED_CLIENT", "EXPIRED_TOKEN")
 
@@ -64,6 +67,8 @@ class Mounts:
             value = ""
         if not value and not optional:
             raise JobError(Reason.SECRET_NOT_FOUND, f"the Secret {name} has no key {key}")
+        if key not in PUBLIC_KEYS:
+            hide(value)
         return value or None
 
 

@@ -4,6 +4,7 @@ The head is started; when its report wants workers they are started, when it wan
 that the pods have, and every process that was started is ended, whatever the test does.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -33,7 +34,7 @@ PATIENCE = 300.0
 class Pods:
     """The pods of one job. A context: leaving it ends them."""
 
-    def __init__(self, folder: Path, spec: dict[str, Any], *, uid: str = "", prelude: str = "") -> None:
+    def __init__(self, folder: Path, spec: dict[str, Any], *, uid: str = "", prelude: str = "", token: str = "") -> None:
         """`prelude` is Python that every process of theirs begins with."""
         self.folder, self._prelude = folder, prelude
         self.room = 1000
@@ -49,7 +50,7 @@ class Pods:
         metadata = {"name": "tuned", "namespace": "team", "uid": self.uid, "generation": 1}
         manifest = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}
         (folder / "job.json").write_text(json.dumps(manifest))
-        self._token = secrets.token_hex(32)
+        self._token = token or secrets.token_hex(32)
         (folder / "token").write_text(self._token)
 
     def __enter__(self) -> Self:
@@ -198,15 +199,14 @@ class Pods:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports that nobody listens on, below those that the system gives away: Ray takes many of these before the head listens on its own."""
+    found: list[int] = []
+    while len(found) < count:
+        port = 15_000 + secrets.randbelow(15_000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("", port))
+            found += [] if port in found else [port]
+    return found
 
 
 def command_lines() -> dict[int, str]:

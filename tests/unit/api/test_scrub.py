@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune_api.scrub import brief, last_lines, scrub
+from finetune_api import scrub as module
+from finetune_api.scrub import brief, hide, last_lines, scrub
 
 CORE = "Zq7Rk2Wx9Tb4Vn6M"
 """Sixteen characters that stand in every canary; none of them may be seen again."""
@@ -151,6 +152,14 @@ def test_a_bound_that_falls_into_a_secret_leaves_no_half_of_it() -> None:
     assert brief(text, 55) == "x" * 50 + " ***"
     assert brief(text, 53) == "x" * 50 + " *…"
     assert last_lines(f"hf_{CORE}{CORE} " + "y" * 50, 52) == "* " + "y" * 50
+
+
+def test_what_a_process_knows_for_a_secret_is_hidden_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_known", ())
+    for secret in ("correct horse/battery", "correct horse", "short", ""):
+        hide(secret)
+    said = "no key: correct horse/battery, also as ?key=correct%20horse%2Fbattery, nor correct horse; a short one"
+    assert scrub(said) == "no key: ***, also as ?key=***, nor ***; a short one"
 
 
 def test_the_last_lines_begin_with_a_whole_line() -> None:

@@ -3,7 +3,15 @@
 import hashlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote
+
+import datasets
+import huggingface_hub
+import pytest
+import tenacity
+
+from finetune_trainer import sources
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret_of_the_job"
@@ -19,6 +27,7 @@ class FakeHub(ThreadingHTTPServer):
         self.name = name
         self.files = {"models": model, "datasets": dataset}
         self.needs_token = False
+        self.token = TOKEN
         self.failures = 0
         """Requests that are yet to be answered with 503."""
         self.fetched: list[str] = []
@@ -27,6 +36,17 @@ class FakeHub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def lead_to(url: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have the real clients ask this address, keep what they fetch in a folder, and not wait before they try again."""
+    patch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(datasets.config, "HF_ENDPOINT", url)
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    patch.setattr(sources, "RETRY_WAIT", tenacity.wait_none())
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -47,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.failures > 0:
             self.server.failures -= 1
             return self.send(503)
-        if self.server.needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if self.server.needs_token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             return self.send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         path = unquote(self.path.partition("?")[0].strip("/"))
         for kind in ("models", "datasets"):

@@ -10,7 +10,7 @@ XMLNS = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 
 
 class FakeS3(ThreadingHTTPServer):
-    """One bucket called `bucket`; the keys it accepts are those of access key `id`."""
+    """One bucket called `bucket`, for who has its access key."""
 
     daemon_threads = True
 
@@ -18,6 +18,7 @@ class FakeS3(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
+        self.access_key = "id"
         self.failures = 0
         """Requests that are yet to be answered with 503."""
         self.lock = threading.Lock()
@@ -54,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.failures > 0:
             self.server.failures -= 1
             return self.error(503, "SlowDown")
-        if "Credential=id/" not in self.headers.get("Authorization", ""):
+        if f"Credential={self.server.access_key}/" not in self.headers.get("Authorization", ""):
             return self.error(403, "InvalidAccessKeyId")
         if bucket != "bucket":
             return self.error(404, "NoSuchBucket")

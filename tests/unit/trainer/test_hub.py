@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pyarrow as pa
 import pytest
-import tenacity
-from fake_hub import COMMIT, TOKEN, FakeHub
+from fake_hub import COMMIT, TOKEN, FakeHub, lead_to
 from pyarrow import parquet
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import DataSource, ModelSource, SecretReference
-from finetune_trainer import sources
 from finetune_trainer.data.inputs import input_of
 from finetune_trainer.data.rows import Row
 from finetune_trainer.errors import JobError
@@ -32,13 +29,7 @@ def hub(model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: p
     server = FakeHub(files | extra, dataset)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
-    monkeypatch.setattr(sources, "RETRY_WAIT", tenacity.wait_none())
+    lead_to(server.url, tmp_path_factory.mktemp("cache"), monkeypatch)
     yield server
     server.shutdown()
     thread.join()

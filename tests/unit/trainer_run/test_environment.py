@@ -10,6 +10,7 @@ import pytest
 
 from finetune_api.reasons import Reason
 from finetune_api.report import TERMINATION_MESSAGE_BYTES, Report, parse_report
+from finetune_api.scrub import scrub
 from finetune_api.status import Artifact, Failure, Metric
 from finetune_api.v1alpha1 import Compute
 from finetune_trainer.environment import Environment, environment_from
@@ -142,7 +143,7 @@ def test_the_termination_message_fits_and_says_why(tmp_path: Path, character: st
     assert read is not None
     assert (read.outcome, read.attempt) == ("Failed", 3)
     assert read.failure is not None
-    assert (read.failure.reason, read.failure.retryable, set(read.failure.message)) == ("DatasetInvalid", False, {character})
+    assert (read.failure.reason, read.failure.retryable, set(read.failure.message)) == ("DatasetInvalid", False, {scrub(character)})
     assert len(read.failure.message) >= 500
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from finetune_api.scrub import scrub
 from finetune_trainer.data.rows import Place
 
 REJECTS = "rejects.jsonl"
@@ -23,7 +24,7 @@ class LeftOut:
     def add(self, data: str, place: Place, reason: str) -> None:
         """One more row, of the data that a field of the job names."""
         self._file = self._file or self._path.open("w", encoding="utf-8")
-        row = {"data": data, "file": place.file, place.unit: place.number, "reason": reason}
+        row = {"data": data, "file": place.file, place.unit: place.number, "reason": scrub(reason)}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Self:

@@ -47,20 +47,24 @@ def main() -> None:
         if "distillation" in parts:
             console.print(distillation.compare(Path(folder) / "distillation"))
         try:
-            asyncio.run(_operator(console, Path(folder), parts, arguments))
+            _operator(console, Path(folder), parts, arguments)
         except NoApiServerError as error:
             console.print(f"left out: the operator's figures, since there is {error}", style="yellow")
 
 
-async def _operator(console: Console, folder: Path, parts: Sequence[str], arguments: argparse.Namespace) -> None:
+def _operator(console: Console, folder: Path, parts: Sequence[str], arguments: argparse.Namespace) -> None:
     """The parts that need an API server. Raises NoApiServerError."""
     if "life" in parts:
-        console.print(await control_plane.one_life(folder / "life"))
+        console.print(asyncio.run(control_plane.one_life(folder / "life")))
     if "lives" in parts:
-        console.print(await control_plane.many_lives(folder / "lives", arguments.lives))
+        console.print(asyncio.run(control_plane.many_lives(folder / "lives", arguments.lives)))
     if "jobs" in parts:
-        async for table in scale.many_jobs(folder / "jobs", arguments.jobs, arguments.training):
-            console.print(table)
+        asyncio.run(_jobs(console, folder / "jobs", arguments))
+
+
+async def _jobs(console: Console, folder: Path, arguments: argparse.Namespace) -> None:
+    async for table in scale.many_jobs(folder, arguments.jobs, arguments.training):
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def plain_settings() -> kopf.OperatorSettings:
     settings.peering.standalone = True
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
+    settings.watching.chunk_size = 500
     settings.queueing.idle_timeout = 1.0
     return settings
 

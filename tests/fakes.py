@@ -80,7 +80,7 @@ class FakeCluster:
         self._wrote("patch status")
         return _copy(self.job)
 
-    async def apply(self, manifest: Object) -> None:
+    async def apply(self, manifest: Object) -> str:
         kind, name = manifest["kind"], manifest["metadata"]["name"]
         if words := self.refuse(manifest):
             self._wrote(f"refused {kind} {name}")
@@ -92,7 +92,10 @@ class FakeCluster:
                 made["status"] = {"phase": "Pending"}
             self.admit(made)
             self.made.append((kind, name))
+        elif kind == "ConfigMap":
+            self.objects[kind, name]["metadata"]["annotations"] = dict(manifest["metadata"].get("annotations", {}))
         self._wrote(f"apply {kind} {name}")
+        return str(self.objects[kind, name]["metadata"]["uid"])
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
         found = self.objects.get((kind, name))
@@ -120,11 +123,13 @@ class FakeCluster:
             self.objects.pop((found["kind"], found["metadata"]["name"]), None)
 
     def collect_garbage(self) -> None:
-        """Delete what belongs to a job that is gone."""
-        uid = self.job["metadata"]["uid"] if self.job else None
-        for key, each in list(self.objects.items()):
-            if each["metadata"]["ownerReferences"][0]["uid"] != uid:
-                del self.objects[key]
+        """Delete what belongs to a job or to an object that is gone, and what belonged to that."""
+        owners = {each["metadata"]["uid"] for each in (self.job, *self.objects.values()) if each}
+        lost = [key for key, each in self.objects.items() if each["metadata"]["ownerReferences"][0]["uid"] not in owners]
+        for key in lost:
+            del self.objects[key]
+        if lost:
+            self.collect_garbage()
 
     def edit_spec(self, **spec: Any) -> None:
         """The user changes the job."""

@@ -139,8 +139,8 @@ class KubernetesCluster:
                 raise ApiError(error.status, error.reason, words) from error
             raise
 
-    async def apply(self, manifest: Mapping[str, Any]) -> None:
-        """Make the object, or bring in line the one that was made before. Pods and Secrets stay as they were made.
+    async def apply(self, manifest: Mapping[str, Any]) -> str:
+        """Make the object, or bring in line the one that was made before; its UID. Pods and Secrets stay as they were made.
 
         Raises Refused where the cluster does not want the object (a quota, a policy, a missing permission), and where its name is
         taken by an object of somebody else's, such as that of a deleted job of the same name: what is not ours is never changed.
@@ -149,27 +149,29 @@ class KubernetesCluster:
         kind, namespace, name = manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         what = f"{kind} {namespace}/{name}"
         try:
-            await self.call("create", self._kinds[kind].path(namespace), what, body=manifest, query=_MANAGED)
+            made = await self.call("create", self._kinds[kind].path(namespace), what, body=manifest, query=_MANAGED)
         except ApiError as error:
             if error.reason == "AlreadyExists":
-                await self._bring_in_line(manifest, what)
-            elif error.status == 409:  # others count against the same quota just now
+                return await self._bring_in_line(manifest, what)
+            if error.status == 409:  # others count against the same quota just now
                 raise Conflict(str(error)) from error
-            elif error.status in _REFUSALS:
+            if error.status in _REFUSALS:
                 raise Refused(error.reason, str(error)) from error
-            else:
-                raise
+            raise
+        return str(made["metadata"]["uid"])
 
-    async def _bring_in_line(self, manifest: Mapping[str, Any], what: str) -> None:
+    async def _bring_in_line(self, manifest: Mapping[str, Any], what: str) -> str:
         kind, meta = manifest["kind"], manifest["metadata"]
         if kind == "Secret":
-            return  # its name follows from the job's UID, so it is this job's
+            return ""  # its name follows from the job's UID, so it is this job's
         path = self._kinds[kind].path(meta["namespace"], meta["name"])
         existing = await self._get_or_none(path, what)
-        if existing is None or _owner(existing) != _owner(manifest):
+        ours = (_owner(manifest).get("uid"), meta["labels"][LABEL_JOB_UID])  # its own owner, or its job
+        if existing is None or _owner(existing).get("uid") not in ours:
             raise Refused("AlreadyExists", f"cannot create {what}: one that is not this job's exists, or is just going")
         if kind != "Pod":
             await self.call("patch", path, what, body=manifest, query=[*_MANAGED, ("force", "true")], media=_APPLY)
+        return str(existing["metadata"]["uid"])
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
         """Delete an object, or only the one with this UID. Its absence is no error. A pod gets its own grace period, or `grace` seconds.
@@ -179,7 +181,7 @@ class KubernetesCluster:
         path, what = self._kinds[kind].path(namespace, name), f"{kind} {namespace}/{name}"
         if uid is None and kind != "Secret":
             existing = await self._get_or_none(path, what)
-            if existing is None or _owner(existing) is None:
+            if existing is None or _owner(existing).get("kind") != KIND:
                 return
             uid = existing["metadata"]["uid"]
         options: dict[str, Any] = {"propagationPolicy": "Background"}
@@ -329,10 +331,10 @@ _JSON = "application/json"
 _METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
-def _owner(manifest: Mapping[str, Any]) -> str | None:
-    """UID of the job that controls an object; None where none does."""
+def _owner(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The reference to what controls an object; empty where nothing does."""
     owners = manifest["metadata"].get("ownerReferences") or ()
-    return next((owner["uid"] for owner in owners if owner["kind"] == KIND and owner.get("controller")), None)
+    return next((owner for owner in owners if owner.get("controller")), {})
 
 
 def _is_stuck(pod: Mapping[str, Any], now: datetime) -> bool:

@@ -21,6 +21,10 @@ __all__ = ["Exit", "Job", "Observed", "Pod", "Raw", "Role", "Waiting", "head_nam
 
 Role = Literal["head", "worker"]
 
+ANNOTATION_OBJECTS = "finetune.dev/objects"
+"""On an attempt's ConfigMap: that the attempt's other objects belong to it, and whether they are all there if its head is."""
+OWNED, REMADE = "owned", "remade"
+
 
 @dataclass(frozen=True)
 class Exit:
@@ -96,6 +100,10 @@ class Observed:
 
     offered: Offered = field(default_factory=Offered)
     """The platform's profiles, while the job has yet to be told under which one it runs."""
+    owning: frozenset[int] = frozenset()
+    """Anchors to which their attempts' other objects belong, so that these go with them. An earlier operator's own nothing."""
+    remade: frozenset[int] = frozenset()
+    """Anchors that were made anew beside a head, and whose attempts' other objects may not all be there yet."""
 
     def head(self, attempt: int) -> Pod | None:
         """The head pod of an attempt."""
@@ -186,9 +194,13 @@ def observe(
     that this operator would have made: with the job as owner, whole labels, and the name that follows from them.
     """
     told = tuple(events)
+    maps = {int(_label(each, LABEL_ATTEMPT)): each for each in config_maps if _owned(each, uid) and _is_anchor_of(each, name)}
+    marks = {attempt: (each["metadata"].get("annotations") or {}).get(ANNOTATION_OBJECTS) for attempt, each in maps.items()}
     return Observed(
         pods=tuple(sorted((pod_from(pod, told) for pod in pods if _owned(pod, uid) and _is_pod_of(pod, name)), key=lambda pod: pod.name)),
-        anchors=frozenset(int(_label(each, LABEL_ATTEMPT)) for each in config_maps if _owned(each, uid) and _is_anchor_of(each, name)),
+        anchors=frozenset(maps),
+        owning=frozenset(attempt for attempt, mark in marks.items() if mark in (OWNED, REMADE)),
+        remade=frozenset(attempt for attempt, mark in marks.items() if mark == REMADE),
         report=report,
     )
 

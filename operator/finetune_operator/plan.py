@@ -1,6 +1,7 @@
 """The objects that should exist, given a job and its status; and so what is missing, and what is surplus. Pure.
 
-Everything of attempt N of job J is named J-N or J-N-..., and belongs to the job, so that deleting the job deletes it all.
+Everything of attempt N of job J is named J-N or J-N-..., and goes with the job: its ConfigMap and its pods belong to the job, and what
+else it has belongs to the ConfigMap, so that deleting that deletes them all.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.gangs import KUEUE, Marks, marks_of_worker, pod_group
 from finetune_operator.kinds import POD_GROUPS
-from finetune_operator.observed import Job, Observed, Pod
+from finetune_operator.observed import ANNOTATION_OBJECTS, OWNED, REMADE, Job, Observed, Pod
 from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
 from finetune_operator.profiles import as_offered
 from finetune_operator.settings import Settings
@@ -26,8 +27,10 @@ from finetune_operator.times import later
 Manifest = dict[str, Any]
 
 ATTEMPT_KINDS = ("Secret", "Service", "NetworkPolicy", "ConfigMap")
-"""Objects of an attempt beside its pods, in the order in which they are removed. The ConfigMap is made first and removed last:
-while it exists the others may, and it is the one that is looked for (Secrets may not be listed)."""
+"""Objects of an attempt beside its pods. The ConfigMap is made first: while it exists the others may, and it is the one that is
+looked for (Secrets may not be listed). Those of an attempt that an earlier operator began belong to the job: they go in this order."""
+
+ANCHOR = "ConfigMap"
 
 REPLACE_SECONDS = 10
 """A worker pod that failed is made anew this long after it was made: one that fails at once must not be made without end."""
@@ -51,7 +54,10 @@ class Removal:
 
 
 def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manifest, ...]:
-    """The manifests of the running attempt, or measuring run (see monitoring.acting), in the order in which they are made; else none."""
+    """The manifests of the running attempt, or measuring run (see monitoring.acting), in the order in which they are made; else none.
+
+    What belongs to the ConfigMap lacks its UID, which is known when that is made (see `belonging`).
+    """
     if job.spec is None or not status.attempt.running:
         return ()
     settings = as_offered(settings, status)
@@ -59,6 +65,7 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
     number = status.attempt.number
     name = f"{job.name}-{number}"
     meta = {"name": name, "namespace": job.namespace, "labels": _labels(job, number), "ownerReferences": [_owner(job)]}
+    beside = {**meta, "ownerReferences": [{"apiVersion": "v1", "kind": ANCHOR, "name": name, "controller": True}]}
     secret = secret_name(job.name, job.uid, number)
     head = _owned_pod(meta, "head", head_pod(name, secret, job.namespace, spec, image, settings), Marks())
     workers = [
@@ -75,13 +82,13 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
         {
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": {**meta, "name": secret},
+            "metadata": {**beside, "name": secret},
             "type": "Opaque",
             "stringData": {TOKEN_KEY: settings.token(job.uid, number)},
         },
-        _service(meta),
-        _network_policy(meta, job, settings),
-        *pod_group(job, spec, meta, settings),
+        _service(beside),
+        _network_policy(beside, job, settings),
+        *pod_group(job, spec, beside, settings),
         head,
         *workers,
     )
@@ -112,15 +119,49 @@ def missing(desired: tuple[Manifest, ...], status: Status, observed: Observed) -
     Unless a pod cannot find the attempt's Secret or ConfigMap: then one of a deleted job of the same name was taken for it.
     """
     names = {pod.name for pod in observed.pods}
+    pods = tuple(m for m in desired if m["kind"] == "Pod" and m["metadata"]["name"] not in names)
+    beside = tuple(m for m in desired if m["kind"] != "Pod")
     number = status.attempt.number
     head = observed.head(number)
-    complete = head is not None and number in observed.anchors and not _without_its_own(head)
-    return tuple(m for m in desired if (m["metadata"]["name"] not in names if m["kind"] == "Pod" else not complete))
+    there = number in observed.anchors and number not in observed.remade
+    if not beside or (head is not None and there and not any(_without_its_own(pod) for pod in (head, *observed.workers(number)))):
+        return pods
+    if number in observed.anchors - observed.owning:
+        return (*_of_the_job(beside), *pods)
+    return (*(_made_anew(beside) if head is not None else beside), *pods)
 
 
-def _without_its_own(head: Pod) -> bool:
+def _of_the_job(beside: tuple[Manifest, ...]) -> tuple[Manifest, ...]:
+    """The objects as an operator of before makes them, for an attempt that it began: what is there belongs to the job."""
+    owner = {"ownerReferences": beside[0]["metadata"]["ownerReferences"]}
+    plain = ({**m["metadata"], **owner} for m in beside)
+    return tuple({**m, "metadata": {key: meta[key] for key in meta if key != "annotations"}} for m, meta in zip(beside, plain, strict=True))
+
+
+def _made_anew(beside: tuple[Manifest, ...]) -> tuple[Manifest, ...]:
+    """The objects beside a head that is there already: it tells no longer that they all exist, so the ConfigMap does.
+
+    Somebody has deleted that, and the others go with it: one that is still to go may stand in the way of its successor for a moment.
+    """
+    anchor, *others = beside
+    return (_marked(anchor, REMADE), *others, anchor)
+
+
+def _marked(anchor: Manifest, mark: str) -> Manifest:
+    return {**anchor, "metadata": {**anchor["metadata"], "annotations": {ANNOTATION_OBJECTS: mark}}}
+
+
+def belonging(manifest: Manifest, anchor: str | None) -> Manifest:
+    """The manifest with the UID of its attempt's ConfigMap, where it belongs to that."""
+    (owner,) = manifest["metadata"]["ownerReferences"]
+    if owner["kind"] != ANCHOR:
+        return manifest
+    return {**manifest, "metadata": {**manifest["metadata"], "ownerReferences": [{**owner, "uid": anchor}]}}
+
+
+def _without_its_own(pod: Pod) -> bool:
     """Whether it waits for the Secret or the ConfigMap of its own attempt."""
-    waiting, attempt_name = head.waiting, head.name.removesuffix("-head")
+    waiting, attempt_name = pod.waiting, re.sub(r"-(head|worker-[0-9]+)$", "", pod.name)
     return (
         waiting is not None
         and waiting.reason in (Reason.SECRET_NOT_FOUND, Reason.CONFIG_MAP_NOT_FOUND)
@@ -137,11 +178,13 @@ def surplus(
     pods = tuple(removal for pod in observed.pods if (removal := look.removal(pod)) is not None)
     needed = {pod.attempt for pod in observed.alive} | ({status.attempt.number} if status.attempt.running else set())
     idle = sorted(observed.anchors - needed)
-    return (*pods, *(removal for number in idle for removal in _removals(job, number, settings)))
+    return (*pods, *(removal for number in idle for removal in _removals(job, number, observed, settings)))
 
 
-def _removals(job: Job, attempt: int, settings: Settings) -> tuple[Removal, ...]:
-    """The objects of an attempt beside its pods, in the order in which they go."""
+def _removals(job: Job, attempt: int, observed: Observed, settings: Settings) -> tuple[Removal, ...]:
+    """What is deleted of an attempt's objects beside its pods, in this order."""
+    if attempt in observed.owning:
+        return (Removal(ANCHOR, f"{job.name}-{attempt}"),)
     names = {"Secret": secret_name(job.name, job.uid, attempt)}
     groups = ("PodGroup",) if settings.gang_scheduler in POD_GROUPS else ()
     return tuple(Removal(kind, names.get(kind, f"{job.name}-{attempt}")) for kind in (*groups, *ATTEMPT_KINDS))
@@ -228,7 +271,7 @@ def _config_map(meta: Manifest, job: Job, spec: Spec) -> Manifest:
     identity |= {"labels": queue} if (queue := _queue_labels(job)) else {}
     spelled = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": identity, "spec": spelled}, indent=2)
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {JOB_KEY: text}}
+    return _marked({"apiVersion": "v1", "kind": ANCHOR, "metadata": meta, "data": {JOB_KEY: text}}, OWNED)
 
 
 def _service(meta: Manifest) -> Manifest:

@@ -79,11 +79,14 @@ class Cluster(Protocol):
         Raises Conflict, also where the job is gone.
         """
 
-    async def apply(self, manifest: dict[str, Any]) -> None:
-        """Make the object, or bring it in line. A Secret that exists is left alone. Raises Refused and Conflict."""
+    async def apply(self, manifest: dict[str, Any]) -> str:
+        """Make the object, or bring it in line; its UID. A Secret that exists is left alone, and has none. Raises Refused and Conflict."""
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
-        """Delete the object if it is there, and has this uid where one is given; `grace` 0 does not wait for its node."""
+        """Delete the object if it is there, and has this uid where one is given, and in time what belongs to it.
+
+        `grace` 0 does not wait for its node.
+        """
 
     async def delete_job(self, job: dict[str, Any]) -> None:
         """Delete the job that was read (its uid), and by ownership everything it made."""

@@ -15,7 +15,7 @@ from finetune_operator.lifecycle import advance
 from finetune_operator.monitoring import acting
 from finetune_operator.observed import Job, Observed, Waiting, job_from, observe, with_status
 from finetune_operator.pace import SOON_SECONDS, expiry, next_look
-from finetune_operator.plan import desired_objects, missing, surplus
+from finetune_operator.plan import ANCHOR, belonging, desired_objects, missing, surplus
 from finetune_operator.port import Cluster, Conflict, JobKey, Refused
 from finetune_operator.profiles import offered
 from finetune_operator.requests import is_paused
@@ -90,10 +90,11 @@ async def _act(cluster: Cluster, job: Job, status: Status, observed: Observed, s
     """Make what is missing and delete what is surplus, a part of it at a time; the API server's words where it refuses an object."""
     # What a deleted job owns goes with it, but its pods must not hold GPUs while somebody's finalizer holds up the job itself.
     desired = () if job.deleting else desired_objects(job, status, settings)
-    refusal = None
+    refusal, anchor = None, None
     try:
         for manifest in missing(desired, status, observed)[:CHANGES_PER_TURN]:
-            await cluster.apply(manifest)
+            uid = await cluster.apply(belonging(manifest, anchor))
+            anchor = uid if manifest["kind"] == ANCHOR else anchor
     except Refused as error:
         log.warning("refused: %s", error)
         refusal = refused_for(error.message)

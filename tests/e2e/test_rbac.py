@@ -25,8 +25,13 @@ ON_OTHER_CLUSTERS: dict[Use, str] = {
     ("finetune.dev", "finetunejobs/finalizers", "update"): "asked for by an admission plugin, without a request of its own",
     ("", "pods", "get"): "the head is looked for by its name where the list does not have it yet",
     **{
-        (group, resource, "patch"): "where an operator goes on with what another began"
+        (group, resource, "delete"): "of an attempt that an earlier operator began, whose ConfigMap does not own them"
+        for group, resource in (("", "secrets"), ("", "services"), ("networking.k8s.io", "networkpolicies"))
+    },
+    **{
+        (group, resource, verb): "where an operator goes on with what another began"
         for group, resource in (("", "configmaps"), ("", "services"), ("networking.k8s.io", "networkpolicies"))
+        for verb in ("get", "patch")
     },
 }
 """What may stay unused in a run, and why it is granted all the same."""

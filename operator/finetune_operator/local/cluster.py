@@ -111,8 +111,8 @@ class LocalCluster:
             raise Conflict(f"{job['metadata']['name']} has changed since it was read")
         return self._view(self._job_file.save({**stored, "status": status.to_json()}))
 
-    async def apply(self, manifest: Raw) -> None:
-        """Make the object. Services and NetworkPolicies have no meaning here."""
+    async def apply(self, manifest: Raw) -> str:
+        """Make the object; its name, in place of a UID. Services and NetworkPolicies have no meaning here."""
         kind, meta = manifest["kind"], manifest["metadata"]
         if kind == "Secret":
             self._state.write_keys(self._state.secret(meta["name"]), data_of(manifest))
@@ -120,13 +120,12 @@ class LocalCluster:
             self._state.write_keys(self._state.config_map(meta["name"]), data_of(manifest), meta)
         elif kind == "Pod" and not self._pod_file(meta["name"]).exists():
             await self._start(manifest)
+        return str(meta["name"])
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None, grace: int | None = None) -> None:
-        """Delete the object if it is there. A pod is asked to end; what is left of it after its grace is killed."""
-        if kind == "Secret":
-            remove(self._state.secret(name))
-        elif kind == "ConfigMap":
-            remove(self._state.config_map(name))
+        """Delete the object if it is there, and with a ConfigMap its Secret. A pod that does not end within its grace is killed."""
+        if kind == "ConfigMap":
+            self._forget(lambda meta: meta["name"] == name)
         elif kind == "Pod":
             self._delete_pod(name, uid, grace)
 
@@ -193,10 +192,12 @@ class LocalCluster:
         for pod in self._pods():
             if pod["metadata"]["labels"][LABEL_JOB_NAME] == job_name:
                 self._remove_pod(pod["metadata"]["name"])
-        for config_map in self._state.config_maps():
-            if config_map["metadata"]["labels"].get(LABEL_JOB_NAME) == job_name:
-                remove(self._state.secret(_secret_beside(config_map)))
-                remove(self._state.config_map(config_map["metadata"]["name"]))
+        self._forget(lambda meta: meta["labels"].get(LABEL_JOB_NAME) == job_name)
+
+    def _forget(self, which: Callable[[Raw], bool]) -> None:
+        for meta in filter(which, [each["metadata"] for each in self._state.config_maps()]):
+            remove(self._state.secret(_secret_beside(meta)))
+            remove(self._state.config_map(meta["name"]))
 
     # Pods.
 
@@ -344,9 +345,8 @@ _TMP_NAME = re.compile(rf"{re.escape(_SHORT_TMP)}/ft[0-9a-f]{{6}}")
 _RAYS_OWN_PORTS = {8265, 10001, 52365, *range(10002, 20000)}
 
 
-def _secret_beside(config_map: Raw) -> str:
-    """Name of the Secret of the attempt that a ConfigMap belongs to."""
-    meta = config_map["metadata"]
+def _secret_beside(meta: Raw) -> str:
+    """Name of the Secret of the attempt whose ConfigMap has this metadata."""
     return secret_name(meta["labels"][LABEL_JOB_NAME], meta["ownerReferences"][0]["uid"], int(meta["labels"][LABEL_ATTEMPT]))
 
 

@@ -59,13 +59,18 @@ class Stage:
         return [event["reason"] for event in events if event["involvedObject"]["kind"] == "FineTuneJob"]
 
     async def children(self) -> list[str]:
-        """What exists in the namespace that an operator can have made, as kind/name."""
-        names = []
-        for kind in CHILDREN:
-            for child in await self.kube.list(kind, self.namespace):
-                if any(owner["kind"] == "FineTuneJob" for owner in child["metadata"].get("ownerReferences", [])):
-                    names.append(f"{kind}/{child['metadata']['name']}")
-        return sorted(names)
+        """What exists in the namespace that an operator can have made, as kind/name.
+
+        What belongs to a ConfigMap that is gone counts as gone: a controller manager would collect it, and there may be none here.
+        """
+        found = {kind: [child["metadata"] for child in await self.kube.list(kind, self.namespace)] for kind in CHILDREN}
+        there = {meta["uid"] for meta in found["ConfigMap"]}
+
+        def lasts(owner: Object) -> bool:
+            return owner["kind"] == "FineTuneJob" or (owner["kind"] == "ConfigMap" and owner["uid"] in there)
+
+        own = ((kind, meta) for kind in CHILDREN for meta in found[kind] if any(map(lasts, meta.get("ownerReferences", ()))))
+        return sorted(f"{kind}/{meta['name']}" for kind, meta in own)
 
     async def wait_for_children(self, *names: str) -> None:
         """Wait until exactly these are left."""

@@ -152,11 +152,12 @@ async def test_job_of_a_deleted_name_starts_anew_and_takes_over_nothing(stage: S
 
 
 async def _collect(stage: Stage, owner: str) -> None:
-    """Delete what a deleted job owned, as a controller manager would."""
+    """Delete what something that was deleted owned, and what that owned, as a controller manager would."""
     for kind in CHILDREN:
         for child in await stage.kube.list(kind, stage.namespace):
             if owner in [reference["uid"] for reference in child["metadata"].get("ownerReferences", ())]:
                 await stage.kube.delete(kind, stage.namespace, child["metadata"]["name"])
+                await _collect(stage, child["metadata"]["uid"])
 
 
 async def test_service_of_a_user_is_neither_changed_nor_deleted(stage: Stage) -> None:

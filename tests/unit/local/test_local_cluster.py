@@ -10,6 +10,7 @@ from finetune_api.status import Status
 from finetune_operator.local.cluster import LocalCluster, Machine, data_of
 from finetune_operator.local.state import JobFile, State
 from finetune_operator.observed import observe
+from finetune_operator.plan import secret_name
 from finetune_operator.port import Conflict, JobKey
 
 KEY = JobKey("default", "demo")
@@ -149,13 +150,14 @@ async def test_suspending_is_a_change_of_the_spec_and_happens_once(cluster, job_
 async def test_an_attempts_objects_come_and_go(cluster, state):
     meta = manifest()["metadata"] | {"name": "demo-1"}
     await cluster.apply({"kind": "ConfigMap", "metadata": meta, "data": {"job.json": "{}"}})
-    await cluster.apply({"kind": "Secret", "metadata": meta, "stringData": {"token": "s"}})
+    secret = secret_name("demo", "u-1", 1)
+    await cluster.apply({"kind": "Secret", "metadata": {**meta, "name": secret}, "stringData": {"token": "s"}})
     await cluster.apply({"kind": "Service", "metadata": meta})
     raw = await cluster.read(KEY)
     assert observe("demo", "u-1", raw.pods, raw.config_maps, raw.events).anchors == {1}
-    assert (state.secret("demo-1") / "token").stat().st_mode & 0o077 == 0
-    for kind in ("Secret", "Service", "NetworkPolicy", "ConfigMap", "ConfigMap"):
-        await cluster.delete(kind, "default", "demo-1")
+    assert (state.secret(secret) / "token").stat().st_mode & 0o077 == 0
+    for _ in range(2):
+        await cluster.delete("ConfigMap", "default", "demo-1")
     assert (await cluster.read(KEY)).config_maps == []
     assert list((state.root / "secrets").iterdir()) == []
 

@@ -140,6 +140,14 @@ def test_a_config_map_that_only_claims_to_be_the_jobs_is_no_anchor(name, attempt
     assert observe(NAME, UID, [], [{"metadata": meta}], []).anchors == frozenset()
 
 
+def test_a_config_map_says_whether_the_other_objects_are_its_own_and_whether_they_are_there() -> None:
+    marks = {1: {}, 2: {"annotations": {"finetune.dev/objects": "owned"}}, 3: {"annotations": {"finetune.dev/objects": "remade"}}}
+    owner = {"ownerReferences": [{"uid": UID}]}
+    maps = [{"metadata": {"name": f"bot-{n}", "labels": {LABEL_ATTEMPT: str(n)}, **owner, **mark}} for n, mark in marks.items()]
+    observed = observe(NAME, UID, [], maps, [])
+    assert (observed.anchors, observed.owning, observed.remade) == ({1, 2, 3}, {2, 3}, {3})
+
+
 def test_the_last_word_of_a_head_outlives_it() -> None:
     report = make_report("Publish", outcome="Succeeded")
     head = make_pod(phase="Succeeded", containerStatuses=terminated(0, "Completed", termination_message(report)))

@@ -13,7 +13,7 @@ from finetune_api.status import Attempt, Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.lifecycle import advance
 from finetune_operator.observed import Job, Observed, job_from, pod_from
-from finetune_operator.plan import Removal, desired_objects, missing, surplus
+from finetune_operator.plan import Removal, belonging, desired_objects, missing, surplus
 from finetune_operator.settings import Settings
 
 PLANS = Path(__file__).parents[2] / "data" / "plans"
@@ -85,8 +85,19 @@ def test_every_object_belongs_to_its_job(name: str) -> None:
     uid = yaml.safe_load((PLANS / f"{name}.job.yaml").read_text())["metadata"]["uid"]
     for each in planned(name):
         (owner,) = each["metadata"]["ownerReferences"]
-        assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == (uid, True, True)
+        if each["kind"] in ("ConfigMap", "Pod"):
+            assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == (uid, True, True)
+        else:
+            (anchor,) = (each["metadata"] for each in planned(name) if each["kind"] == "ConfigMap")
+            assert (owner["kind"], owner["name"], owner["controller"]) == ("ConfigMap", anchor["name"], True)
         assert each["metadata"]["labels"]["finetune.dev/job-uid"] == uid
+
+
+def test_an_object_belongs_to_the_config_map_that_was_made() -> None:
+    """Not to one of its name: that of a deleted job could be on its way out."""
+    config_map, secret = planned("training")[:2]
+    assert belonging(secret, "u-9")["metadata"]["ownerReferences"][0]["uid"] == "u-9"
+    assert belonging(config_map, "u-9") == config_map
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,10 +162,14 @@ RUNNING = Status(attempt=Attempt(number=1, start_time="2026-01-01T00:00:00Z", he
 ENDED = RUNNING.model_copy(update={"attempt": RUNNING.attempt.model_copy(update={"end_time": "2026-01-01T00:01:00Z"}), "workers_wanted": 0})
 
 
-def names_missing(status: Status, *pods, anchors=(1,)) -> list[str]:
+def all_missing(status: Status, *pods, anchors=(1,), **marks) -> list[dict]:
     job = make_job(status=status)
-    found = missing(desired_objects(job, status, SETTINGS), status, Observed(tuple(pods), frozenset(anchors)))
-    return [f"{each['kind']} {each['metadata']['name']}" for each in found]
+    observed = Observed(tuple(pods), frozenset(anchors), **{"owning": frozenset(anchors), **marks})
+    return list(missing(desired_objects(job, status, SETTINGS), status, observed))
+
+
+def names_missing(status: Status, *pods, **given) -> list[str]:
+    return [f"{each['kind']} {each['metadata']['name']}" for each in all_missing(status, *pods, **given)]
 
 
 def test_only_what_is_missing_is_applied() -> None:
@@ -166,17 +181,35 @@ def test_without_a_head_everything_is_applied_again() -> None:
     assert names_missing(RUNNING)[:5] == ["ConfigMap bot-1", f"Secret {SECRET}", "Service bot-1", "NetworkPolicy bot-1", "Pod bot-1-head"]
 
 
-def test_a_secret_that_went_with_an_older_job_of_the_same_name_is_made_again() -> None:
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_a_secret_that_went_with_an_older_job_of_the_same_name_is_made_again(role) -> None:
     message = 'MountVolume.SetUp failed for volume "token" : secret "bot-1-c53e4c4d" not found'
-    event = {"involvedObject": {"uid": "uid-of-bot-1-head"}, "reason": "FailedMount", "message": message, "metadata": {}}
-    head = pod_from(raw_pod(phase="Pending"), [event])
-    assert f"Secret {SECRET}" in names_missing(RUNNING.model_copy(update={"workers_wanted": 0}), head)
+    waiting = raw_pod(role, phase="Pending")
+    event = {"involvedObject": {"uid": waiting["metadata"]["uid"]}, "reason": "FailedMount", "message": message, "metadata": {}}
+    pods = {"head": make_pod(), "worker": make_pod("worker"), role: pod_from(waiting, [event])}
+    assert f"Secret {SECRET}" in names_missing(RUNNING.model_copy(update={"workers_wanted": 1}), *pods.values())
 
 
-def removed(status: Status, *pods, anchors=(), seconds: float = 0) -> list[Removal]:
+@pytest.mark.parametrize("seen", [{"anchors": ()}, {"remade": frozenset({1})}], ids=["it is gone", "the operator ended while it made them"])
+def test_where_somebody_deleted_the_config_map_all_that_went_with_it_is_made_anew(seen) -> None:
+    """A head that is there tells no longer that the others are; the ConfigMap says so itself when they are."""
+    objects = all_missing(RUNNING, make_pod(), make_pod("worker"), make_pod("worker", index=1), **seen)
+    assert [each["kind"] for each in objects] == ["ConfigMap", "Secret", "Service", "NetworkPolicy", "ConfigMap"]
+    assert [objects[at]["metadata"]["annotations"]["finetune.dev/objects"] for at in (0, -1)] == ["remade", "owned"]
+    assert objects[0]["data"] == objects[-1]["data"]
+
+
+def test_an_attempt_that_an_earlier_operator_began_is_finished_as_it_was_begun() -> None:
+    """Its Secret belongs to the job and cannot be read, so nothing may say that it goes with the ConfigMap."""
+    objects = all_missing(RUNNING, owning=frozenset())
+    assert {each["metadata"]["ownerReferences"][0]["kind"] for each in objects} == {"FineTuneJob"}
+    assert not any("annotations" in each["metadata"] for each in objects)
+
+
+def removed(status: Status, *pods, anchors=(), seconds: float = 0, **marks) -> list[Removal]:
     job = make_job(status=status)
     desired = desired_objects(job, status, SETTINGS)
-    return list(surplus(desired, job, status, Observed(tuple(pods), frozenset(anchors)), SETTINGS, at(seconds)))
+    return list(surplus(desired, job, status, Observed(tuple(pods), frozenset(anchors), **marks), SETTINGS, at(seconds)))
 
 
 def test_nothing_of_a_running_attempt_is_surplus() -> None:
@@ -202,7 +235,11 @@ def test_the_head_goes_before_its_workers_so_that_they_save_a_checkpoint() -> No
     assert removed(ENDED, worker, anchors=[1]) == [Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0", grace=10)]
 
 
-def test_the_attempts_objects_go_after_its_pods_and_the_config_map_last() -> None:
+def test_the_attempts_objects_go_with_its_config_map_after_its_pods() -> None:
+    assert removed(ENDED, anchors=[1], owning=frozenset({1})) == [Removal("ConfigMap", "bot-1")]
+
+
+def test_those_that_an_earlier_operator_made_go_one_by_one_and_the_config_map_last() -> None:
     assert removed(ENDED, anchors=[1]) == [
         Removal("Secret", SECRET),
         *(Removal(kind, "bot-1") for kind in ("Service", "NetworkPolicy", "ConfigMap")),

@@ -204,11 +204,8 @@ async def test_status_of_a_job_that_changed_or_went_is_a_conflict(
 
 def owned(kind: str, name: str, owner: str = "u-1") -> dict[str, Any]:
     owners = [{"kind": "FineTuneJob", "name": "bot", "uid": owner, "controller": True}]
-    return {
-        "apiVersion": "v1",
-        "kind": kind,
-        "metadata": {"namespace": "team", "name": name, "uid": f"uid-of-{name}", "ownerReferences": owners},
-    }
+    meta = {"namespace": "team", "name": name, "uid": f"uid-of-{name}", "labels": {"finetune.dev/job-uid": "u-1"}}
+    return {"apiVersion": "v1", "kind": kind, "metadata": {**meta, "ownerReferences": owners}}
 
 
 EXISTS = (409, {"reason": "AlreadyExists", "message": "there"})
@@ -217,22 +214,26 @@ PODS = "/api/v1/namespaces/team/pods"
 
 
 async def test_object_is_created_by_its_manager(server: FakeServer, cluster: KubernetesCluster) -> None:
-    server.will("POST", SERVICES, (201, {}))
-    await cluster.apply(owned("Service", "bot-1"))
+    server.will("POST", SERVICES, (201, owned("Service", "bot-1")))
+    assert await cluster.apply(owned("Service", "bot-1")) == "uid-of-bot-1"
     (asked,) = server.asked
     assert asked.query == {"fieldManager": "finetune-operator"}
     assert asked.body == owned("Service", "bot-1")
 
 
-async def test_own_object_that_exists_is_brought_in_line_by_server_side_apply(server: FakeServer, cluster: KubernetesCluster) -> None:
+@pytest.mark.parametrize("owner", ["u-1", "uid of the attempt's ConfigMap"])
+async def test_own_object_that_exists_is_brought_in_line_by_server_side_apply(
+    server: FakeServer, cluster: KubernetesCluster, owner: str
+) -> None:
+    """Also one that belongs to the job, as an earlier operator made it."""
     server.will("POST", SERVICES, EXISTS)
     server.will("GET", f"{SERVICES}/bot-1", (200, owned("Service", "bot-1")))
     server.will("PATCH", f"{SERVICES}/bot-1", (200, {}))
-    await cluster.apply(owned("Service", "bot-1"))
+    assert await cluster.apply(owned("Service", "bot-1", owner)) == "uid-of-bot-1"
     asked = server.asked[-1]
     assert asked.query == {"fieldManager": "finetune-operator", "force": "true"}
     assert asked.headers["Content-Type"] == "application/apply-patch+yaml"
-    assert asked.body == owned("Service", "bot-1")
+    assert asked.body == owned("Service", "bot-1", owner)
 
 
 async def test_own_pod_that_exists_stays_as_it_is(server: FakeServer, cluster: KubernetesCluster) -> None:
@@ -256,7 +257,7 @@ async def test_object_of_somebody_else_is_never_touched(server: FakeServer, clus
 
 
 async def test_secret_is_created_and_one_that_exists_is_left_alone(server: FakeServer, cluster: KubernetesCluster) -> None:
-    server.will("POST", "/api/v1/namespaces/team/secrets", (201, {}), EXISTS)
+    server.will("POST", "/api/v1/namespaces/team/secrets", (201, owned("Secret", "bot-1-c0ffee00")), EXISTS)
     await cluster.apply(owned("Secret", "bot-1-c0ffee00"))
     await cluster.apply(owned("Secret", "bot-1-c0ffee00"))
     assert [asked.method for asked in server.asked] == ["POST", "POST"]

@@ -5,7 +5,7 @@ The fake is a whole implementation of the operator's port, so that tests need no
 
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -102,6 +102,12 @@ class FakeCluster:
         if found is not None and namespace == NAMESPACE and uid in (None, found["metadata"]["uid"]):
             self.remove(found, grace)
         self._wrote(f"delete {kind} {name}")
+
+    async def delete_pods(self, namespace: str, labels: Mapping[str, str], *, grace: int | None = None) -> None:
+        for pod in self.pods:
+            if namespace == NAMESPACE and labels.items() <= pod["metadata"]["labels"].items():
+                self.remove(pod, grace)
+        self._wrote("delete pods")
 
     async def delete_job(self, job: Object) -> None:
         if self.job is not None and self.job["metadata"]["uid"] == job["metadata"]["uid"]:

@@ -23,7 +23,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     KIND: Kind(f"/apis/{GROUP}/{VERSION}", PLURAL, ("get", "list", "watch", "delete")),
-    "Pod": Kind("/api/v1", "pods", ("get", "list", "watch", "create", "delete")),
+    "Pod": Kind("/api/v1", "pods", ("get", "list", "watch", "create", "delete", "deletecollection")),
     "ConfigMap": Kind("/api/v1", "configmaps", ("get", "list", "create", "patch", "delete")),
     "Service": Kind("/api/v1", "services", ("get", "create", "patch", "delete")),
     "Secret": Kind("/api/v1", "secrets", ("create", "delete")),

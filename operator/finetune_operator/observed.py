@@ -104,6 +104,8 @@ class Observed:
     """Anchors to which their attempts' other objects belong, so that these go with them. An earlier operator's own nothing."""
     remade: frozenset[int] = frozenset()
     """Anchors that were made anew beside a head, and whose attempts' other objects may not all be there yet."""
+    strangers: bool = False
+    """Somebody has given the job's label to a pod that is not the job's."""
 
     def head(self, attempt: int) -> Pod | None:
         """The head pod of an attempt."""
@@ -193,14 +195,16 @@ def observe(
     Whoever may make objects in the job's namespace may label them as the job's, and name the job as their owner. So only those count
     that this operator would have made: with the job as owner, whole labels, and the name that follows from them.
     """
-    told = tuple(events)
+    told, labelled = tuple(events), tuple(pods)
+    own = [pod_from(pod, told) for pod in labelled if _owned(pod, uid) and _is_pod_of(pod, name)]
     maps = {int(_label(each, LABEL_ATTEMPT)): each for each in config_maps if _owned(each, uid) and _is_anchor_of(each, name)}
     marks = {attempt: (each["metadata"].get("annotations") or {}).get(ANNOTATION_OBJECTS) for attempt, each in maps.items()}
     return Observed(
-        pods=tuple(sorted((pod_from(pod, told) for pod in pods if _owned(pod, uid) and _is_pod_of(pod, name)), key=lambda pod: pod.name)),
+        pods=tuple(sorted(own, key=lambda pod: pod.name)),
         anchors=frozenset(maps),
         owning=frozenset(attempt for attempt, mark in marks.items() if mark in (OWNED, REMADE)),
         remade=frozenset(attempt for attempt, mark in marks.items() if mark == REMADE),
+        strangers=len(own) < len(labelled),
         report=report,
     )
 

@@ -7,6 +7,7 @@ else it has belongs to the ConfigMap, so that deleting that deletes them all.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -51,6 +52,8 @@ class Removal:
     uid: str | None = None
     grace: int | None = None
     """Seconds; None is the pod's own."""
+    labels: Mapping[str, str] | None = None
+    """Not one object but every pod with these labels; `name` says which these are."""
 
 
 def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manifest, ...]:
@@ -175,10 +178,25 @@ def surplus(
     """What exists and should not, in the order in which it goes: pods, then what they need, the head before its workers."""
     wanted = {manifest["metadata"]["name"] for manifest in desired if manifest["kind"] == "Pod"}
     look = _Look(wanted, status, observed, settings, now)
-    pods = tuple(removal for pod in observed.pods if (removal := look.removal(pod)) is not None)
+    pods = _together(job, observed, wanted, {pod: removal for pod in observed.pods if (removal := look.removal(pod)) is not None})
     needed = {pod.attempt for pod in observed.alive} | ({status.attempt.number} if status.attempt.running else set())
     idle = sorted(observed.anchors - needed)
     return (*pods, *(removal for number in idle for removal in _removals(job, number, observed, settings)))
+
+
+def _together(job: Job, observed: Observed, wanted: set[str], leaving: Mapping[Pod, Removal]) -> tuple[Removal, ...]:
+    """The removals of pods, the workers of an attempt in one where all of them go and no other pod has their labels."""
+    removals: dict[str, Removal] = {}
+    for pod, removal in leaving.items():
+        crew = f"{job.name}-{pod.attempt}-worker"
+        workers = observed.workers(pod.attempt)
+        whole = pod.role == "worker" and len(workers) > 1 and all(each in leaving or each.deletion is not None for each in workers)
+        if whole and removal.grace != 0 and not observed.strangers and not any(name.startswith(f"{crew}-") for name in wanted):
+            labels = {LABEL_JOB_UID: job.uid, LABEL_ATTEMPT: str(pod.attempt), LABEL_ROLE: "worker"}
+            removals[crew] = Removal("Pod", f"{crew}-*", grace=removal.grace, labels=labels)
+        else:
+            removals[pod.name] = removal
+    return tuple(removals.values())
 
 
 def _removals(job: Job, attempt: int, observed: Observed, settings: Settings) -> tuple[Removal, ...]:

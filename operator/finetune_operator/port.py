@@ -1,5 +1,6 @@
 """The port between the loop and the world: `cluster` implements it with a Kubernetes, `local` with this machine, tests with a fake."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -87,6 +88,9 @@ class Cluster(Protocol):
 
         `grace` 0 does not wait for its node.
         """
+
+    async def delete_pods(self, namespace: str, labels: Mapping[str, str], *, grace: int | None = None) -> None:
+        """Delete every pod with these labels, with its own grace period or `grace` seconds."""
 
     async def delete_job(self, job: dict[str, Any]) -> None:
         """Delete the job that was read (its uid), and by ownership everything it made."""

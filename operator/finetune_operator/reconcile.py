@@ -99,5 +99,8 @@ async def _act(cluster: Cluster, job: Job, status: Status, observed: Observed, s
         log.warning("refused: %s", error)
         refusal = refused_for(error.message)
     for removal in surplus(desired, job, status, observed, settings, now)[:CHANGES_PER_TURN]:
-        await cluster.delete(removal.kind, job.namespace, removal.name, uid=removal.uid, grace=removal.grace)
+        if removal.labels is not None:
+            await cluster.delete_pods(job.namespace, removal.labels, grace=removal.grace)
+        else:
+            await cluster.delete(removal.kind, job.namespace, removal.name, uid=removal.uid, grace=removal.grace)
     return refusal

@@ -12,7 +12,7 @@ import pytest
 from tests.audit import Use, granted, uses
 from tests.e2e.kubectl import Kubectl, assert_all_gone, wait_until
 from tests.e2e.names import RELEASE, SYSTEM
-from tests.e2e.test_whole_way import ENDLESS, job, status_of
+from tests.e2e.test_whole_way import ENDLESS, job, pods_of, status_of
 
 from finetune_api import ANNOTATION_RETRY
 
@@ -53,8 +53,9 @@ def audit_log() -> Path:
 
 
 def play(release: Kubectl, kubectl: Kubectl) -> None:
-    """Lives in which everything happens that the operator needs a permission for: an end and its expiry, a pod that waits, a retry."""
-    kubectl.apply(job("rbac-complete", ttlSecondsAfterFinished=1, training={**ENDLESS, "epochs": 1}))
+    """Lives in which everything happens that the operator needs a permission for: an end and its expiry, a pod that waits, a suspension."""
+    two = {"workers": {"min": 2, "max": 2}}  # go together
+    kubectl.apply(job("rbac-complete", ttlSecondsAfterFinished=1, training={**ENDLESS, "epochs": 1}, compute=two))
     wait_until("the job has had its time", lambda: kubectl.find("finetunejob", "rbac-complete") is None, 420)
     absent = {"data": {"train": {"configMap": {"name": "absent-data", "key": "train.jsonl"}}}}
     kubectl.apply(job("rbac-waits", **absent))
@@ -62,6 +63,8 @@ def play(release: Kubectl, kubectl: Kubectl) -> None:
     release("rollout", "restart", f"deployment/{RELEASE}")  # the next one reads the Lease and goes on with what is there
     release("rollout", "status", f"deployment/{RELEASE}", "--timeout=120s", timeout=140)
     kubectl("annotate", "finetunejob", "rbac-waits", f"{ANNOTATION_RETRY}=1")
+    kubectl("patch", "finetunejob", "rbac-waits", "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    wait_until("its head has gone", lambda: not pods_of(kubectl, "rbac-waits", "head"), 120)
     kubectl("delete", "finetunejob", "rbac-waits")
     assert_all_gone(kubectl, "rbac-waits", 60)
 

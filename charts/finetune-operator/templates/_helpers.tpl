@@ -64,7 +64,7 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
   verbs: [update]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, create, delete]
+  verbs: [get, list, watch, create, delete, deletecollection]
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, list, create, patch, delete]

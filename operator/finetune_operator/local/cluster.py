@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import json
 import logging
 import os
 import random
@@ -27,7 +26,7 @@ from finetune_api.status import Status
 from finetune_operator.local import processes
 from finetune_operator.local.pods import TERMINATION_LOG, ended_status, exit_code, gpus_wanted, launch, running_status
 from finetune_operator.local.processes import EXIT_NOT_STARTED, Mark, Started
-from finetune_operator.local.state import JobFile, State, remove, write_private
+from finetune_operator.local.state import JobFile, State, read_json, remove, write_json
 from finetune_operator.observed import Pod
 from finetune_operator.plan import secret_name
 from finetune_operator.port import Conflict, Event, JobKey, RawJob
@@ -129,6 +128,12 @@ class LocalCluster:
         elif kind == "Pod":
             self._delete_pod(name, uid, grace)
 
+    async def delete_pods(self, namespace: str, labels: Mapping[str, str], *, grace: int | None = None) -> None:
+        """Ask every pod with these labels to end."""
+        for meta in (pod["metadata"] for pod in self._pods()):
+            if labels.items() <= meta["labels"].items():
+                self._delete_pod(meta["name"], None, grace)
+
     async def delete_job(self, job: Raw) -> None:
         """Forget the job. What it published stays."""
         for pod in self._pods():
@@ -208,7 +213,7 @@ class LocalCluster:
         attempt = str(manifest["metadata"]["labels"][LABEL_ATTEMPT])
         pod = {**manifest, "metadata": {**manifest["metadata"], "uid": str(uuid.uuid4()), "creationTimestamp": _now()}}
         extra, mark = self._extra(manifest), processes.new_mark()
-        _write_json(folder / "process.json", {**mark.to_json(), "tmp": extra["TMPDIR"]})
+        write_json(folder / "process.json", {**mark.to_json(), "tmp": extra["TMPDIR"]})
         self._write_pod({**pod, "status": {"phase": "Pending"}})
         try:
             plan = launch(manifest, self._state, lambda port: self._port(attempt, port), self._machine.env, extra, self._machine.programs)
@@ -218,7 +223,7 @@ class LocalCluster:
         except (OSError, ValueError) as error:
             self._record_end(pod, EXIT_NOT_STARTED, f"cannot be started: {error}")
             return
-        _write_json(folder / "process.json", {**started.mark.to_json(), "tmp": extra["TMPDIR"]})
+        write_json(folder / "process.json", {**started.mark.to_json(), "tmp": extra["TMPDIR"]})
         self._write_pod({**pod, "status": running_status(pod["spec"]["containers"][0]["name"], _now())})
         self._started[name] = started
         self._spawn(self._watch(name, started))
@@ -294,7 +299,7 @@ class LocalCluster:
         remove(self._state.pod(name))
 
     def _remove_tmp(self, name: str) -> None:
-        tmp = str((_read_json(self._state.pod(name) / "process.json") or {}).get("tmp", ""))
+        tmp = str((read_json(self._state.pod(name) / "process.json") or {}).get("tmp", ""))
         # Only what was made for a pod is removed, whatever the file says.
         if _TMP_NAME.fullmatch(tmp):
             shutil.rmtree(tmp, ignore_errors=True)
@@ -323,19 +328,19 @@ class LocalCluster:
         return self._ports[attempt, name]
 
     def _mark(self, name: str) -> Mark | None:
-        return processes.mark_from(_read_json(self._state.pod(name) / "process.json") or {})
+        return processes.mark_from(read_json(self._state.pod(name) / "process.json") or {})
 
     def _pod_file(self, name: str) -> Path:
         return self._state.pod(name) / "pod.json"
 
     def _read_pod(self, name: str) -> Raw | None:
-        return _read_json(self._pod_file(name))
+        return read_json(self._pod_file(name))
 
     def _write_pod(self, pod: Raw) -> None:
-        _write_json(self._pod_file(pod["metadata"]["name"]), pod)
+        write_json(self._pod_file(pod["metadata"]["name"]), pod)
 
     def _pods(self) -> list[Raw]:
-        found = (_read_json(path) for path in sorted((self._state.root / "pods").glob("*/pod.json")))
+        found = (read_json(path) for path in sorted((self._state.root / "pods").glob("*/pod.json")))
         return [pod for pod in found if pod is not None]
 
 
@@ -386,15 +391,3 @@ def _free_port(taken: set[int]) -> int:
                 probe.bind(("127.0.0.1", port))
                 return port
     raise OSError("no free port between 20000 and 32767")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_private(path, json.dumps(value).encode())
-
-
-def _read_json(path: Path) -> Raw | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

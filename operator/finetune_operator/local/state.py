@@ -122,6 +122,20 @@ def write_private(path: Path, content: bytes) -> None:
         raise
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object whole or not at all, for this user only. Raises OSError."""
+    write_private(path, json.dumps(value).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def remove(folder: Path) -> None:
     """Remove a folder and what is in it; one that is absent is fine, a link is removed and not followed."""
     if folder.is_symlink():

@@ -116,4 +116,6 @@ def _use(method: str, path: str, watch: bool) -> tuple[str, str] | None:
     if not found:
         return None
     resource = found["resource"] + (f"/{found['part']}" if found["part"] else "")
+    if method == "DELETE" and not found["name"]:
+        return "deletecollection", resource
     return _VERBS.get(method) or ("watch" if watch else "get" if found["name"] else "list"), resource

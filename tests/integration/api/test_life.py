@@ -102,7 +102,7 @@ async def test_deleted_job_leaves_nothing_while_the_operator_runs(stage: Stage) 
 
 
 async def test_api_writes_of_a_life_are_few(stage: Stage) -> None:
-    """3 pods and 4 objects beside them; 2 pods deleted, and a ConfigMap with what it owns: 10 writes; the others are status and Events."""
+    """3 pods, 4 objects beside them; the workers deleted, the ConfigMap with what it owns: 9 writes. The others are status and Events."""
     async with Proxy(stage.server.url).serving() as proxy, stage.player().playing():
         kubeconfig = kubeconfig_through(stage.folder / "kubeconfig", proxy.url, stage.server.operator_kubeconfig)
         async with stage.operator(kubeconfig).running() as operator:
@@ -113,7 +113,7 @@ async def test_api_writes_of_a_life_are_few(stage: Stage) -> None:
     print(*proxy.writes, sep="\n")
     statuses = [write for write in proxy.writes if write.startswith("PUT")]
     events = [write for write in proxy.writes if "/events" in write]
-    assert len(proxy.writes) - len(statuses) - len(events) == 10
+    assert len(proxy.writes) - len(statuses) - len(events) == 9
     assert len(statuses) <= 12
     assert len(events) <= 12
 
@@ -138,7 +138,7 @@ async def test_operator_uses_every_permission_that_it_asks_for_and_no_other(stag
         # Checked by an admission plugin that is not on everywhere, without a request of its own.
         if resource != "finetunejobs/finalizers"
     }
-    async with Proxy(stage.server.url).serving() as proxy, stage.player().playing() as player:
+    async with Proxy(stage.server.url).serving() as proxy, stage.player(failure_then_success).playing() as player:
         player.hold = lambda pod: True  # so that its Events are asked for
         kubeconfig = kubeconfig_through(stage.folder / "kubeconfig", proxy.url, stage.server.operator_kubeconfig)
         async with stage.operator(kubeconfig, FINETUNE_LEADER_ELECTION="true").running() as operator:

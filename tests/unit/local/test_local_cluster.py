@@ -109,6 +109,16 @@ async def test_a_pod_that_does_not_listen_is_killed_after_its_grace(cluster, sta
     assert await until(cluster, lambda pods: not pods) == {}
 
 
+async def test_pods_are_deleted_by_their_labels(cluster):
+    for name in ("demo-1-worker-0", "demo-1-worker-1"):
+        await cluster.apply(manifest(name))
+    labels = manifest()["metadata"]["labels"]
+    await cluster.delete_pods("default", {**labels, "finetune.dev/attempt": "2"}, grace=0)
+    assert [pod.deletion for pod in (await seen(cluster)).values()] == [None, None]
+    await cluster.delete_pods("default", labels, grace=0)
+    assert await until(cluster, lambda pods: not pods) == {}
+
+
 async def test_each_worker_sees_the_gpus_that_it_asked_for_and_gives_them_back(cluster, state):
     names = [f"demo-1-worker-{index}" for index in range(3)]
     show = ("sh", "-c", 'echo "<$CUDA_VISIBLE_DEVICES>"; sleep 600')

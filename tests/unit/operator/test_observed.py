@@ -109,6 +109,8 @@ def test_only_what_the_job_owns_is_its_own() -> None:
     observed = observe(NAME, UID, [raw_pod(), stranger, debugger], maps, [])
     assert [pod.name for pod in observed.pods] == ["bot-1-head"]
     assert observed.anchors == {1}
+    assert observed.strangers
+    assert not observe(NAME, UID, [raw_pod()], maps, []).strangers
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,31 @@ def test_workers_that_are_no_longer_wanted_go_with_their_grace() -> None:
     assert removed(status, make_pod(), make_pod("worker"), anchors=[1]) == [Removal("Pod", "bot-1-worker-0", "uid-of-bot-1-worker-0")]
 
 
+def test_workers_that_all_go_are_deleted_in_one_request() -> None:
+    workers = [make_pod("worker", index=index) for index in range(3)]
+    labels = {"finetune.dev/job-uid": "5f7c0e2e-0000-4000-8000-000000000001", "finetune.dev/attempt": "1", "finetune.dev/role": "worker"}
+    together = Removal("Pod", "bot-1-worker-*", labels=labels)
+    none_wanted = RUNNING.model_copy(update={"workers_wanted": 0})
+    assert removed(none_wanted, make_pod(), *workers, anchors=[1]) == [together]
+    assert removed(none_wanted, make_pod(), *workers[:2], make_pod("worker", index=2, deletion=at(30)), anchors=[1]) == [together]
+    assert removed(ENDED, *workers, anchors=[1]) == [replace(together, grace=10)]
+
+
+@pytest.mark.parametrize("why", ["one has the labels that is not the job's", "others are wanted", "they are overdue"])
+def test_workers_go_one_by_one_where_a_request_for_all_could_take_another(why) -> None:
+    none_wanted = RUNNING.model_copy(update={"workers_wanted": 0})
+    names = ["bot-1-worker-0", "bot-1-worker-1"]
+    if why == "others are wanted":
+        failed = [make_pod("worker", index=index, phase="Failed") for index in range(2)]
+        gone = removed(RUNNING, make_pod(), *failed, anchors=[1], seconds=10)
+    elif why == "they are overdue":
+        overdue = [make_pod("worker", index=index, deletion=at(0)) for index in range(2)]
+        gone = removed(none_wanted, make_pod(), *overdue, anchors=[1], seconds=61)
+    else:
+        gone = removed(none_wanted, make_pod(), *(make_pod("worker", index=index) for index in range(2)), strangers=True)
+    assert [(removal.name, removal.uid, removal.labels) for removal in gone] == [(name, f"uid-of-{name}", None) for name in names]
+
+
 def test_the_head_goes_before_its_workers_so_that_they_save_a_checkpoint() -> None:
     head, worker = make_pod(), make_pod("worker")
     assert removed(ENDED, head, worker, anchors=[1]) == [Removal("Pod", "bot-1-head", "uid-of-bot-1-head")]

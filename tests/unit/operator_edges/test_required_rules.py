@@ -9,7 +9,7 @@ def test_rules_have_no_wildcard_and_never_read_secrets() -> None:
     verbs = {resource: set(rule["verbs"]) for rule in rules for resource in rule["resources"]}
     assert verbs["secrets"] == {"create", "delete"}
     assert verbs["finetunejobs"] == {"get", "list", "watch", "delete"}
-    assert verbs["pods"] == {"get", "list", "watch", "create", "delete"}
+    assert verbs["pods"] == {"get", "list", "watch", "create", "delete", "deletecollection"}
     assert verbs["finetunejobs/status"] == {"update"}
     assert verbs["tuningprofiles"] == {"list", "watch"}
     assert verbs["leases"] == {"get", "create", "update"}

@@ -146,3 +146,21 @@ async def test_a_crash_after_any_write_of_any_life_does_no_harm(live, spec, phas
         assert list(cluster.objects) == list(undisturbed.objects)
         assert sorted(set(cluster.made)) == sorted(cluster.made), f"made twice after a crash at write {number}"
         assert kubelet.trained == calm.trained
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+async def test_what_went_with_a_deleted_config_map_is_made_anew_wherever_the_operator_dies(number: int) -> None:
+    """The head is there and tells no longer that the other objects are: a dead operator's successor must know that they may be missing."""
+    cluster, kubelet = world({})
+    await drive(cluster, kubelet, until=lambda: kubelet.trained == [1])
+    before = {key for key in cluster.objects if key[0] != "Pod"}
+    del cluster.objects["ConfigMap", "bot-1"]
+    cluster.collect_garbage()
+    assert {kind for kind, _ in cluster.objects} == {"Pod"}
+    cluster.crash_after = len(cluster.writes) + number
+    await drive(cluster, kubelet, until=lambda: kubelet.trained == [1, 2, 3])
+    assert cluster.crash_after is None
+    assert {key for key in cluster.objects if key[0] != "Pod"} == before
+    assert cluster.objects["ConfigMap", "bot-1"]["metadata"]["annotations"] == {"finetune.dev/objects": "owned"}
+    await drive(cluster, kubelet)
+    assert (cluster.status.phase, cluster.status.attempt.number, list(cluster.objects)) == ("Complete", 1, [("Pod", "bot-1-head")])

@@ -196,8 +196,8 @@ class KubernetesCluster:
         """Delete every pod with these labels, in one request. Each gets its own grace period, or `grace` seconds."""
         options = {"propagationPolicy": "Background", **({} if grace is None else {"gracePeriodSeconds": grace})}
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
-        query = [("labelSelector", selector)]
-        await self.call("deletecollection", self._kinds["Pod"].path(namespace), f"Pods with {selector}", query=query, body=options)
+        path = self._kinds["Pod"].path(namespace)
+        await self.call("deletecollection", path, f"Pods with {selector}", query=[("labelSelector", selector)], body=options)
 
     async def try_job(self, job: Mapping[str, Any]) -> None:
         """Offer a job to the API server without making it. Raises ApiError where it would be refused."""
@@ -234,10 +234,7 @@ class KubernetesCluster:
         return found
 
     async def check(self, namespaces: Sequence[str]) -> None:
-        """Ask for one profile, and one job in each namespace (in all of them at once where none is named).
-
-        Raises ApiError where that does not work.
-        """
+        """Ask for one profile, and a job in each namespace (in all at once where none is named). Raises ApiError where that fails."""
         for path in (PROFILES, *_job_lists(namespaces)):
             await self.call("list", path, path.rsplit("/", 1)[1], query=[("limit", "1")])
 

@@ -145,5 +145,5 @@ async def writes_of(operator: Operator) -> float:
     status, text = await operator.get("/metrics")
     if status != 200:
         raise RuntimeError(f"/metrics answered {status}")
-    series = r'^finetune_operator_api_requests_total{[^}]*verb="(?:create|update|patch|delete)"[^}]*} (\S+)$'
+    series = r'^finetune_operator_api_requests_total{[^}]*verb="(?:create|update|patch|delete|deletecollection)"[^}]*} (\S+)$'
     return sum(float(value) for value in re.findall(series, text, flags=re.MULTILINE))

@@ -274,7 +274,8 @@ async def drive(cluster: FakeCluster, kubelet: FakeKubelet, *, until: Callable[[
             delay = await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
         except Crash:
             continue
-        cluster.collect_garbage()
+        finally:
+            cluster.collect_garbage()
         if delay is None:
             return number
         kubelet.step()

@@ -33,6 +33,7 @@ async def drive(cluster: FakeCluster, kubelet: FakeKubelet, kueue: FakeKueue, un
         if until():
             return
         delay = await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
+        cluster.collect_garbage()
         if delay is None:
             return
         kueue.step()

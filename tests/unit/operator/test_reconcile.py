@@ -132,8 +132,8 @@ async def test_the_whole_way_costs_few_writes() -> None:
     cluster, kubelet = world()
     await drive(cluster, kubelet)
     patches = cluster.writes.count("patch status")
-    # 4 objects and 3 pods are made, 2 workers and 4 objects deleted.
-    assert len(cluster.writes) - patches == 7 + 6
+    # 4 objects and 3 pods are made; the workers deleted at once, and the ConfigMap with what belongs to it.
+    assert len(cluster.writes) - patches == 7 + 2
     assert patches <= 12
 
 
@@ -350,11 +350,11 @@ async def test_a_deleted_job_that_a_finalizer_holds_up_lets_go_of_its_pods() -> 
     cluster.job["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["example.com/accounting"]}
     cluster.writes.clear()
     assert await reconcile(KEY, cluster, SETTINGS, cluster.clock.now) is None
-    assert cluster.writes == ["delete Pod bot-1-head", "delete Pod bot-1-worker-0", "delete Pod bot-1-worker-1"]
+    assert cluster.writes == ["delete Pod bot-1-head", "delete pods"]
     kubelet.step()
     await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
     assert (cluster.pods, cluster.status.phase) == ([], "Training")
-    assert len(cluster.writes) == 3, "nothing is asked for twice"
+    assert len(cluster.writes) == 2, "nothing is asked for twice"
 
 
 async def test_a_job_of_the_same_name_does_not_get_the_pods_of_the_one_before() -> None:

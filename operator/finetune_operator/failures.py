@@ -113,6 +113,17 @@ def _was_interrupted(head: Head) -> Ending | None:
     return Ending(Reason.PREEMPTED, f"pod {head.pod.name} was told to stop", failure=None)
 
 
+def _was_deleted(head: Head) -> Ending | None:
+    """Somebody deleted the head of a running attempt, which this operator never does, and it did not end by itself.
+
+    Its grace was over (137), or its kubelet has forgotten how the container ended.
+    """
+    ended = head.pod.exit
+    if head.pod.role != "head" or head.pod.deletion is None or (ended and (ended.code != 137 or ended.reason == "OOMKilled")):
+        return None
+    return Ending(Reason.PREEMPTED, f"pod {head.pod.name} was deleted", failure=None)
+
+
 def _ran_out_of_memory(head: Head) -> Ending | None:
     if head.pod.exit is None or head.pod.exit.reason != "OOMKilled":
         return None
@@ -214,6 +225,7 @@ _CHECKS: tuple[Callable[[Head], Ending | None], ...] = (
     _taken_away,
     _said_why,
     _was_interrupted,
+    _was_deleted,
     _ran_out_of_memory,
     _filled_its_volumes,
     _outlived_its_limit,

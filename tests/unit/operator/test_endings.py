@@ -1,7 +1,7 @@
 """Why an attempt ended: each way that a head can end, and the reason that is given for it."""
 
 import pytest
-from tests.builders import make_pod, make_report, terminated
+from tests.builders import T0, make_pod, make_report, terminated
 
 from finetune_api.reasons import ADVICE
 from finetune_api.status import LOG_MAX, Failure
@@ -35,6 +35,8 @@ FAILURES = {
     "exit code 1 and a log": (failed(1, log="Traceback: boom"), None, "InternalError", True),
     "killed for its memory": (failed(137, "OOMKilled"), None, "OOMKilled", True),
     "killed, and not for its memory": (failed(137), None, "HeadLost", True),
+    "killed for its memory, then deleted": (failed(137, "OOMKilled", deletion=T0), None, "OOMKilled", True),
+    "crashed, then deleted": (failed(139, deletion=T0), None, "ProcessCrashed", True),
     "a segmentation fault": (failed(139), None, "ProcessCrashed", True),
     "success without a report": (failed(0, "Completed"), None, "InternalError", True),
     "its own volume is full": (
@@ -67,6 +69,8 @@ def test_a_failure_has_its_reason(pod, report, reason, retryable) -> None:
 PREEMPTIONS = {
     "preempted by the scheduler": (failed(143, conditions=DISRUPTED), None, "Preempted"),
     "preempted, and the trainer failed of it": (failed(1, conditions=DISRUPTED), said(GPU), "Preempted"),
+    "deleted, and killed in the end": (failed(137, deletion=T0), None, "Preempted"),
+    "deleted, and its container's end forgotten": (failed(None, deletion=T0), None, "Preempted"),
     "preempted, and killed in the end": (failed(137, conditions=DISRUPTED), None, "Preempted"),
     "the node is short of memory": (failed(137, reason="Evicted", message="The node was low on resource: memory."), None, "Evicted"),
     "the node shut down": (

@@ -1,5 +1,6 @@
 """How the tuned model is measured beside the untuned one, and what it must reach to be published."""
 
+import re
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -216,13 +217,12 @@ class Suite(SpecModel):
 
 BASELINE = "baseline"
 """What the untuned model is called where something is compared with it."""
-Comparison = Annotated[
-    str,
-    Field(min_length=1, max_length=JOB_NAME_MAX, pattern=LABEL_PATTERN),
-    described(f"baseline or a job's name, at most {JOB_NAME_MAX} characters"),
-]
+EARLIER = "checkpoints"
+"""What the job's own earlier checkpoints are called in compareWith; each is called step-N beside the results."""
+_NAME = Field(min_length=1, max_length=JOB_NAME_MAX, pattern=LABEL_PATTERN)
+Comparison = Annotated[str, _NAME, described(f"baseline, checkpoints or a job's name, at most {JOB_NAME_MAX} characters")]
 NOT_BESIDE_ITSELF = rule(
-    "self.metadata.name == 'baseline' || !(self.metadata.name in self.spec.evaluation.compareWith)",
+    f"self.metadata.name in {[BASELINE, EARLIER]} || !(self.metadata.name in self.spec.evaluation.compareWith)",
     "spec.evaluation.compareWith names this job itself: name another job, or baseline for the untuned model",
 )
 """Of the whole job."""
@@ -248,8 +248,8 @@ class Gate(SpecModel):
     """The value must be better than that of `over` by at least this: larger, or for a loss, perplexity or gap smaller."""
     max_increase: Annotated[float, Field(ge=0)] | None = None
     """The value must not be larger than that of `over` by more than this."""
-    over: Comparison | None = None
-    """What it is compared with: baseline (the untuned model), or one of compareWith."""
+    over: Annotated[str, _NAME, described(f"baseline or a job's name, at most {JOB_NAME_MAX} characters")] | None = None
+    """What it is compared with: baseline (the untuned model), or a job of compareWith."""
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
@@ -260,23 +260,29 @@ class Gate(SpecModel):
 
 
 _OVER_IS_COMPARED = rule(
-    "self.gates.all(gate, !has(gate.over) || gate.over == 'baseline' || gate.over in self.compareWith)",
-    "over of every gate must be baseline or stand in compareWith",
+    "self.gates.all(gate, !has(gate.over) || gate.over == 'baseline' || (gate.over != 'checkpoints' && gate.over in self.compareWith))",
+    "over of every gate must be baseline or a job of compareWith",
+)
+_STEPS_ARE_CHECKPOINTS = rule(
+    "!('checkpoints' in self.compareWith) || self.compareWith.all(name, !name.matches('^step-[0-9]+$'))",
+    "compareWith: beside checkpoints step-N is the checkpoint of a step, so leave the job of such a name out, or checkpoints",
 )
 
 
 class EvaluationPlan(SpecModel):
     """How the tuned model is measured beside the untuned one, and what it must reach to be published."""
 
-    model_config = ConfigDict(json_schema_extra=rules(_OVER_IS_COMPARED))
+    model_config = ConfigDict(json_schema_extra=rules(_OVER_IS_COMPARED, _STEPS_ARE_CHECKPOINTS))
 
     suites: Annotated[tuple[Suite, ...], Field(max_length=16, json_schema_extra=BY_NAME), AfterValidator(check_names_distinct)] = ()
     """What is measured besides the loss on validation and test data."""
     compare_with: Annotated[
         tuple[Comparison, ...], Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "set"}), AfterValidator(check_distinct)
     ] = ("baseline",)
-    """What the results are set beside: baseline, which is the untuned model and always measured, and other jobs of the same
-    output.storage by name."""
+    """What the results are set beside: baseline, which is the untuned model and always measured; checkpoints, which are this job's own
+    before the one that is measured, as far as checkpoint.keep has kept them; and other jobs of the same output.storage by name. Jobs called
+    baseline or checkpoints cannot be compared with. There is room for 8 in all: of more checkpoints those with the lowest validation loss
+    are taken."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Confidence of the intervals that results and gates are given with."""
     gates: Annotated[tuple[Gate, ...], Field(max_length=16)] = ()
@@ -289,8 +295,19 @@ class EvaluationPlan(SpecModel):
     @model_validator(mode="after")
     def _over_is_compared(self) -> Self:
         named = {gate.over for gate in self.gates} - {None}
-        check(named <= {BASELINE, *self.compare_with}, _OVER_IS_COMPARED["message"])
+        check(named <= {BASELINE, *self.other_jobs}, _OVER_IS_COMPARED["message"])
         return self
+
+    @model_validator(mode="after")
+    def _steps_are_checkpoints(self) -> Self:
+        steps = any(re.fullmatch(r"step-[0-9]+", name) for name in self.compare_with)
+        check(not (steps and EARLIER in self.compare_with), _STEPS_ARE_CHECKPOINTS["message"])
+        return self
+
+    @property
+    def other_jobs(self) -> tuple[str, ...]:
+        """The names of the jobs in compareWith, in their order."""
+        return tuple(name for name in self.compare_with if name not in (BASELINE, EARLIER))
 
     @property
     def metric_names(self) -> frozenset[str]:

@@ -9,6 +9,8 @@ from finetune_api.status_fields import AnyScalar, Count, MeasureName, Text, Uri
 
 RESULTS_MAX = 264
 """All metrics of as many suites as a spec may hold, what an objective measures of validation and test data, and their gap."""
+COMPARED_MAX = 8
+"""Others that a result stands beside, as many as compareWith may name."""
 BASELINES_MAX = 64
 _ShortText = Annotated[str, Field(max_length=128)]
 
@@ -70,14 +72,14 @@ class Difference(StatusModel):
 
 
 class ComparedResult(StatusModel):
-    """One measure of another job beside this one's."""
+    """One measure of another job, or of an earlier checkpoint, beside the tuned model's."""
 
     other: Annotated[str, Field(max_length=64, alias="with")]
-    """Name of the other job."""
+    """Name of the other job, or step-N for the checkpoint of a step."""
     value: float | None = None
     """The other's value."""
     difference: Difference | None = None
-    """This job's value less the other's."""
+    """The tuned model's value less the other's."""
 
 
 class EvaluationResult(StatusModel):
@@ -97,8 +99,8 @@ class EvaluationResult(StatusModel):
     """The tuned model's value less the untuned one's."""
     n: Count | None = None
     """Examples that it was measured on."""
-    compared: Annotated[tuple[ComparedResult, ...], Field(max_length=8)] = ()
-    """The same measure of the jobs in evaluation.compareWith."""
+    compared: Annotated[tuple[ComparedResult, ...], Field(max_length=COMPARED_MAX)] = ()
+    """The same measure of the jobs in evaluation.compareWith, and with checkpoints there of earlier ones."""
 
 
 Verdict = Literal["Passed", "Failed", "Inconclusive"]

@@ -16,7 +16,7 @@ from finetune_api.as_stored import as_stored
 from finetune_api.baseline import BaselinePlan
 from finetune_api.compute import Compute, Toleration, Workers
 from finetune_api.data import Data, HeldOutSource
-from finetune_api.evaluation import BASELINE, NOT_BESIDE_ITSELF, EvaluationPlan, Gate, Suite
+from finetune_api.evaluation import NOT_BESIDE_ITSELF, EvaluationPlan, Gate, Suite
 from finetune_api.fields import LABEL_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, rule, rules
 from finetune_api.loop_rules import LOOP_RULES
 from finetune_api.methods import (
@@ -362,8 +362,7 @@ class FineTuneJob(BaseModel):
 
     @model_validator(mode="after")
     def _not_beside_itself(self) -> Self:
-        others = set(self.spec.evaluation.compare_with) - {BASELINE}  # which a job may be called too
-        check(self.metadata.name not in others, NOT_BESIDE_ITSELF["message"])
+        check(self.metadata.name not in self.spec.evaluation.other_jobs, NOT_BESIDE_ITSELF["message"])
         return self
 
 

@@ -1,6 +1,7 @@
 """`finetune compare JOB...`: what several jobs have reached, side by side."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,13 @@ from rich.text import Text
 from finetune_api import KIND
 from finetune_api.evaluation import LOWER_IS_BETTER
 from finetune_api.scrub import scrub
-from finetune_api.status import EvaluationResult, Status
+from finetune_api.status import Evaluation, EvaluationResult, Status
 from finetune_operator.asking import Context, Place, absent, ask, place_of, read_jobs
 from finetune_operator.manifest import ManifestError, read_manifests
 
 _SAME = 1e-6
 """Relative: smaller differences of two measurements of one model are rounding."""
+_STEP = re.compile("step-[0-9]+")
 _ABSENT = Text("-", style="dim")
 
 
@@ -32,13 +34,31 @@ def compare(
     context: Context = "",
 ) -> None:
     """Set what jobs have reached side by side: each metric with its interval, the best of each row marked."""
-    statuses = _statuses(jobs, place_of(namespace, context), context)
+    statuses = with_checkpoints(_statuses(jobs, place_of(namespace, context), context))
     console = Console()
     if not console.is_terminal:
         console = Console(width=10_000)  # a pipe has no edge to break lines at
     console.print(table_of(statuses))
     for note in notes_of(statuses):
         console.print(Text(scrub(note)), style="dim")
+
+
+def with_checkpoints(statuses: Mapping[str, Status]) -> dict[str, Status]:
+    """With a column for each earlier checkpoint that a job was compared with, after the job's own."""
+    found: dict[str, Status] = {}
+    for name, status in statuses.items():
+        found[name] = status
+        results = status.evaluation.results if status.evaluation else ()
+        others = dict.fromkeys(each.other for result in results for each in result.compared)
+        for step in filter(_STEP.fullmatch, others):
+            found[f"{name} {step}"] = Status(evaluation=Evaluation(results=tuple(_of_step(result, step) for result in results)))
+    return found
+
+
+def _of_step(result: EvaluationResult, step: str) -> EvaluationResult:
+    """What a checkpoint reached by a result's metric; of its interval alone nothing is told."""
+    value = next((each.value for each in result.compared if each.other == step), None)
+    return EvaluationResult(metric=result.metric, value=value, baseline=result.baseline, n=result.n)
 
 
 def table_of(statuses: Mapping[str, Status]) -> Table:

@@ -1,10 +1,11 @@
-"""The stage Evaluate: the tuned model beside the untuned one and other jobs' models, its health, and the verdict of the gates."""
+"""The stage Evaluate: the tuned model beside the untuned one, others' and earlier ones, its health, and the verdict of the gates."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from finetune_api.evaluation import BASELINE
+from finetune_api.evaluation import BASELINE, EARLIER
+from finetune_api.outcomes import COMPARED_MAX
 from finetune_api.reasons import Reason
 from finetune_api.status import Evaluation, Health
 from finetune_trainer import checkpoint
@@ -38,11 +39,22 @@ class Judgement:
 
 @dataclass(frozen=True)
 class _Compared:
-    """A model's figures, with those that they are compared with, and the differences, by name: `baseline`, and other jobs'."""
+    """A model's figures, with those that they are compared with, and the differences, by name: `baseline`, other jobs', `step-N`."""
 
     after: tuple[Measured, ...]
     others: Mapping[str, Sequence[Measured]]
     differences: Mapping[str, Sequence[Change]]
+    judges: Mapping[str, str]
+    """As in Judgement."""
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """A checkpoint that has answered."""
+
+    candidate: Candidate
+    result: Result
+    """What was trained until then."""
 
 
 def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: Crew) -> Judgement:
@@ -50,22 +62,22 @@ def evaluate(attempt: Attempt, preparation: Preparation, result: Result, crew: C
     # Who has just trained is kept until nothing is left to ask: pods that were let go might not come back for long.
     attempt.reporter.start_stage("Evaluate", "measuring the tuned model", workers_wanted=attempt.reporter.report.workers_wanted)
     measuring = Measuring(attempt, preparation, crew)
-    tuned = measuring.candidate(f"step-{result.steps}", step=result.steps)
-    untuned = measuring.ask_baseline("Evaluate", tuned)
+    tuned = _tuned(measuring, result)
+    untuned = measuring.ask_baseline("Evaluate", tuned.candidate)
+    course = read_history(attempt.own)
+    earlier = _ask_earlier(attempt, measuring, result, course)
     kept = attempt.reporter.report.workers_wanted if _may_go_on_soon(attempt, measuring) else 0
     attempt.reporter.announce(workers_wanted=kept, message="comparing the tuned model with the untuned one")
-    course = read_history(attempt.own)
-    compared = _compared(attempt, measuring, result, course, (tuned, untuned))
+    compared = _compared(attempt, measuring, course, untuned, (tuned, *earlier))
     evaluation = _evaluation(attempt, measuring, result.steps, course, compared)
-    answers = measuring.answers(tuned)
+    answers = measuring.answers(tuned.candidate)
     samples = tuple(
         sample
         for asked in measuring.suites
         for sample in samples_of(asked.suite.name, asked.cases, untuned[asked.suite.name], answers[asked.suite.name])
     )
     attempt.reporter.announce(evaluation=evaluation)
-    judges = {asked.suite.name: words for asked in measuring.suites if (words := asked.givers.comparison) is not None}
-    return Judgement(evaluation, samples, course, judges)
+    return Judgement(evaluation, samples, course, compared.judges)
 
 
 def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judgement: Judgement, crew: Crew) -> tuple[Result, Judgement]:
@@ -74,24 +86,59 @@ def try_earlier(attempt: Attempt, preparation: Preparation, result: Result, judg
     Every checkpoint that is kept is measured, so several are several chances (see gate.py); one that is damaged is passed over. Raises
     JobError.
     """
-    known = {point.step: dict(point.values) for point in judgement.course.held_out}
     storage = attempt.own.at(CHECKPOINTS)
-    kept = [step for step in checkpoint.steps_of(storage) if step < result.steps]  # with early stopping there are later ones
-    for step in sorted(kept, key=lambda step: (known.get(step, {}).get(VALIDATION, math.inf), -step)):
-        losses = {name.removesuffix("/loss"): value for name, value in known.get(step, {}).items()}
-        attempt.console.say(f"a gate is not passed: trying the checkpoint of step {step}")
+    for found in _earlier(attempt, result, judgement.course):
+        attempt.console.say(f"a gate is not passed: trying the checkpoint of step {found.steps}")
         try:
-            tokens = checkpoint.find(storage, step, preparation.config, proven=True).trained_tokens
-            earlier = replace(result, steps=step, trained_tokens=tokens, after=losses)
+            tokens = checkpoint.find(storage, found.steps, preparation.config, proven=True).trained_tokens
+            earlier = replace(found, trained_tokens=tokens)
             judged = evaluate(attempt, preparation, earlier, crew)
             if judged.evaluation.gates_verdict == "Passed":
                 return _exported(attempt, preparation, earlier, crew), judged
         except Exception as error:
             if as_job_error(error).reason != Reason.CHECKPOINT_CORRUPTED:
                 raise
-            attempt.console.say(f"the checkpoint of step {step} is damaged, and is passed over")
+            attempt.console.say(f"the checkpoint of step {found.steps} is damaged, and is passed over")
     attempt.reporter.announce(evaluation=judgement.evaluation)
     return result, judgement
+
+
+def _earlier(attempt: Attempt, result: Result, course: Course) -> list[Result]:
+    """The checkpoints before the result's that are kept, that with the lowest validation loss first; the tokens are not theirs."""
+    known = {point.step: dict(point.values) for point in course.held_out}
+    steps = checkpoint.steps_of(attempt.own.at(CHECKPOINTS))
+    kept = [step for step in steps if step < result.steps]  # with early stopping there are later ones
+    kept.sort(key=lambda step: (known.get(step, {}).get(VALIDATION, math.inf), -step))
+    losses = ({name.removesuffix("/loss"): value for name, value in known.get(step, {}).items()} for step in kept)
+    return [replace(result, steps=step, after=after) for step, after in zip(kept, losses, strict=True)]
+
+
+def _tuned(measuring: Measuring, result: Result) -> _Tuned:
+    return _Tuned(measuring.candidate(f"step-{result.steps}", step=result.steps), result)
+
+
+def _ask_earlier(attempt: Attempt, measuring: Measuring, result: Result, course: Course) -> list[_Tuned]:
+    """Have the earlier checkpoints answer that the result is to stand beside; in the order of their steps. Raises JobError.
+
+    They are not asked with the result's: one that is damaged is passed over, where damage to the result's would have it trained again.
+    """
+    plan = attempt.job.spec.evaluation
+    if EARLIER not in plan.compare_with:
+        return []
+    room = COMPARED_MAX - len(plan.other_jobs)
+    found = [_tuned(measuring, each) for each in _earlier(attempt, result, course)]
+    while asked := found[:room]:
+        try:
+            measuring.ask([each.candidate for each in asked], "Evaluate")
+            break
+        except Exception as error:
+            damaged = next((each for each in asked if measuring.left(each.candidate)), None)  # they answer in this order
+            if as_job_error(error).reason != Reason.CHECKPOINT_CORRUPTED or damaged is None:
+                raise
+            what = f"the checkpoint of step {damaged.result.steps} is damaged: it is not among the results"
+            attempt.following.warn((what,))
+            found.remove(damaged)
+    return sorted(asked, key=lambda each: each.result.steps)
 
 
 def _may_go_on_soon(attempt: Attempt, measuring: Measuring) -> bool:
@@ -116,25 +163,38 @@ def _exported(attempt: Attempt, preparation: Preparation, earlier: Result, crew:
     return crew.run(lambda group, _: fit_export(compute, config, group, attempt.scratch), done)
 
 
-def _compared(attempt: Attempt, measuring: Measuring, result: Result, course: Course, asked: tuple[Candidate, Answers]) -> _Compared:
-    """All figures, and how they differ."""
-    tuned, untuned = asked
-    plan = attempt.job.spec.evaluation
-    losses = compare(result.before, result.after, per_token=attempt.job.spec.objective.dpo is None).results
+def _compared(attempt: Attempt, measuring: Measuring, course: Course, untuned: Answers, asked: Sequence[_Tuned]) -> _Compared:
+    """All figures of the first that was asked, and how they differ from those of the others."""
+    plan, (tuned, *earlier) = attempt.job.spec.evaluation, asked
+    losses = compare(tuned.result.before, tuned.result.after, per_token=_per_token(attempt)).results
     before = (
         *(Measured(each.metric, each.baseline) for each in losses if each.baseline is not None),
         *measuring.measured(measuring.candidate(BASELINE), untuned),
     )
-    after = (
-        *(Measured(each.metric, each.value) for each in losses if each.value is not None),
-        *measuring.measured(tuned, untuned),
-    )
-    before, after = (*before, *_gap(before, course, 0)), (*after, *_gap(after, course, result.steps))
+    before = (*before, *_gap(before, course, 0))
+    after = _figures(attempt, measuring, course, untuned, tuned)
+    judges = {each.suite.name: words for each in measuring.suites if (words := each.givers.comparison) is not None}
     suites = [(each.suite, each.cases) for each in measuring.suites]
     found = find_others(attempt.storage, attempt.job)
     others = {BASELINE: before} | {other.name: reached(other, suites, plan.confidence) for other in found}
+    others |= {each.candidate.name: _figures(attempt, measuring, course, untuned, each) for each in earlier}
     differences = {name: changes(after, figures, plan.confidence) for name, figures in others.items()}
-    return _Compared(after, others, differences)
+    return _Compared(after, others, differences, judges)
+
+
+def _figures(attempt: Attempt, measuring: Measuring, course: Course, untuned: Answers, tuned: _Tuned) -> tuple[Measured, ...]:
+    """All figures of a model that was trained."""
+    losses = compare(tuned.result.before, tuned.result.after, per_token=_per_token(attempt)).results
+    found = (
+        *(Measured(each.metric, each.value) for each in losses if each.value is not None),
+        *measuring.measured(tuned.candidate, untuned),
+    )
+    return (*found, *_gap(found, course, tuned.result.steps))
+
+
+def _per_token(attempt: Attempt) -> bool:
+    """Whether the losses on held-out data are means over tokens."""
+    return attempt.job.spec.objective.dpo is None
 
 
 def _gap(after: Sequence[Measured], course: Course, step: int) -> tuple[Measured, ...]:

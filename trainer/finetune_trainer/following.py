@@ -97,7 +97,7 @@ class Following:
             message=progress.message or f"step {state.step} of {state.total_steps}",
             usage=self._usage(),
         )
-        self._warn(progress.warnings)
+        self.warn(progress.warnings)
         if progress.stage == "Evaluate" and self._stage("Evaluate") == "Pending":
             self._reporter.start_stage("Evaluate", progress.message, workers_wanted=self._reporter.report.workers_wanted)
         if progress.stage == "Train" and progress.step:
@@ -107,14 +107,14 @@ class Following:
     def _take_answers(self, progress: WorkerProgress) -> None:
         """Workers that answer suites take no steps: what is known of the training stays as it is."""
         self._reporter.update(message=progress.message, usage=self._usage())
-        self._warn(progress.warnings)
+        self.warn(progress.warnings)
 
     def _checkpoints(self, progress: WorkerProgress) -> Checkpoints | None:
         """What is known of the checkpoints; a group that is only loading knows nothing new."""
         known = self._reporter.report.checkpoints
         return Checkpoints(latest=progress.checkpoint, best=progress.best_checkpoint) if progress.checkpoint else known
 
-    def _warn(self, warnings: tuple[str, ...]) -> None:
+    def warn(self, warnings: tuple[str, ...]) -> None:
         """Pass on what is new, at once."""
         known = self._reporter.report.warnings
         new = tuple(text for text in warnings if text not in known)[: WARNINGS_MAX - len(known)]

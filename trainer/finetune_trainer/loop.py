@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from finetune_api.estimate import AUTO_TOKENS
+from finetune_api.evaluation import EARLIER
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ArtifactKind, FineTuneJob, Spec
 from finetune_trainer import checkpoint
@@ -151,6 +152,8 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
 
 def judged_on_the_way(spec: Spec) -> tuple[str, ...]:
     """The splits whose losses are measured of every checkpoint: of an earlier one that may be published, all that a gate asks for."""
+    if EARLIER in spec.evaluation.compare_with:
+        return (VALIDATION, "test")
     gates = spec.evaluation.gates if spec.evaluation.on_gate_failure == "tryEarlierCheckpoint" else ()
     return (VALIDATION, *({"test"} & {gate.metric.partition("/")[0] for gate in gates}))
 

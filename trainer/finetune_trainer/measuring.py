@@ -105,8 +105,7 @@ class Measuring:
             write_cases(own, suite_file(asked.suite.name), asked.cases)
 
         def left() -> int:
-            found = [each for candidate in candidates if (each := outstanding(own, candidate)) is not None]
-            return sum(len(each.questions) for each in found) + sum(self._tasks_left(candidate) for candidate in candidates)
+            return sum(self.left(candidate) for candidate in candidates)
 
         if not left():
             return
@@ -121,6 +120,11 @@ class Measuring:
             return sum(answered(own, candidate) - self._tasks_left(candidate) for candidate in candidates)
 
         self._crew.run(lambda group, _: fit_answers(compute, config, group, self._attempt.scratch), lambda: None if left() else True, moved)
+
+    def left(self, candidate: Candidate) -> int:
+        """Suites that a candidate is still to be asked. Raises JobError."""
+        found = outstanding(self._attempt.own, candidate)
+        return (len(found.questions) if found else 0) + self._tasks_left(candidate)
 
     @property
     def waits(self) -> bool:

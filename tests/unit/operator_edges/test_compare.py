@@ -11,7 +11,7 @@ import yaml
 from tests.builders import NAMESPACE, raw_job
 from typer.testing import CliRunner
 
-from finetune_api.status import Evaluation, EvaluationResult, GateResult, Status
+from finetune_api.status import ComparedResult, Evaluation, EvaluationResult, GateResult, Status
 from finetune_operator import asking
 from finetune_operator.cli import app
 from finetune_operator.port import JobKey
@@ -72,6 +72,26 @@ def test_jobs_of_the_cluster_side_by_side(cluster: dict[str, Status]) -> None:
         ["validation/loss 2.5 1.25* 1.5 -"],
         ["task/f1 0.4 0.8123 [0.78, 0.84] 0.85* [0.82, 0.88] -"],
         ["* the best of its row; in brackets its confidence interval"],
+    ]
+
+
+def test_earlier_checkpoints_have_columns_beside_their_jobs(cluster: dict[str, Status]) -> None:
+    """Other jobs that a job was compared with have none: they are named where they are wanted."""
+    others = (
+        ComparedResult(other="older", value=0.1),
+        ComparedResult(other="step-40", value=0.85),
+        ComparedResult(other="step-80", value=0.5),
+    )
+    cluster["first"] = measured(f1(0.75, low=0.7, high=0.8, n=500, compared=others), loss(1.25))
+    cluster["second"] = measured(f1(0.8, n=500))
+    code, lines = run("-n", NAMESPACE, "first", "second")
+    assert code == 0
+    assert [" ".join(line.split()) for line in lines] == [
+        "METRIC UNTUNED first first step-40 first step-80 second",
+        "phase Complete Complete",
+        "task/f1 0.4 0.75 [0.7, 0.8] 0.85* 0.5 0.8",
+        "validation/loss 2.5 1.25 - - -",
+        "* the best of its row; in brackets its confidence interval",
     ]
 
 

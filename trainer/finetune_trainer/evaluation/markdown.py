@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune_api.evaluation import EARLIER
 from finetune_api.report import Report
 from finetune_api.status import DataSummary, Evaluation, EvaluationResult
 from finetune_api.v1alpha1 import FineTuneJob
@@ -68,7 +69,8 @@ def markdown(findings: Findings, pictures: Sequence[str]) -> str:
         _summary(findings),
         _gates(findings),
         _results(findings, pictures),
-        _others(findings),
+        _others(findings, "Beside other jobs", "other job", checkpoints=False),
+        _others(findings, "Beside earlier checkpoints", "checkpoint", checkpoints=True),
         _judges(findings),
         _health(findings),
         _training(findings, pictures),
@@ -169,7 +171,9 @@ def _result_row(result: EvaluationResult) -> tuple[str, ...]:
     )
 
 
-def _others(findings: Findings) -> Iterator[str]:
+def _others(findings: Findings, title: str, what: str, *, checkpoints: bool) -> Iterator[str]:
+    """With checkpoints in compareWith the others are checkpoints, but for the jobs that it names."""
+    plan = findings.job.spec.evaluation
     rows = [
         (
             code(result.metric),
@@ -181,12 +185,12 @@ def _others(findings: Findings) -> Iterator[str]:
         )
         for result in findings.evaluation.results
         for other in result.compared
+        if checkpoints == (EARLIER in plan.compare_with and other.other not in plan.compare_with)
     ]
     if rows:
-        yield "## Beside other jobs"
+        yield f"## {title}"
         yield ""
-        title = _interval_title(findings)
-        yield from table(("metric", "other job", "this job", "the other", "difference", title), rows, "llrrrr")
+        yield from table(("metric", what, "this job", "the other", "difference", _interval_title(findings)), rows, "llrrrr")
 
 
 def _judges(findings: Findings) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from finetune_api.evaluation import BASELINE, JUDGED_METRICS, Suite
+from finetune_api.evaluation import JUDGED_METRICS, Suite
 from finetune_api.reasons import Reason
 from finetune_api.status import ComparedResult, Evaluation, EvaluationResult
 from finetune_api.v1alpha1 import FineTuneJob
@@ -65,7 +65,7 @@ def find_others(storage: Storage, job: FineTuneJob) -> tuple[OtherJob, ...]:
 
     Raises JobError (ComparisonNotFound) where one has left no results.
     """
-    return tuple(_find(storage, job, name) for name in job.spec.evaluation.compare_with if name != BASELINE)
+    return tuple(_find(storage, job, name) for name in job.spec.evaluation.other_jobs)
 
 
 def reached(other: OtherJob, suites: Iterable[tuple[Suite, Sequence[Case]]], confidence: float) -> tuple[Measured, ...]:
@@ -87,7 +87,7 @@ def reached(other: OtherJob, suites: Iterable[tuple[Suite, Sequence[Case]]], con
 def beside(
     results: Iterable[EvaluationResult], others: Mapping[str, Sequence[Measured]], differences: Mapping[str, Sequence[Change]]
 ) -> tuple[EvaluationResult, ...]:
-    """The results with those of the other jobs beside them; both are by the other job's name, `differences` this job's less the other's."""
+    """The results with those of others beside them; both are by the other's name, `differences` these results less the other's."""
 
     def compared(metric: str, name: str) -> ComparedResult | None:
         theirs = next((each for each in others[name] if each.metric == metric and each.value is not None), None)

@@ -74,6 +74,10 @@ class Faults(RuleBasedStateMachine):
     def pods_go_on(self) -> None:
         self.kubelet.step()
 
+    @rule()
+    def garbage_is_collected(self) -> None:
+        self.cluster.collect_garbage()
+
     @rule(index=st.integers(0, 2))
     def a_pod_vanishes(self, index: int) -> None:
         if pod := self.pod(index):
@@ -169,6 +173,7 @@ class Faults(RuleBasedStateMachine):
                 break
             self.pods_pass_time()
             self.cluster.clock.advance(delay)
+        self.cluster.collect_garbage()
         status = self.cluster.status
         assert status.phase in ("Complete", "Failed"), status
         assert set(self.cluster.objects) <= {("Pod", f"bot-{status.attempt.number}-head")}

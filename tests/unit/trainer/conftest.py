@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.loading import one_at_a_time
 from tiny_models import byte_tokenizer, tiny_llama_config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finetune_trainer.methods.method import BaseModel
 from finetune_trainer.model_files import ModelFiles
+
+one_at_a_time()
 
 
 @pytest.fixture(scope="session")

@@ -143,9 +143,14 @@ def test_two_operators_do_the_work_of_one(release: Kubectl, kubectl: Kubectl, st
     gone(kubectl, name)
 
 
+def doomed(kubectl: Kubectl) -> Kubectl:
+    """kubectl in a namespace that a test makes and deletes; the operator watches it that long."""
+    return Kubectl(f"{kubectl.namespace}-doomed")
+
+
 def test_a_namespace_that_is_deleted_takes_its_jobs_along(release: Kubectl, kubectl: Kubectl, storage: str) -> None:
     """The head waits for a claim that never comes. The operator neither ends nor asks without end."""
-    other = Kubectl(f"{kubectl.namespace}-doomed")
+    other = doomed(kubectl)
     other("create", "namespace", other.namespace)
     with watching(other.namespace):
         other.apply(job("doomed"))

@@ -21,7 +21,7 @@ from finetune_operator.settings import Settings
 from finetune_trainer.environment import Environment, scratch_folder
 from finetune_trainer.ray_cluster import RayHead
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 
 PATIENCE = 600.0
 Protocol = Literal["grpc", "http", "other"]

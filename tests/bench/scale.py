@@ -83,7 +83,7 @@ async def _measured(stage: Stage, fleet: Fleet, name: str) -> Figures:
         print(f"{name}: every one of {len(fleet.jobs)} jobs has had a turn after {cold_start:.1f} s", flush=True)
         await asyncio.sleep(SETTLING_SECONDS)
         before, writes, since = use_of(pid), await _counted(process, name), time.monotonic()
-        touches = await _touch(stage.kube, fleet)
+        touches = await _touch(stage.kube, fleet, name)
         until, end, after = time.monotonic(), use_of(pid), await _counted(process, name)
         await asyncio.sleep(5)  # the last changes' turns
         turns = turns_in(written)
@@ -105,8 +105,11 @@ async def _until_all_had_a_turn(process: Operator, fleet: Fleet, written: Path) 
             await asyncio.sleep(1)
 
 
-async def _touch(kube: Kube, fleet: Fleet) -> list[Touch]:
-    """Change an annotation of jobs drawn at random, at an even pace; never of one job twice at a time."""
+async def _touch(kube: Kube, fleet: Fleet, name: str) -> list[Touch]:
+    """Change an annotation of jobs drawn at random, at an even pace; never of one job twice at a time.
+
+    To a value that no other process's turn has left there: what changes nothing wakes nobody.
+    """
     drawn = random.Random(0).sample(fleet.jobs, len(fleet.jobs))  # noqa: S311 - not a secret
     begun, touches = time.monotonic(), []
     async with asyncio.TaskGroup() as group:
@@ -114,7 +117,7 @@ async def _touch(kube: Kube, fleet: Fleet) -> list[Touch]:
             await asyncio.sleep(max(0.0, begun + number / TOUCHES_PER_SECOND - time.monotonic()))
             namespace, name = job.split("/")
             touches.append(Touch(job, time.monotonic()))
-            change = {"metadata": {"annotations": {TOUCH: str(number)}}}
+            change = {"metadata": {"annotations": {TOUCH: f"{name} {number}"}}}
             group.create_task(kube.patch("FineTuneJob", namespace, name, change))
     return touches
 

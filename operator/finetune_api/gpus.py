@@ -1,8 +1,8 @@
 """GPUs by name: their memory, and the dense peak of the format that is trained in.
 
 Peaks are those of NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM and NVL; the PCIe card from its first edition), "H200 Tensor Core
-GPU", "A100 Tensor Core GPU", "L40S", "A10", "L4", "V100" (SXM2) and "T4". Those of H100, H200 and L4 give BFLOAT16 with sparsity, which
-is halved here. Memory is the total that nvidia-smi prints, which ECC and the driver make less than the data sheet's; of a V100 it is 16,160
+GPU", "A100 Tensor Core GPU", "L40S", "A10", "L4", "V100" (SXM2, PCIe) and "T4". Those of H100, H200 and L4 give BFLOAT16 with sparsity,
+which is halved here. Memory is the total that nvidia-smi prints, which ECC and the driver make less than the data sheet's; of a V100 it is 16,160
 MiB under old drivers.
 """
 
@@ -39,6 +39,7 @@ GPUS: Mapping[str, Gpu] = {
         Gpu("a10", 23_028 * MIB, 125.0),
         Gpu("l4", 23_034 * MIB, 121.0),
         Gpu("v100-16gb", 16_384 * MIB, 15.7, "float32"),
+        Gpu("v100-pcie-16gb", 16_384 * MIB, 14.0, "float32"),
         Gpu("t4", 15_360 * MIB, 8.1, "float32"),
     )
 }
@@ -54,6 +55,7 @@ _MARKS = {
     "l40s": ("l40s",),
     "l4": ("l4",),
     "a10": ("a10",),
+    "v100-pcie-16gb": ("v100", "pcie", "16gb"),
     "v100-16gb": ("v100", "16gb"),
     "t4": ("t4",),
 }
@@ -61,9 +63,14 @@ _MARKS = {
 
 
 def gpu_of(node_selector: Mapping[str, str]) -> Gpu | None:
-    """The GPU that a node selector names, by the labels of NVIDIA's feature discovery and of GKE; None where it names none known here."""
+    """The GPU that a node selector names, by the labels of NVIDIA's feature discovery and of GKE; None where it names none known here.
+
+    A slice of one (`NVIDIA-A100-SXM4-40GB-MIG-1g.5gb`) is none that is known.
+    """
     for label in _LABELS:
         words = node_selector.get(label, "").lower().split("-")
+        if "mig" in words:
+            return None
         for name, marks in _MARKS.items():
             if all(mark in words for mark in marks):
                 return GPUS[name]

@@ -135,6 +135,10 @@ def test_a_teacher_stands_beside_the_model_unless_its_logits_are_kept() -> None:
         ({"cloud.google.com/gke-accelerator": "nvidia-l4"}, "l4"),
         ({"cloud.google.com/gke-accelerator": "nvidia-tesla-a100"}, "a100-40gb"),
         ({"nvidia.com/gpu.product": "Tesla-T4"}, "t4"),
+        ({"nvidia.com/gpu.product": "Tesla-V100-SXM2-16GB"}, "v100-16gb"),
+        ({"nvidia.com/gpu.product": "Tesla-V100-PCIE-16GB"}, "v100-pcie-16gb"),
+        ({"nvidia.com/gpu.product": "Tesla-V100-PCIE-32GB"}, None),
+        ({"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB-MIG-1g.10gb"}, None),
         ({"nvidia.com/gpu.product": "NVIDIA-GeForce-RTX-4090"}, None),
         ({"zone": "h100"}, None),
         ({}, None),
@@ -162,8 +166,10 @@ def test_peaks_are_dense_and_memory_is_what_the_driver_has_left() -> None:
         "a10": 24,
         "l4": 24,
     }
-    for name, size in (gigabytes | {"t4": 16, "v100-16gb": 16}).items():
+    for name, size in (gigabytes | {"t4": 16, "v100-16gb": 16, "v100-pcie-16gb": 16}).items():
         assert 0.9 * size * 2**30 < GPUS[name].memory < 1.075 * size * 1e9
+    singles = {"v100-16gb": 15.7, "v100-pcie-16gb": 14, "t4": 8.1}
+    assert {name: GPUS[name].teraflops for name in singles} == singles, "single precision, as printed"
 
 
 def test_a_gpu_without_bfloat16_computes_in_float32() -> None:

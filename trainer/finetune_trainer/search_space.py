@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api.evaluation import EARLIER
 from finetune_api.reasons import Reason
 from finetune_api.search import SEARCHABLE, SearchPlan
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
@@ -116,10 +117,14 @@ def with_values(job: FineTuneJob, values: Values, changes: Mapping[str, Any] | N
 def trial_job(job: FineTuneJob, values: Values, compute: Mapping[str, Any] | None = None) -> FineTuneJob:
     """The job that a trial runs: its values, search.epochs, one checkpoint, no search; on `compute`, where that is not the job's own.
 
+    No earlier checkpoint of a trial is judged, so none is measured for that.
+
     Raises JobError (InvalidSpec) where the values do not go together, on all workers too: what cannot be trained to the end is not tried.
     """
     epochs = {"training.epochs": job.spec.search.epochs} if job.spec.search and job.spec.search.epochs else {}
-    whole = with_values(job, values, {"checkpoint.keep": 1, "search": None, **epochs})
+    compared = [name for name in job.spec.evaluation.compare_with if name != EARLIER]
+    judged = {"evaluation.compareWith": compared, "evaluation.onGateFailure": "hold"}
+    whole = with_values(job, values, {"checkpoint.keep": 1, "search": None, **judged, **epochs})
     return whole if compute is None else with_values(whole, {}, {"compute": dict(compute)})
 
 

@@ -154,11 +154,8 @@ class RunningTrial:
 
     def end(self) -> None:
         """Have the workers leave, where they still train, and wait for that: Ray frees what they hold only if they leave by themselves."""
-        import ray
-
         if self._desk is not None and self._thread.is_alive():
-            ray.get(self._desk.end.remote(self._number))
-            self._thread.join(timeout=LEAVE_SECONDS)
+            dismiss(self._desk, self._number)
 
     def _run(self, values: Values, searching: Searching) -> None:
         try:

@@ -10,6 +10,7 @@ from finetune_api.reasons import Reason
 from finetune_api.search import SearchPlan
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.errors import JobError
+from finetune_trainer.loop import judged_on_the_way
 from finetune_trainer.search_space import (
     Dimension,
     check_comparable,
@@ -80,6 +81,18 @@ def test_a_trial_has_its_values_and_the_searchs_epochs_and_is_no_search_itself()
     assert (trial.spec.search, trial.spec.checkpoint.keep) == (None, 1)
     assert trial.metadata == job.metadata
     assert (trial.spec.data, trial.spec.model, trial.spec.compute) == (job.spec.data, job.spec.model, job.spec.compute)
+
+
+def test_a_trial_measures_no_earlier_checkpoint() -> None:
+    """Of a job that is compared with its earlier ones, or may publish one, the test loss is measured of each; a trial needs none of it."""
+    data = {"train": {"source": "pvc://data/train.jsonl"}, "test": {"source": "pvc://data/test.jsonl"}}
+    gates = [{"metric": "test/loss", "atMost": 2.0}]
+    for evaluation in ({"compareWith": ["baseline", "checkpoints"]}, {"gates": gates, "onGateFailure": "tryEarlierCheckpoint"}):
+        job = a_job(data=data, evaluation=evaluation)
+        assert judged_on_the_way(job.spec) == ("validation", "test")
+        trial = trial_job(job, {"training.learningRate": 5e-4})
+        assert judged_on_the_way(trial.spec) == ("validation",)
+        assert (trial.spec.evaluation.compare_with, trial.spec.evaluation.gates) == (("baseline",), job.spec.evaluation.gates)
 
 
 def test_the_best_values_are_trained_with_for_the_jobs_own_epochs() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.in_process import Finished, KilledError, run_job
-from tests.tiny_llama import make_tiny_llama, write_questions
+from tests.unit.trainer_run.looped_job import make_inputs, own_folder
 from tests.unit.trainer_run.test_whole_loop import SUITES, a_job
 
 from finetune_api.status import Difference
@@ -24,23 +24,13 @@ CHECKPOINTS = {"everySteps": 2, "keep": 3}
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    claim = tmp_path / "claims" / "data"
-    make_tiny_llama(claim / "model")
-    for name, count, start in (("train", 48, 0), ("validation", 12, 100), ("test", 8, 200)):
-        write_questions(claim / f"{name}.jsonl", count, start=start)
-    (claim / "other.jsonl").write_text("".join(json.dumps({"text": f"{number} and {number} again"}) + "\n" for number in range(8)))
-    (tmp_path / "claims" / "job").mkdir()
-    return tmp_path
+    return make_inputs(tmp_path)
 
 
 def job(*compare_with: str, **plan: Any) -> FineTuneJob:
     data = {part: {"source": f"pvc://data/{part}.jsonl"} for part in ("train", "validation", "test")}
     evaluation = {"suites": SUITES, "compareWith": list(compare_with or ("baseline", "checkpoints")), **plan}
     return a_job("job", data=data, training=TRAINING, checkpoint=CHECKPOINTS, evaluation=evaluation)
-
-
-def own_folder(inputs: Path) -> Path:
-    return inputs / "claims" / "job" / "out" / ".finetune" / "job"
 
 
 def checkpoint_file(inputs: Path, step: int) -> Path:

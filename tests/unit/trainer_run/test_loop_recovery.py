@@ -1,13 +1,13 @@
 """The whole loop where something is lost or damaged on the way: what is done again is what has to be, and nothing is stuck."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.in_process import KilledError, run_job
-from tests.tiny_llama import make_tiny_llama, write_questions
+from tests.tiny_llama import write_questions
+from tests.unit.trainer_run.looped_job import make_inputs, own_folder
 from tests.unit.trainer_run.test_answering import CASES, QUESTIONS, SOMEBODY, Parrot
 from tests.unit.trainer_run.test_loop import storage_in
 from tests.unit.trainer_run.test_whole_loop import SUITES, a_job
@@ -27,17 +27,7 @@ SHORT = {"epochs": 2, "globalBatchSize": 12, "maxSequenceLength": 64, "learningR
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    claim = tmp_path / "claims" / "data"
-    make_tiny_llama(claim / "model")
-    for name, count, start in (("train", 48, 0), ("validation", 12, 100), ("test", 8, 200)):
-        write_questions(claim / f"{name}.jsonl", count, start=start)
-    (claim / "other.jsonl").write_text("".join(json.dumps({"text": f"{number} and {number} again"}) + "\n" for number in range(8)))
-    (tmp_path / "claims" / "job").mkdir()
-    return tmp_path
-
-
-def own_folder(inputs: Path) -> Path:
-    return inputs / "claims" / "job" / "out" / ".finetune" / "job"
+    return make_inputs(tmp_path)
 
 
 def damage(inputs: Path, step: int) -> None:

@@ -154,8 +154,8 @@ class _Watch:
         look = self._look(run.model_copy(update={"workers_wanted": wanted}))
         since, waiting = waiting_since(look), waiting_of(look)
         active = None if crew_of(look).gated else run.active_time or rfc3339(self.now)
-        if active is not None and (late := self._late(active)) is not None:
-            return self._failed(found, run, Reason.DEADLINE_EXCEEDED, f"run {run.number} has not ended within {late}")
+        if (beyond := self._beyond(run, active)) is not None:
+            return self._failed(found, run, *beyond)
         if since is not None and self.now >= later(since, self.spec.pre_running_deadline_seconds):
             why = waiting.message if waiting else found.message
             limit = f"within preRunningDeadlineSeconds ({self.spec.pre_running_deadline_seconds})"
@@ -166,10 +166,14 @@ class _Watch:
         message = waiting.message if waiting else found.message if head is None else f"run {run.number} is under way"
         return found.model_copy(update={"run": going, "message": message[:TEXT_MAX]})
 
-    def _late(self, active: str) -> str | None:
-        """What the run has taken longer than, if it has."""
+    def _beyond(self, run: MonitoringRun, active: str | None) -> tuple[Reason, str] | None:
+        """Which limit a run has come to that no queue has held back since `active`, in a word and in words."""
+        if (held := self._held()) is not None:
+            return Reason.BUDGET_EXCEEDED, f"run {run.number} was ended: {held}"
+        if active is None:
+            return None
         latest, words = run_deadline(self.spec, self.plan, later(active, 0))
-        return words if self.now >= latest else None
+        return (Reason.DEADLINE_EXCEEDED, f"run {run.number} has not ended within {words}") if self.now >= latest else None
 
     def _held(self) -> str | None:
         """Why no run may begin: the user wants it suspended, or the workers that it needs have used their GPU-hours up."""

@@ -6,13 +6,14 @@ from datetime import datetime, timedelta
 import pytest
 from tests.builders import SETTINGS, at, make_job, make_pod
 from tests.unit.operator.looks import condition, step
-from tests.unit.operator.test_monitoring import DAY, HOUR, NIGHTLY, SPEC, begun, complete, ran, run_report
+from tests.unit.operator.test_monitoring import DAY, HOUR, NIGHTLY, SPEC, begun, complete, figures, ran, run_report
 
 from finetune_api.reasons import ADVICE, Reason
-from finetune_api.status import Status
+from finetune_api.status import Status, Usage
 from finetune_operator.monitoring import acting
 from finetune_operator.observed import Pod
 from finetune_operator.plan import desired_objects
+from finetune_operator.times import rfc3339
 from finetune_operator.transitions import events_between
 
 
@@ -91,3 +92,22 @@ def test_a_run_of_an_older_operator_gets_its_deadline_from_the_first_look_on():
     seen = goes_on(older, at(5 * DAY))
     assert seen.monitoring.run.active_time == "2026-01-06T00:00:00Z"
     assert goes_on(seen, at(6 * DAY)).monitoring.failure.reason == Reason.DEADLINE_EXCEEDED
+
+
+def test_a_run_ends_when_the_jobs_gpu_hours_are_used_up():
+    """Else a run of a day on eight GPUs would be had for whatever is left of the budget."""
+    spec = {"maxGpuHours": 2}
+    used = Usage(gpu_seconds=7199.0, counted_time=rfc3339(at(DAY)))
+    status = begun(**spec).model_copy(update={"usage": used})
+    assert goes_on(status, at(DAY + 60), **spec).monitoring.run.running
+    over = status.model_copy(update={"usage": used.model_copy(update={"gpu_seconds": 7200.0})})
+    ended = goes_on(over, at(DAY + 60), **spec)
+    assert (ended.monitoring.run.running, ended.monitoring.next_run_time) == (False, None)
+    failure = ended.monitoring.failure
+    assert (failure.reason, failure.message) == (
+        Reason.BUDGET_EXCEEDED,
+        "run 2 was ended: maxGpuHours (2) is used up: raise or remove spec.maxGpuHours to go on",
+    )
+    assert (ended.phase, condition(ended, "Degraded")) == ("Complete", ("Unknown", Reason.BUDGET_EXCEEDED))
+    done = step(over, make_pod(attempt=2), report=run_report(outcome="Succeeded", fresh=figures()), now=at(DAY + 60), **SPEC, **spec)
+    assert done.monitoring.runs == 1, "what was measured counts"

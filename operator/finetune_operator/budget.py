@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 
 from finetune_api.reasons import Reason
+from finetune_api.status import Status
+from finetune_api.v1alpha1 import Spec
 from finetune_operator.look import Look
 
 SECONDS_PER_HOUR = 3600
+
+
+def used_up(spec: Spec, status: Status) -> bool:
+    """Whether the job has used its GPU-hours."""
+    limit, usage = spec.max_gpu_hours, status.usage
+    return limit is not None and usage is not None and usage.gpu_seconds >= limit * SECONDS_PER_HOUR
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,10 @@ def hold_of(look: Look) -> Hold | None:
         return _SUSPENDED
     if look.attempt.running and not look.status.workers_wanted:
         return None
-    return _used_up(look)
-
-
-def _used_up(look: Look) -> Hold | None:
-    limit, usage = look.spec.max_gpu_hours, look.status.usage
-    if limit is None or usage is None or usage.gpu_seconds < limit * SECONDS_PER_HOUR:
+    if not used_up(look.spec, look.status):
         return None
     # No figure that goes on rising: words of a condition change when the state does.
-    why = f"maxGpuHours ({limit:g}) is used up"
+    why = f"maxGpuHours ({look.spec.max_gpu_hours:g}) is used up"
     return Hold(
         Reason.BUDGET_EXCEEDED,
         f"{why}: the pods save a checkpoint, then go",

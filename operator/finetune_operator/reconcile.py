@@ -18,7 +18,7 @@ from finetune_operator.pace import SOON_SECONDS, expiry, next_look
 from finetune_operator.plan import ANCHOR, belonging, desired_objects, missing, surplus
 from finetune_operator.port import Cluster, Conflict, JobKey, Refused
 from finetune_operator.profiles import offered
-from finetune_operator.requests import is_paused
+from finetune_operator.requests import is_left_alone, next_limit
 from finetune_operator.settings import Settings
 from finetune_operator.transitions import events_between
 
@@ -36,7 +36,7 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
         return None
     job = job_from(raw.job, local=settings.local)
     observed = observe(job.name, job.uid, raw.pods, raw.config_maps, raw.events)
-    if is_paused(job):
+    if is_left_alone(job, now):
         return await _leave_alone(cluster, raw.job, job, observed, settings, now)
     observed = replace(observed, report=await _report(cluster, job, observed, settings), offered=offered(raw.profiles))
     try:
@@ -56,12 +56,12 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
 async def _leave_alone(
     cluster: Cluster, raw: dict[str, Any], job: Job, observed: Observed, settings: Settings, now: datetime
 ) -> float | None:
-    """Say that nothing is done, and do nothing: the end of the pause is an event."""
+    """Say that nothing is done, and do nothing: the end of the pause is an event, unless it is that the profile grants no more."""
     try:
-        await _decide(cluster, raw, job, observed, settings, now)
+        _, status = await _decide(cluster, raw, job, observed, settings, now)
     except Conflict:
         return min(SOON_SECONDS, settings.poll_seconds)
-    return None
+    return next_limit(with_status(job, status, local=settings.local), observed, settings, now)
 
 
 async def _report(cluster: Cluster, job: Job, observed: Observed, settings: Settings) -> Report | None:

@@ -5,18 +5,27 @@ a retry is known from one that was made before by its value, which the status ke
 """
 
 import hashlib
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from finetune_api import ANNOTATION_CANCEL, ANNOTATION_RECONCILE, ANNOTATION_RETRY
 from finetune_api.reasons import Reason
+from finetune_api.resolved_profile import ResolvedProfile
 from finetune_api.status import RETRY_MAX, Status
+from finetune_operator.budget import used_up
 from finetune_operator.conditions import Summary
 from finetune_operator.endings import end, failed, rested
 from finetune_operator.look import Look, Verdict
-from finetune_operator.observed import Job
+from finetune_operator.observed import Job, Observed
+from finetune_operator.pace import SOON_SECONDS, deadline
+from finetune_operator.settings import Settings
 
 _REVIVABLE = f"to go on from the last checkpoint, remove the annotation {ANNOTATION_CANCEL} and set {ANNOTATION_RETRY} to a new value"
+
+
+PAUSED_SECONDS = 60.0
+"""How often the GPU-hours of a job are looked at that is left alone."""
 
 
 def is_paused(job: Job) -> bool:
@@ -29,9 +38,46 @@ def is_canceled(job: Job) -> bool:
     return job.annotations.get(ANNOTATION_CANCEL) == "true"
 
 
+def beyond_profile(job: Job, now: datetime) -> bool:
+    """Whether the job has used up what its profile grants. Its user sets the annotation: that must not keep GPUs for him for ever."""
+    kept = _profile(job)
+    if kept is None or job.spec is None:
+        return False
+    if job.status.finished:  # the limits of a measuring run are its own
+        run, why = job.status.monitoring and job.status.monitoring.run, job.status.failure
+        limited = kept.active_deadline_seconds is not None or kept.max_gpu_hours is not None
+        return limited and (bool(run and run.running) or bool(why and why.reason == Reason.DEADLINE_EXCEEDED))
+    latest = deadline(job.spec, job.status) if kept.active_deadline_seconds is not None else None
+    return (latest is not None and now >= latest) or (kept.max_gpu_hours is not None and used_up(job.spec, job.status))
+
+
+def _profile(job: Job) -> ResolvedProfile | None:
+    return job.status.resolved.profile if job.status.resolved else None
+
+
+def is_left_alone(job: Job, now: datetime) -> bool:
+    """Whether nothing is done for this job: somebody wants that, and its profile lets him."""
+    return is_paused(job) and not beyond_profile(job, now)
+
+
+def next_limit(job: Job, observed: Observed, settings: Settings, now: datetime) -> float | None:
+    """Seconds until a job that is left alone may have used up what its profile grants; None where it never will."""
+    kept = _profile(job)
+    if job.deleting or kept is None or job.spec is None:
+        return None
+    if not is_left_alone(job, now):
+        return min(SOON_SECONDS, settings.poll_seconds)
+    if job.status.finished:
+        return None
+    latest = deadline(job.spec, job.status) if kept.active_deadline_seconds is not None else None
+    waits = [(latest - now).total_seconds()] if latest else []
+    holding = kept.max_gpu_hours is not None and any(pod.gpus for pod in observed.alive)
+    return min((*waits, *((PAUSED_SECONDS,) if holding else ())), default=None)
+
+
 def paused(look: Look) -> Verdict | None:
     """Nothing is done, and that is said: pods stay as they are, and what is reported is not asked for."""
-    if not is_paused(look.job):
+    if not is_left_alone(replace(look.job, status=look.status), look.now):
         return None
     words = f"the annotation {ANNOTATION_RECONCILE} is disabled: nothing is done for this job until it is removed"
     # The operator has not acted on a job that it has never been allowed to act on.

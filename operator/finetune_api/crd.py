@@ -23,7 +23,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from finetune_api import GROUP, JOB_NAME_MAX, KIND, PLURAL, VERSION
 from finetune_api.evaluation import NOT_BESIDE_ITSELF
-from finetune_api.fields import LABEL_PATTERN, rule, rules
+from finetune_api.fields import JOB_NAME_PATTERN, rule, rules
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import FineTuneJob, Spec
 
@@ -103,7 +103,7 @@ def job_schema() -> Schema:
             # Of the metadata a schema may bound the name alone.
             "metadata": {
                 "type": "object",
-                "properties": {"name": {"type": "string", "maxLength": JOB_NAME_MAX, "pattern": LABEL_PATTERN}},
+                "properties": {"name": {"type": "string", "maxLength": JOB_NAME_MAX, "pattern": JOB_NAME_PATTERN}},
             },
             "spec": model_schema(Spec),
             # kstatus takes an object without status for finished; -1 says that the operator has not seen it yet.

@@ -150,6 +150,8 @@ _SUBDOMAIN = rf"{_LABEL}(\.{_LABEL})*"
 _WORD = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 LABEL_PATTERN = f"^{_LABEL}$"
 """A DNS label (RFC 1123)."""
+JOB_NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
+"""A DNS label that begins with a letter (RFC 1035): an attempt's Service is named after its job."""
 RESOURCE_PATTERN = rf"^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMGT]i|{_SUBDOMAIN}/{_WORD})$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 

@@ -1,8 +1,8 @@
 """GPUs by name: their memory, and the dense peak of the format that is trained in.
 
-Peaks are those of NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM and NVL; the PCIe card from its first edition), "H200 Tensor Core
-GPU", "A100 Tensor Core GPU", "L40S", "A10", "L4", "V100" (SXM2, PCIe) and "T4". Those of H100, H200 and L4 give BFLOAT16 with sparsity,
-which is halved here. Memory is the total that nvidia-smi prints, which ECC and the driver make less than the data sheet's; of a V100 it is 16,160
+Peaks are those of NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM and NVL; the PCIe card from its first edition), "H200 Tensor Core GPU",
+"A100 Tensor Core GPU", "L40S", "A10", "L4", "V100" (SXM2, PCIe) and "T4". Those of H100, H200 and L4 give BFLOAT16 with sparsity, which is
+halved here. Memory is the total that nvidia-smi prints, which ECC and the driver make less than the data sheet's; of a V100 it is 16,160
 MiB under old drivers.
 """
 

@@ -19,13 +19,13 @@ from finetune_operator.endings import counted, done, end, failed, finish, let_in
 from finetune_operator.failures import ending_of, explained, failure, head_lost
 from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
 from finetune_operator.headway import stalled, with_last_step
-from finetune_operator.look import Check, Look, Verdict, crew_of, waiting_of, waiting_since
+from finetune_operator.look import Check, Look, Verdict, crew_of, unheard, waiting_of, waiting_since
 from finetune_operator.monitoring import monitored, with_refusal
 from finetune_operator.observed import Job, Observed, head_name, with_status
 from finetune_operator.pace import deadline, paced
 from finetune_operator.profiles import as_offered
 from finetune_operator.reported import current_stage, with_report
-from finetune_operator.requests import canceled, canceling, is_paused, noted, paused, revival
+from finetune_operator.requests import canceled, canceling, is_left_alone, noted, paused, revival
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
 from finetune_operator.usage import with_gpu_seconds
@@ -54,11 +54,13 @@ def _step(job: Job, observed: Observed, settings: Settings, now: datetime) -> St
         if again is not None:
             return _conclude(job, status, again, now)
         seen = _seen(status, job.generation)
-        return seen if job.spec is None or is_paused(job) else monitored(replace(job, status=seen), job.spec, observed, settings, now)
+        return (
+            seen if job.spec is None or is_left_alone(job, now) else monitored(replace(job, status=seen), job.spec, observed, settings, now)
+        )
     job = replace(job, status=noted(job))
     if job.spec is None:
         return _conclude(job, job.status, _invalid(job, now), now)
-    report = None if is_paused(job) else observed.report_of(job.uid, job.status.attempt.number)
+    report = None if is_left_alone(job, now) else observed.report_of(job.uid, job.status.attempt.number)
     status = with_report(job.status, report, job.spec) if report else job.status
     status = with_last_step(job.status, status, report, now)
     status = with_gpu_seconds(status, observed, now)
@@ -151,9 +153,16 @@ def never_ran(look: Look) -> Verdict | None:
     waiting = waiting_of(look)
     if waiting and waiting.reason is not Reason.UNSCHEDULABLE:
         return failed(look, waiting.reason, waiting.message)
-    why = waiting.message if waiting else "the pods did not start"
+    why = waiting.message if waiting else _why_not(look)
     message = f"within preRunningDeadlineSeconds ({look.spec.pre_running_deadline_seconds}): {why}"
     return failed(look, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, message)
+
+
+def _why_not(look: Look) -> str:
+    if (head := unheard(look)) is None:
+        return "the pods did not start"
+    where = f"pod {head.name} runs, but does not answer the operator on port {look.settings.report_port}"
+    return f"{where}: let the operator reach it (NetworkPolicies, a mesh, a firewall)"
 
 
 def between_attempts(look: Look) -> Verdict | None:
@@ -214,6 +223,8 @@ def running(look: Look) -> Verdict:
     changes |= let_in(status, look.now)
     if crew.complete:
         report = look.observed.report_of(look.job.uid, attempt.number)
+        if unheard(look) is not None:
+            return Verdict(Summary(phase, reason, "the head pod runs, and has yet to answer the operator", waiting, crew.needed), changes)
         live = report.message if report else status.message
         return Verdict(Summary(phase, reason, phase.lower(), waiting, crew.needed), changes, live=live or phase.lower())
     if waiting:

@@ -77,16 +77,27 @@ def crew_of(look: Look) -> Crew:
     )
 
 
-def waiting_since(look: Look) -> str | None:
-    """Since when pods have been waited for; None where none are, or a queue decides.
+def unheard(look: Look) -> Pod | None:
+    """The head where it runs and has not said a word in this attempt: nobody can know what it needs."""
+    head = look.observed.head(look.attempt.number)
+    return head if head is not None and head.running and not look.status.stages else None
 
-    The operator may have been away in between: what is missing now counts, and the wait for workers begins when they are seen to be wanted.
+
+def waiting_since(look: Look) -> str | None:
+    """Since when pods, or the head's first word, have been waited for; None where they are not, or a queue decides.
+
+    The operator may have been away in between: what is missing now counts, and the wait for workers begins when they are seen to be wanted,
+    that for the head's word when it was started.
     """
-    crew = crew_of(look)
-    if crew.complete or crew.gated:
+    crew, silent = crew_of(look), unheard(look)
+    if crew.gated or (crew.complete and silent is None):
         return None
     newly_wanted = look.status.workers_wanted > 0 and look.job.status.workers_wanted == 0
-    return rfc3339(look.now) if newly_wanted or look.attempt.waiting_time is None else look.attempt.waiting_time
+    since, before = look.attempt.waiting_time, look.status.condition("Ready")
+    unasked = silent is not None and before is not None and before.reason == Reason.PAUSED
+    if newly_wanted or since is None or unasked:
+        return rfc3339(look.now)
+    return max(since, rfc3339(silent.started)) if silent is not None and silent.started else since
 
 
 def waiting_of(look: Look) -> Waiting | None:

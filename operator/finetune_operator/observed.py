@@ -72,8 +72,12 @@ class Pod:
     """GPUs that it holds while it has a node."""
     scheduled: datetime | None = None
     """When it was given its node."""
+    started: datetime | None = None
+    """When its container was started, while it runs."""
     ended: datetime | None = None
     """When its containers ended, or the cluster took it away."""
+    lingering: bool = False
+    """Its container has ended, but not another one that something in the cluster has put beside it: that goes when it is told to."""
 
     @property
     def finished(self) -> bool:
@@ -245,7 +249,10 @@ MANAGED_BY_KUEUE = "kueue.x-k8s.io/managed"
 def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
     """One raw pod, with what the Events say about it."""
     meta, status = raw["metadata"], raw.get("status") or {}
-    phase = status.get("phase", "Pending")
+    own = _own_state(meta["labels"][LABEL_ROLE], status)
+    lingering = status.get("phase") == "Running" and "terminated" in own
+    # No container is started again here, so a pod whose own has ended has ended, whoever else is still in it.
+    phase = ("Failed" if own["terminated"]["exitCode"] else "Succeeded") if lingering else status.get("phase", "Pending")
     scheduled = condition(status, "PodScheduled")
     gates = tuple(str(gate.get("name", "")) for gate in (raw.get("spec") or {}).get("schedulingGates") or ())
     return Pod(
@@ -259,7 +266,7 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         ip=status.get("podIP"),
         deletion=datetime.fromisoformat(meta["deletionTimestamp"]) if meta.get("deletionTimestamp") else None,
         forced=bool(meta.get("deletionTimestamp")) and meta.get("deletionGracePeriodSeconds") == 0,
-        exit=_exit(status),
+        exit=_exit(own, status),
         waiting=waiting_of(raw, events) if phase == "Pending" else None,
         gated=phase == "Pending" and bool(gates or scheduled.get("reason") == "SchedulingGated"),
         let_in=not gates and (meta.get("labels") or {}).get(MANAGED_BY_KUEUE) == "true",
@@ -269,8 +276,15 @@ def pod_from(raw: Raw, events: Iterable[Raw] = ()) -> Pod:
         message=status.get("message", ""),
         gpus=_gpus(raw),
         scheduled=_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else _time(status.get("startTime")),
+        started=_time((own.get("running") or {}).get("startedAt")),
         ended=_ended(status),
+        lingering=lingering,
     )
+
+
+def _own_state(role: str, status: Raw) -> Raw:
+    """The state of the container that this operator has put into a pod, which is called as its role; empty where it has none yet."""
+    return next((each.get("state") or {} for each in status.get("containerStatuses") or () if each.get("name") == role), {})
 
 
 def _gpus(raw: Raw) -> int:
@@ -299,9 +313,7 @@ def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def _exit(status: Raw) -> Exit | None:
-    for container in status.get("containerStatuses") or ():
-        ended = (container.get("state") or {}).get("terminated")
-        if ended:
-            return Exit(ended["exitCode"], ended.get("reason", ""), ended.get("message", ""))
-    return None
+def _exit(own: Raw, status: Raw) -> Exit | None:
+    states = (own, *(each.get("state") or {} for each in status.get("containerStatuses") or ()))
+    ended = next((state["terminated"] for state in states if state.get("terminated")), None)
+    return Exit(ended["exitCode"], ended.get("reason", ""), ended.get("message", "")) if ended else None

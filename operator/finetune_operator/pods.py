@@ -33,6 +33,8 @@ UNREACHABLE_SECONDS = 60
 """How long a pod is waited for whose node does not answer; Kubernetes' own 300 s would hold up the whole training."""
 DRAIN_MARGIN_SECONDS = 30
 """Ray gets this much less than the pod's grace to drain a node."""
+HUNG_SECONDS = 600
+"""A head whose process does not answer its own node for so long hangs, and is killed: its attempt would never end otherwise."""
 WORKER_REQUESTS: Mapping[str, str] = {"cpu": "500m", "memory": "2Gi"}
 """Requests of a worker whose job does not name them."""
 
@@ -49,6 +51,12 @@ def head_pod(name: str, token_secret: str, namespace: str, spec: Spec, image: st
             "periodSeconds": 2,
             "timeoutSeconds": 2,
             "failureThreshold": 3,
+        },
+        "livenessProbe": {
+            "httpGet": {"path": "/healthz", "port": "report"},
+            "periodSeconds": 30,
+            "timeoutSeconds": 10,
+            "failureThreshold": HUNG_SECONDS // 30,
         },
     }
     return _pod(f"{name}-head", "head", name, token_secret, container, spec, settings)

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_api import API_VERSION, KIND, LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL_JOB_UID, LABEL_ROLE
+from finetune_api.newer_fields import shape_of
 from finetune_api.reasons import Reason
 from finetune_api.report import REPORT_PORT
 from finetune_api.status import Status
@@ -239,7 +240,7 @@ class _Look:
         if pod.attempt != status.attempt.number or status.suspended_time is not None:
             return False
         if pod.finished:
-            return True  # Its log can be read, and it holds nothing.
+            return not pod.lingering  # Its log can be read, and it holds nothing.
         return self._succeeded and self.now < later(status.attempt.end_time or "", self.settings.grace_seconds)
 
     def _orphan(self, pod: Pod) -> bool:
@@ -284,10 +285,14 @@ def _queue_labels(job: Job) -> dict[str, str]:
 
 
 def _config_map(meta: Manifest, job: Job, spec: Spec) -> Manifest:
-    """The job as it runs, with every default in place; of its labels those that say that a queue may hold its pods back."""
+    """The job as it runs, with every default in place; of its labels those that say that a queue may hold its pods back.
+
+    Which fields have another value than their default is told beside it: an image of before may not know the others.
+    """
     identity: Manifest = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
     identity |= {"labels": queue} if (queue := _queue_labels(job)) else {}
     spelled = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    identity["chosen"] = shape_of(spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
     text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": identity, "spec": spelled}, indent=2)
     return _marked({"apiVersion": "v1", "kind": ANCHOR, "metadata": meta, "data": {JOB_KEY: text}}, OWNED)
 

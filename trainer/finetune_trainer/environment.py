@@ -5,11 +5,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune_api.newer_fields import without_unknown
 from finetune_api.reasons import Reason
 from finetune_api.scrub import hide
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
@@ -59,11 +60,23 @@ class Environment:
     def job(self) -> FineTuneJob:
         """The job as the operator resolved it. Raises JobError(InvalidSpec) naming each field at fault."""
         try:
-            return parse_job(json.loads(self.job_file.read_bytes()), local=self.local)
+            return _parsed(json.loads(self.job_file.read_bytes()), local=self.local)
         except ValidationError as error:
             raise JobError(Reason.INVALID_SPEC, "; ".join(map(_told, error.errors()[:5]))) from None
         except (OSError, ValueError) as error:
             raise JobError(Reason.INVALID_SPEC, f"the job file cannot be read: {error}") from None
+
+
+def _parsed(manifest: dict[str, Any], *, local: bool) -> FineTuneJob:
+    """The job in a file, also of a newer operator's, which may say more than is known here (see newer_fields)."""
+    try:
+        return parse_job(manifest, local=local)
+    except ValidationError as error:
+        unknown = [fault["loc"][1:] for fault in error.errors() if fault["type"] == "extra_forbidden" and fault["loc"][0] == "spec"]
+        if not unknown or "chosen" not in manifest.get("metadata", {}):
+            raise
+        known = without_unknown(manifest["spec"], [each for each in unknown if each], manifest["metadata"]["chosen"])
+        return parse_job({**manifest, "spec": known}, local=local)
 
 
 def _told(fault: ErrorDetails) -> str:

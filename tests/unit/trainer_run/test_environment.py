@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.builders import SETTINGS, make_job
 
 from finetune_api.reasons import Reason
 from finetune_api.report import TERMINATION_MESSAGE_BYTES, Report, parse_report
 from finetune_api.scrub import scrub
-from finetune_api.status import Artifact, Failure, Metric
+from finetune_api.status import Artifact, Attempt, Failure, Metric
 from finetune_api.v1alpha1 import Compute
+from finetune_operator.plan import desired_objects
 from finetune_trainer.environment import Environment, environment_from
 from finetune_trainer.errors import JobError
 from finetune_trainer.head import write_termination_log
@@ -68,6 +70,47 @@ def test_a_job_that_is_wrong_names_the_field(tmp_path: Path) -> None:
     assert caught.value.reason == Reason.INVALID_SPEC
     assert "spec.model.source: must be hf://owner/name" in caught.value.message
     assert "spec.data: Field required" in caught.value.message
+
+
+def a_newer_operators(**chosen: Any) -> dict[str, Any]:
+    """The job file of an operator whose API has more fields: at the top, in a part, and in the items of a list."""
+    job = make_job(training={"epochs": 2}, evaluation={"suites": [{"name": "task", "source": "validation", "metrics": ["loss"]}]})
+    made = desired_objects(job, job.status.model_copy(update={"attempt": Attempt(number=1)}), SETTINGS)
+    manifest: dict[str, Any] = json.loads(made[0]["data"]["job.json"])
+    spec = manifest["spec"]
+    spec |= {"priority": 0, "watch": {"often": True}}
+    spec["training"]["momentumOfTomorrow"] = 0.5
+    spec["evaluation"]["suites"][0]["weight"] = 1
+    manifest["metadata"]["chosen"] |= chosen
+    return manifest
+
+
+def test_what_a_newer_operator_fills_in_and_nobody_has_chosen_is_left_out(tmp_path: Path) -> None:
+    job = with_job(tmp_path, json.dumps(a_newer_operators())).job()
+    assert (job.spec.training.epochs, [suite.name for suite in job.spec.evaluation.suites]) == (2, ["task"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "field"),
+    [
+        ({"priority": None}, "spec.priority"),
+        ({"watch": {"often": None}}, "spec.watch"),
+        ({"training": {"momentumOfTomorrow": None}}, "spec.training.momentumOfTomorrow"),
+        ({"evaluation": {"suites": [{"name": None, "weight": None}]}}, "spec.evaluation.suites.0.weight"),
+    ],
+)
+def test_what_was_chosen_and_is_not_known_here_is_refused(tmp_path: Path, chosen: dict[str, Any], field: str) -> None:
+    with pytest.raises(JobError, match=field) as refused:
+        with_job(tmp_path, json.dumps(a_newer_operators(**chosen))).job()
+    assert refused.value.reason == Reason.INVALID_SPEC
+    assert refused.value.message.count("Extra inputs") == 1, "the others are left out"
+
+
+def test_a_wrong_value_beside_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    manifest = a_newer_operators()
+    manifest["spec"]["training"]["epochs"] = 0
+    with pytest.raises(JobError, match=r"spec\.training\.epochs"):
+        with_job(tmp_path, json.dumps(manifest)).job()
 
 
 def test_a_job_file_that_is_cut_off_says_so(tmp_path: Path) -> None:

@@ -194,7 +194,8 @@ PAGES: dict[Reason, Page] = {
         (DESCRIBE, NODE),
     ),
     Reason.HEAD_LOST: Page(
-        "The head pod is gone, or its process was killed with SIGKILL, and not for its memory. Nothing is known but that.",
+        "The head pod is gone, or its process was killed with SIGKILL, and not for its memory. Nothing is known but that. A process that "
+        "hangs is killed by its node after ten minutes without an answer to the liveness probe.",
         (PODS, EVENTS, "kubectl get nodes"),
     ),
     Reason.WORKERS_LOST: Page(
@@ -215,8 +216,9 @@ PAGES: dict[Reason, Page] = {
     ),
     # Limits of the spec.
     Reason.PRE_RUNNING_DEADLINE_EXCEEDED: Page(
-        "The pods that the attempt needs did not run within preRunningDeadlineSeconds; those that did let go of what they held.",
-        (DESCRIBE, EVENTS, "kubectl describe nodes"),
+        "The pods that the attempt needs did not run within preRunningDeadlineSeconds, or the operator could not reach its head; "
+        "those that did run let go of what they held.",
+        (DESCRIBE, EVENTS, "kubectl describe nodes", f"{_GET} networkpolicies"),
     ),
     Reason.DEADLINE_EXCEEDED: Page(
         "The job as a whole took longer than activeDeadlineSeconds, a measuring run longer than that or than its schedule leaves to it "

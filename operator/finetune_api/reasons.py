@@ -287,7 +287,9 @@ ADVICE: dict[Reason, Advice] = {
         False, "Remove the annotation finetune.dev/cancel and set finetune.dev/retry to a new value to go on from the last checkpoint."
     ),
     Reason.PRE_RUNNING_DEADLINE_EXCEEDED: Advice(
-        False, "The pods never ran: see the message, then raise preRunningDeadlineSeconds or ask for less."
+        False,
+        "The pods never ran, or the operator could not reach the head: see the message, then ask for less, raise "
+        "preRunningDeadlineSeconds, or let the operator's namespace reach the head's port (8000).",
     ),
     Reason.DEADLINE_EXCEEDED: Advice(
         False,

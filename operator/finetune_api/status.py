@@ -190,7 +190,7 @@ class Attempt(StatusModel):
     end_message: Text | None = None
     """Why the last attempt that ended did, for people."""
     waiting_time: Time | None = None
-    """Since when the current attempt has waited for pods to run; absent while they run, or a queue holds them."""
+    """Since when the current attempt has waited for pods to run, or for its head to answer; absent while they do, or a queue holds them."""
     earlier_lost_steps: Count = 0
     """The part of lostSteps that attempts before the current one count."""
     head_seen: bool = False

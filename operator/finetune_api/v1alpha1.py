@@ -17,7 +17,7 @@ from finetune_api.baseline import BaselinePlan
 from finetune_api.compute import Compute, Toleration, Workers
 from finetune_api.data import Data, HeldOutSource
 from finetune_api.evaluation import NOT_BESIDE_ITSELF, EvaluationPlan, Gate, Suite
-from finetune_api.fields import LABEL_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, rule, rules
+from finetune_api.fields import JOB_NAME_PATTERN, LOCAL_RUN, LabelKey, LabelValue, SpecModel, check, described, rule, rules
 from finetune_api.loop_rules import LOOP_RULES
 from finetune_api.methods import (
     WHOLE_MODEL_METHODS,
@@ -253,7 +253,7 @@ class Spec(SpecModel):
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = None
     """Longest time from the start of the job to its end; time in suspension does not count."""
     pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] = 1800
-    """Longest time that an attempt waits for its pods to run."""
+    """Longest time that an attempt waits for its pods to run, and for the first answer of its head."""
     progress_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] = 1800
     """Longest time between two steps of the training, or ten times what a step takes where that is longer; then the attempt has failed."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315360000)] | None = None
@@ -330,7 +330,7 @@ def stages_of(spec: Spec) -> tuple[StageName, ...]:
     return (STAGES[0], *(name for name, wanted in asked.items() if wanted), *STAGES[1:])
 
 
-_JOB_NAME = f"a DNS label (lower-case letters, digits and inner hyphens), at most {JOB_NAME_MAX} characters"
+_JOB_NAME = f"a letter, then letters, digits and inner hyphens, all in lower case, at most {JOB_NAME_MAX} characters"
 
 
 class ObjectMeta(BaseModel):
@@ -338,7 +338,7 @@ class ObjectMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=to_camel, populate_by_name=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=JOB_NAME_MAX, pattern=LABEL_PATTERN), described(_JOB_NAME)]
+    name: Annotated[str, Field(min_length=1, max_length=JOB_NAME_MAX, pattern=JOB_NAME_PATTERN), described(_JOB_NAME)]
     namespace: str = "default"
     uid: str = ""
     generation: int = 1

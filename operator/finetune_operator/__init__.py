@@ -8,6 +8,6 @@ One loop does everything: read what is there, decide (pure), write the status, t
 - `lifecycle`: job, observation and clock give the status (pure); `failures`, `reported`, `conditions`, `pace` and `times` are its parts
 - `plan`: job and status give the objects that should exist (pure), `pods` the pods among them; `transitions` the Events
 - `port`: what the loop needs of the world; `cluster` is the Kubernetes API, `local` this machine, with processes in place of pods
-- `reconcile`, `queue`: the loop, and whose turn it is
-- `metrics`, `handlers`, `cli`: Prometheus, kopf and the command line
+- `reconcile`, `queue`: the loop, and whose turn it is; `survey`: all jobs at once, and which of them rest (`resting`, pure)
+- `metrics`, `handlers`, `cli`: Prometheus, kopf (with `watching`, its settings) and the command line
 """

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ from finetune_operator.port import ApiError, JobKey
 from finetune_operator.queue import LISTED_PATIENCE_SECONDS, Queue
 from finetune_operator.reconcile import reconcile
 from finetune_operator.settings import Settings, settings_from
+from finetune_operator.survey import survey
 
 EXIT_ENVIRONMENT = 2
 STUCK_SECONDS = 180.0
@@ -44,7 +45,7 @@ READY_FRESH_SECONDS = 2.0
 """How long its answer holds: anyone in the cluster may ask for /readyz, and must not make as many requests of the API server."""
 CRD_RETRY_SECONDS = 5.0
 RESYNC_SECONDS = 600.0
-"""How often every job gets a turn whatever happens. A watch that breaks may miss a deletion."""
+"""How often every job that does not rest gets a turn whatever happens. A watch that breaks may miss a deletion."""
 
 log = structlog.get_logger("finetune_operator")
 
@@ -148,21 +149,27 @@ class Operator:
             self.queue.add(key, patience=0.0 if happened else LISTED_PATIENCE_SECONDS)
 
     async def _resync(self) -> None:
-        """Give every job a turn from time to time, and when the lead comes."""
+        """Give every job that does not rest a turn from time to time, and when the lead comes."""
         if self.election:
             await self.election.leading.wait()
         while True:
             try:
-                keys = await self._cluster.job_keys(self.settings.watch_namespaces)
+                keys, resting = await survey(self._cluster, self.settings.watch_namespaces)
             except ApiError as error:
                 log.warning("the jobs could not be listed", error=str(error))
                 await asyncio.sleep(CRD_RETRY_SECONDS)
                 continue
             self.metrics.jobs.keep(keys)
-            self._listed.update(keys.values())
-            for key in keys.values():
-                self.queue.add(key, patience=LISTED_PATIENCE_SECONDS)
+            self._give_turns(keys, resting)
             await asyncio.sleep(RESYNC_SECONDS)
+
+    def _give_turns(self, jobs: Mapping[str, JobKey], resting: Collection[str]) -> None:
+        """A turn for each of these jobs, but for those that rest: there would be nothing to do."""
+        due = [key for uid, key in jobs.items() if uid not in resting]
+        log.info("the jobs are listed", jobs=len(jobs), resting=len(jobs) - len(due))
+        self._listed.update(due)
+        for key in due:
+            self.queue.add(key, patience=LISTED_PATIENCE_SECONDS)
 
     async def _reconcile(self, key: JobKey) -> float | None:
         with structlog.contextvars.bound_contextvars(namespace=key.namespace, job=key.name), self.metrics.reconcile():

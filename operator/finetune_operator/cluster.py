@@ -224,15 +224,6 @@ class KubernetesCluster:
         (path,) = _job_lists([namespace] if namespace else [])
         return list((await self.call("list", path, KIND)).get("items") or [])
 
-    async def job_keys(self, namespaces: Sequence[str]) -> dict[str, JobKey]:
-        """Every job of these namespaces, or of all where none is named, by UID."""
-        found = {}
-        for path in _job_lists(namespaces):
-            answer = await self.call("list", path, KIND, accept=_METADATA_LIST)
-            for item in answer.get("items") or []:  # older API servers say null for an empty list of metadata
-                found[item["metadata"]["uid"]] = JobKey(item["metadata"]["namespace"], item["metadata"]["name"])
-        return found
-
     async def check(self, namespaces: Sequence[str]) -> None:
         """Ask for one profile, and a job in each namespace (in all at once where none is named). Raises ApiError where that fails."""
         for path in (PROFILES, *_job_lists(namespaces)):
@@ -278,7 +269,7 @@ class KubernetesCluster:
             yield rest.decode(errors="replace")
 
     async def _list(self, kind: str, namespace: str, query: Mapping[str, str], *, metadata_only: bool = False) -> list[dict[str, Any]]:
-        accept = _METADATA_LIST if metadata_only else _JSON
+        accept = METADATA_LIST if metadata_only else _JSON
         what = f"{KINDS[kind].plural} in {namespace}"
         answer = await self.call("list", KINDS[kind].path(namespace), what, query=list(query.items()), accept=accept)
         return list(answer.get("items") or [])
@@ -336,7 +327,7 @@ _TIMEOUT = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=5)
 _FROM_CACHE = {"resourceVersion": "0"}
 _MANAGED = (("fieldManager", FIELD_MANAGER),)
 _JSON = "application/json"
-_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
 def _owner(manifest: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The informer: kopf watches jobs and their pods and says whose turn it is. The only kopf code.
+"""The informer: kopf watches jobs and their pods and says whose turn it is. With `watching`, the only kopf code.
 
 Handlers of plain events leave nothing on the objects: no finalizer, no annotation, no status of their own.
 """
@@ -15,6 +15,8 @@ import kopf
 from finetune_api import GROUP, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL, VERSION
 from finetune_api.profile import PROFILE_PLURAL
 from finetune_operator.port import JobKey
+from finetune_operator.resting import has_ended_for_good, is_ended_head
+from finetune_operator.watching import watch_settings
 
 Wake = Callable[[JobKey, bool], None]
 """Puts a job on the queue; whether something has happened to it, or it has only been listed."""
@@ -24,9 +26,6 @@ Watched = Callable[[str], None]
 """Told of each event's resource (finetunejobs, pods): the watch lives."""
 Login = Callable[[], Awaitable[Mapping[str, Any]]]
 """Where and how to log in, as the arguments of kopf.ConnectionInfo."""
-
-_RETRY_DELAYS = (1, 1, 2, 3, 5, 8, 13, *[20] * 90)
-"""Delays between tries when the API server answers with errors: half an hour. kopf's own give up, and end the process, in one minute."""
 
 
 def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = lambda resource: None) -> kopf.OperatorRegistry:
@@ -56,7 +55,7 @@ def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = l
             return
         else:
             fingerprints[uid] = fingerprint
-        wake(key, event["type"] is not None)
+        _tell(wake, key, event, has_ended_for_good)
 
     async def on_profile(event: Mapping[str, Any], **_: object) -> None:
         # What a job runs under is chosen once: a profile that comes or changes concerns those alone that have not begun.
@@ -67,13 +66,23 @@ def informer_registry(wake: Wake, seen: Seen, login: Login, watched: Watched = l
         meta = event["object"]["metadata"]
         watched("pods")
         if name := meta["labels"][LABEL_JOB_NAME]:  # a label may be empty, and anyone may set it
-            wake(JobKey(meta["namespace"], name), event["type"] is not None)
+            _tell(wake, JobKey(meta["namespace"], name), event, is_ended_head)
 
     kopf.on.login(registry=registry, errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(on_login)
     kopf.on.event(GROUP, VERSION, PLURAL, id="job", registry=registry)(on_job)
     kopf.on.event(GROUP, VERSION, PROFILE_PLURAL, id="profile", registry=registry)(on_profile)
     kopf.on.event("", "v1", "pods", labels=_OUR_PODS, id="pod", registry=registry)(on_pod)
     return registry
+
+
+def _tell(wake: Wake, key: JobKey, event: Mapping[str, Any], rests: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Wake the job for whatever has happened; for what is only listed, where that does not rest.
+
+    Whether anything is left of jobs that have ended is asked of all of them at once (see `survey`).
+    """
+    happened = event["type"] is not None
+    if happened or not rests(event["object"]):
+        wake(key, happened)
 
 
 _OUR_PODS = {LABEL_JOB_UID: kopf.PRESENT, LABEL_JOB_NAME: kopf.PRESENT}
@@ -88,40 +97,6 @@ def _without_status(job: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
 
 
-class _NoState(kopf.DiffBaseStorage):  # type: ignore[misc]  # kopf is Any here
-    """What kopf is to compare an object with: nothing. Else it copies each that it is told of, twice, for handlers that there are not."""
-
-    def build(self, **_: object) -> kopf.BodyEssence:
-        return kopf.BodyEssence()
-
-    def fetch(self, **_: object) -> kopf.BodyEssence | None:
-        return None
-
-    def store(self, **_: object) -> None:
-        """Nothing: there is no handler that this would be done for."""
-
-
-def informer_settings() -> kopf.OperatorSettings:
-    """Make kopf a watcher only: it posts nothing, scans nothing, and outlives half an hour of errors."""
-    settings = kopf.OperatorSettings()
-    settings.posting.enabled = False
-    settings.scanning.disabled = True
-    settings.peering.standalone = True
-    settings.watching.server_timeout = 300
-    settings.watching.client_timeout = 330
-    settings.watching.connect_timeout = 10
-    settings.watching.chunk_size = 500
-    settings.watching.label_selectors["", "v1", "pods"] = LABEL_JOB_UID
-    settings.networking.request_timeout = 60
-    settings.networking.connect_timeout = 10
-    settings.networking.error_backoffs = _RETRY_DELAYS
-    settings.networking.enforce_retry_after = True
-    settings.queueing.idle_timeout = 1.0
-    settings.persistence.diffbase_storage = _NoState()
-    settings.process.ultimate_exiting_timeout = 30
-    return settings
-
-
 async def start_informer(registry: kopf.OperatorRegistry, namespaces: Sequence[str]) -> Callable[[], Awaitable[None]]:
     """Begin to watch in these namespaces, or in all where none is named. What it returns runs until cancelled, or raises.
 
@@ -130,7 +105,7 @@ async def start_informer(registry: kopf.OperatorRegistry, namespaces: Sequence[s
     logging.getLogger("kopf").setLevel(logging.WARNING)
     where: dict[str, Any] = {"namespaces": tuple(namespaces)} if namespaces else {"clusterwide": True}
     others = asyncio.all_tasks()  # at its end kopf stops every other task of the loop: these are not its own
-    tasks = await kopf.spawn_tasks(registry=registry, settings=informer_settings(), standalone=True, **where)
+    tasks = await kopf.spawn_tasks(registry=registry, settings=watch_settings(), standalone=True, **where)
 
     async def watch() -> None:
         await kopf.run_tasks(tasks, ignored=others)

@@ -1,9 +1,10 @@
 """How often: when progress is written, and when a job is looked at again. Pure."""
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from finetune_api.reasons import Reason
-from finetune_api.status import Status
+from finetune_api.status import Condition, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.diagnosis import REFUSALS
 from finetune_operator.observed import Job, Observed
@@ -27,23 +28,51 @@ _OTHERS_MUST_ACT = (
 )
 _QUIET = ("message", "warnings", "resolved", "model", "data", "progress", "metrics", "usage", "checkpoints", "search")
 """What the head says that decides nothing: a head that says something else each time it is asked costs no more than one that trains."""
+_TOLD = tuple(name for name in _QUIET if name != "usage")
 _LONG_STAGES = ("Search", "Train")
 
 
 def paced(before: Status, after: Status, settings: Settings, now: datetime) -> Status:
-    """Progress alone is written at most every `poll_seconds`, so that a job costs the API server the same whatever wakes the operator."""
+    """What only tells is written at most every `poll_seconds`, so that a job costs the API server the same whatever wakes the operator.
+
+    That is progress, and the number of workers that run while it is neither all of them nor was before. What is held back here comes with
+    a later look: while an attempt runs there is one every `poll_seconds` at least (see `next_look`).
+    """
     if usage_waits(before, after, settings, now):
         return before
     if after == before or after.progress is None:
         return after
-    quiet = {name: getattr(before, name) for name in _QUIET}
-    attempt = after.attempt.model_copy(update={"lost_steps": before.attempt.lost_steps})
-    last = before.progress.last_update_time if before.progress else None
-    if last and now < later(last, settings.poll_seconds) and after.model_copy(update={**quiet, "attempt": attempt}) == before:
+    if any(now < later(time, settings.poll_seconds) for time in _written(before)) and _only_tells(before, after):
         return before
-    if all(getattr(after, name) == value for name, value in quiet.items() if name != "usage"):
+    if all(getattr(after, name) == getattr(before, name) for name in (*_TOLD, "workers_ready")):
         return after
     return after.model_copy(update={"progress": after.progress.model_copy(update={"last_update_time": rfc3339(now)})})
+
+
+def _written(status: Status) -> Iterable[str]:
+    """When what waits here was last written, as far as the status says so."""
+    told = status.progress.last_update_time if status.progress else None
+    counted = status.usage.counted_time if status.usage else None
+    return (time for time in (told, counted) if time)
+
+
+def _only_tells(before: Status, after: Status) -> bool:
+    """Whether nothing has changed that decides anything, that is told as an Event, or that somebody waits for."""
+    alike = {name: getattr(before, name) for name in _QUIET}
+    attempt = after.attempt.model_copy(update={"lost_steps": before.attempt.lost_steps})
+    if after.workers_ready != before.workers_ready and before.attempt.running and not (_all_run(before) or _all_run(after)):
+        alike |= {"workers_ready": before.workers_ready, "conditions": _in_words_of(before, after)}
+    return after.model_copy(update={**alike, "attempt": attempt}) == before
+
+
+def _all_run(status: Status) -> bool:
+    return status.workers_ready == status.workers_wanted
+
+
+def _in_words_of(before: Status, after: Status) -> tuple[Condition, ...]:
+    """The conditions of `after`, each with the message of `before` where the message is all that differs."""
+    known = {condition.type: condition for condition in before.conditions}
+    return tuple(each.model_copy(update={"message": known[each.type].message}) if each.type in known else each for each in after.conditions)
 
 
 def deadline(spec: Spec, status: Status) -> datetime | None:

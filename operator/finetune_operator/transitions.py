@@ -6,6 +6,7 @@ from typing import Literal
 
 from finetune_api.reasons import ADVICE, Reason
 from finetune_api.status import Status
+from finetune_operator.conditions import PHASES
 from finetune_operator.observed import Job
 from finetune_operator.port import Event
 
@@ -52,7 +53,9 @@ def _told(before: Status, after: Status) -> Iterable[Told]:
         yield "Warning" if now in ADVICE else "Normal", now, _words(after, "Ready")
 
 
-_TOLD_OTHERWISE = (Reason.RETRYING, Reason.RESUMED, Reason.PENDING, Reason.WORKERS_LOST)
+_STAGES = tuple(reason for _, reason in PHASES.values() if reason != Reason.TRAINING)
+_TOLD_OTHERWISE = (Reason.RETRYING, Reason.RESUMED, Reason.PENDING, Reason.WORKERS_LOST, *_STAGES)
+"""Reasons of Ready that are no Events of their own: others say so, or status.stages, which has the times of each stage."""
 
 
 def _reason(status: Status) -> str:

@@ -1,7 +1,7 @@
 """What kopf costs by itself: one handler that writes one field of the status. BENCH_TURNS names the file of its turns.
 
-It imports nothing of the operator, so that its memory is kopf's. kopf writes after its handler has returned: a turn ends when the watch
-shows what was written.
+Of the operator it imports the settings of the watch alone, so that its memory is kopf's. kopf writes after its handler has returned: a turn
+ends when the watch shows what was written.
 """
 
 import asyncio
@@ -14,6 +14,8 @@ from typing import Any, TextIO
 import kopf
 import yaml
 from tests.bench.turns import Turn
+
+from finetune_operator.watching import watch_settings
 
 TOUCH = "bench.example.com/touch"
 """Annotation that the benchmark changes."""
@@ -48,23 +50,18 @@ def registry_of(file: TextIO) -> kopf.OperatorRegistry:
     return registry
 
 
-def plain_settings() -> kopf.OperatorSettings:
-    """The operator's own (finetune_operator.handlers), as far as they concern the handling of events."""
-    settings = kopf.OperatorSettings()
-    settings.posting.enabled = False
-    settings.scanning.disabled = True
-    settings.peering.standalone = True
-    settings.watching.server_timeout = 300
-    settings.watching.client_timeout = 330
-    settings.watching.chunk_size = 500
-    settings.queueing.idle_timeout = 1.0
+def bare_settings() -> kopf.OperatorSettings:
+    """The operator's own, but what spares it kopf's comparison of each object, and the choice of pods: kopf as it comes."""
+    settings, plain = watch_settings(), kopf.OperatorSettings()
+    settings.persistence.diffbase_storage = plain.persistence.diffbase_storage
+    settings.watching.label_selectors.clear()
     return settings
 
 
 def main() -> None:
     """Run until it is killed."""
     with Path(os.environ["BENCH_TURNS"]).open("a", buffering=1, encoding="utf-8") as file:
-        asyncio.run(kopf.operator(registry=registry_of(file), settings=plain_settings(), standalone=True, clusterwide=True))
+        asyncio.run(kopf.operator(registry=registry_of(file), settings=bare_settings(), standalone=True, clusterwide=True))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Figures:
     """Of one process with one fleet."""
 
     cold_start: float
-    """Seconds from the start of the process until every job has had a turn."""
+    """Seconds from the start of the process until every job has had a turn, or was found to need none."""
     cold: Use
     """At that moment."""
     end: Use
@@ -134,7 +134,9 @@ def _table(figures: dict[str, Figures], fleet: Fleet) -> Table:
     for name in figures:
         table.add_column(name, justify="right")
     rows = {
-        "cold start: from the start of the process until each job has had a turn": lambda f: f"{f.cold_start:.1f} s",
+        "cold start: from the start of the process until each job has had its turn, or was found to need none": lambda f: (
+            f"{f.cold_start:.1f} s"
+        ),
         "CPU time up to then": lambda f: f"{f.cold.cpu_seconds:.1f} s",
         "memory then": lambda f: f"{f.cold.resident / 2**20:.0f} MiB",
         "memory, peak over all": lambda f: f"{f.end.peak / 2**20:.0f} MiB",

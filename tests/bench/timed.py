@@ -5,6 +5,7 @@ Only the queue is another: it notes when a turn was due and why, and when it beg
 
 import os
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -52,6 +53,14 @@ class TimedOperator(operator.Operator):
         # Each line at once: the file is read meanwhile, and a process that is killed writes nothing more.
         file = Path(os.environ[TURNS]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
         self.queue = TimedQueue(self._reconcile, settings.max_concurrent, file)
+        self._turns = file
+
+    def _give_turns(self, jobs: Mapping[str, JobKey], resting: Collection[str]) -> None:
+        """Write down those too that are found to need no turn: at this moment they are done with."""
+        super()._give_turns(jobs, resting)
+        now = time.monotonic()
+        for key in (jobs[uid] for uid in resting):
+            self._turns.write(Turn(f"{key.namespace}/{key.name}", "event", now, now, now).line())
 
 
 if __name__ == "__main__":

@@ -66,9 +66,7 @@ async def test_the_events_tell_the_way_once() -> None:
     await drive(cluster, kubelet)
     assert [(event.type, event.reason) for event in cluster.events.values()] == [
         ("Normal", "Accepted"),
-        ("Normal", "Preparing"),
         ("Normal", "Training"),
-        ("Normal", "Publishing"),
         ("Normal", "Succeeded"),
     ]
 

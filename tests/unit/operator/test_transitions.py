@@ -6,7 +6,7 @@ import pytest
 from tests.builders import SETTINGS, at, make_job, make_pod, make_report, terminated
 
 from finetune_api.reasons import Reason
-from finetune_api.status import Progress, Status
+from finetune_api.status import Progress, Stage, Status
 from finetune_operator.lifecycle import advance
 from finetune_operator.observed import Observed, Waiting
 from finetune_operator.pace import next_look
@@ -20,7 +20,9 @@ def look(before: Status, *pods, report=None, seconds: float = 0, **spec) -> Stat
 
 
 BEGUN = look(Status())
-TRAINING = look(look(BEGUN, HEAD, report=make_report("Prepare")), HEAD, *WORKERS, report=make_report(progress=Progress(step=5)))
+BASELINE = (Stage(name="Prepare", state="Succeeded"), Stage(name="Baseline", state="Running"))
+PREPARING = look(BEGUN, HEAD, report=make_report("Prepare"))
+TRAINING = look(PREPARING, HEAD, *WORKERS, report=make_report(progress=Progress(step=5)))
 WARNED = look(TRAINING, HEAD, *WORKERS, report=make_report(warnings=("the data is small",)), seconds=30)
 WARNED_BEFORE = look(WARNED, seconds=600)
 FAILED_HEAD = make_pod(phase="Failed", containerStatuses=terminated(137, "OOMKilled"))
@@ -31,7 +33,11 @@ STUCK = replace(PENDING, waiting=Waiting(Reason.SECRET_NOT_FOUND, 'pod bot-1-hea
 
 TRANSITIONS = {
     "the job is new": (Status(), BEGUN, [("Normal", "Accepted", "attempt 1 begins")]),
-    "a stage begins": (BEGUN, look(BEGUN, HEAD, report=make_report("Prepare")), [("Normal", "Preparing", "preparing")]),
+    "the preparation begins": (BEGUN, PREPARING, []),
+    "the baseline is measured": (PREPARING, look(PREPARING, HEAD, *WORKERS, report=make_report(stages=BASELINE)), []),
+    "the training begins": (PREPARING, TRAINING, [("Normal", "Training", "training")]),
+    "the evaluation begins": (TRAINING, look(TRAINING, HEAD, *WORKERS, report=make_report("Evaluate"), seconds=60), []),
+    "the publication begins": (TRAINING, look(TRAINING, HEAD, report=make_report("Publish"), seconds=60), []),
     "only progress": (TRAINING, look(TRAINING, HEAD, *WORKERS, report=make_report(progress=Progress(step=9)), seconds=60), []),
     "a pod waits": (BEGUN, look(BEGUN, STUCK), [("Warning", "SecretNotFound", 'pod bot-1-head: secret "hub" not found')]),
     "a worker is lost": (
@@ -49,10 +55,10 @@ TRANSITIONS = {
         look(WARNED, HEAD, *WORKERS, report=make_report(warnings=("the data is small", "micro-batch halved")), seconds=60),
         [("Warning", "Warned", "micro-batch halved")],
     ),
-    "what was warned of before is warned of in the next attempt": (
+    "the next attempt warns of the same": (
         WARNED_BEFORE,
         look(WARNED_BEFORE, make_pod(attempt=2), report=make_report("Prepare", attempt=2, warnings=("the data is small",)), seconds=620),
-        [("Normal", "Preparing", "preparing")],
+        [],
     ),
     "an attempt fails": (
         TRAINING,

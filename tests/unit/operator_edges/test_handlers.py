@@ -5,8 +5,9 @@ from typing import Any
 import kopf
 import pytest
 
-from finetune_operator.handlers import informer_registry, informer_settings
+from finetune_operator.handlers import informer_registry
 from finetune_operator.port import JobKey
+from finetune_operator.watching import watch_settings
 
 
 class Informed:
@@ -86,6 +87,37 @@ async def test_pod_wakes_its_job(informed: Informed) -> None:
     assert informed.woken == [JobKey("team", "bot")]
 
 
+def complete(**meta: Any) -> dict[str, Any]:
+    return {**job(**meta), "spec": {}, "status": {"observedGeneration": 1, "conditions": [{"type": "Complete", "status": "True"}]}}
+
+
+async def test_a_job_that_is_listed_when_it_has_ended_waits_for_the_survey_and_one_that_changes_does_not(informed: Informed) -> None:
+    await informed.send("job", None, complete())
+    assert (informed.woken, informed.seen) == ([], [("bot", False)])
+    await informed.send("job", "MODIFIED", complete(annotations={"finetune.dev/retry": "1"}))
+    await informed.send("job", "ADDED", complete(uid="u-2"))
+    assert informed.woken == [JobKey("team", "bot")] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "role", "phase", "wakes"),
+    [
+        (None, "head", "Succeeded", False),
+        ("MODIFIED", "head", "Succeeded", True),
+        ("DELETED", "head", "Succeeded", True),
+        (None, "head", "Running", True),
+        (None, "worker", "Succeeded", True),
+    ],
+)
+async def test_a_head_that_is_listed_when_it_has_ended_wakes_nobody(
+    informed: Informed, kind: str | None, role: str, phase: str, wakes: bool
+) -> None:
+    labels = {"finetune.dev/job-name": "bot", "finetune.dev/job-uid": "u-1", "finetune.dev/role": role}
+    pod = {"metadata": {"namespace": "team", "name": "bot-1-head", "labels": labels}, "status": {"phase": phase}}
+    await informed.send("pod", kind, pod)
+    assert informed.woken == ([JobKey("team", "bot")] if wakes else [])
+
+
 async def test_pod_with_an_empty_label_wakes_nobody(informed: Informed) -> None:
     """The path of a job without a name is that of the list of all."""
     labels = {"finetune.dev/job-name": "", "finetune.dev/job-uid": ""}
@@ -102,7 +134,7 @@ def test_registry_holds_nothing_that_marks_objects(informed: Informed) -> None:
 
 
 def test_kopf_only_watches_and_is_patient() -> None:
-    settings = informer_settings()
+    settings = watch_settings()
     assert not settings.posting.enabled
     assert settings.scanning.disabled
     assert settings.peering.standalone

@@ -110,17 +110,23 @@ async def test_operator_is_not_ready_before_it_watches() -> None:
     assert await probe(Operator(Settings()), "/readyz") == (503, "not watching yet\n")
 
 
-async def test_replica_that_stands_by_queues_nothing_and_takes_up_every_job_when_it_leads(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Two:
-        answers: ClassVar[list[Any]] = [ApiError(0, "Unreachable", "not now"), {"u-1": JobKey("team", "bot"), "u-2": JobKey("team", "cat")}]
+JOBS = {"u-1": JobKey("team", "bot"), "u-2": JobKey("team", "cat"), "u-3": JobKey("team", "resting")}
 
-        async def job_keys(self, namespaces: Sequence[str]) -> dict[str, JobKey]:
+
+async def test_replica_that_stands_by_queues_nothing_and_takes_up_every_job_that_does_not_rest_when_it_leads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Two:
+        answers: ClassVar[list[Any]] = [ApiError(0, "Unreachable", "not now"), JOBS]
+
+        async def survey(self, namespaces: Sequence[str]) -> tuple[dict[str, JobKey], set[str]]:
             answer = self.answers.pop(0)
             if isinstance(answer, Exception):
                 raise answer
-            return dict(answer)
+            return dict(answer), {"u-3"}
 
     monkeypatch.setattr("finetune_operator.__main__.CRD_RETRY_SECONDS", 0)
+    monkeypatch.setattr("finetune_operator.__main__.survey", Two.survey)
     operator = Operator(Settings())
     operator._cluster = Two()  # type: ignore[assignment]
     operator.election = Election(ApiClient(Configuration(host="http://127.0.0.1:1")), "system", "me")

@@ -111,7 +111,8 @@ async def test_a_model_that_does_not_pass_its_gates_ends_the_job_with_its_figure
     assert (status.baseline, status.search, status.evaluation, status.data) == (BASELINE, SEARCH, JUDGED, DATA)
     assert [name for name, _ in player.created] == ["tune-1-head", "tune-1-worker-0", "tune-1-worker-1"]
     # What stages there were, and when, stands in the status; Events tell of the training alone.
-    assert [stage.name for stage in status.stages] == ["Prepare", "Baseline", "Search", "Train", "Evaluate"]
+    gone_through = [stage.name for stage in status.stages if stage.state != "Pending"]
+    assert gone_through == ["Prepare", "Baseline", "Search", "Train", "Evaluate"]
     assert set(await stage.told()) == {"Accepted", "Training", "GatesNotPassed"}
 
 

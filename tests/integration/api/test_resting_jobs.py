@@ -8,7 +8,7 @@ from tests.integration.api.apiserver import kubeconfig_through
 from tests.integration.api.kube import Object
 from tests.integration.api.operators import Operator
 from tests.integration.api.proxy import Proxy
-from tests.integration.api.stages import Stage
+from tests.integration.api.stages import LIFE_SECONDS, Stage
 
 pytestmark = [pytest.mark.api, pytest.mark.asyncio(loop_scope="session")]
 
@@ -26,7 +26,7 @@ async def _complete(stage: Stage) -> Object:
 
 async def _until_listed(operator: Operator) -> None:
     """Wait for its first look at all jobs at once, and for what it starts."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(LIFE_SECONDS):
         await operator.wait_until_ready()
         while "the jobs are listed" not in operator.log.read_text():
             operator.check_alive()
@@ -45,7 +45,7 @@ async def test_a_job_that_has_ended_and_left_nothing_is_not_read_when_the_operat
             assert proxy.writes == []
             # It is still listened to.
             await stage.kube.patch("FineTuneJob", stage.namespace, "tune", {"spec": {"ttlSecondsAfterFinished": 0}})
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(LIFE_SECONDS):
                 while await stage.kube.get("FineTuneJob", stage.namespace, "tune") is not None:
                     await asyncio.sleep(0.1)
 
@@ -56,7 +56,8 @@ async def test_what_is_left_of_a_job_that_has_ended_goes_when_the_operator_start
     meta = {key: copy.deepcopy(head["metadata"][key]) for key in ("labels", "ownerReferences")}
     if kind == "Pod":
         meta["labels"] |= {"finetune.dev/role": "worker", "app.kubernetes.io/component": "worker"}
-        left: Object = {"metadata": {**meta, "name": "tune-1-worker-0"}, "spec": {"containers": [{"name": "left", "image": "left"}]}}
+        spec = {"containers": [{"name": "left", "image": "left"}], "automountServiceAccountToken": False}
+        left: Object = {"metadata": {**meta, "name": "tune-1-worker-0"}, "spec": spec}
     else:
         left = {"metadata": {**meta, "name": "tune-1", "annotations": {"finetune.dev/objects": "owned"}}, "data": {}}
     await stage.kube.create(kind, left, stage.namespace)

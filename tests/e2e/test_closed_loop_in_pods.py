@@ -40,6 +40,8 @@ def test_documents_become_a_gated_adapter(release: Kubectl, kubectl: Kubectl, st
     assert row.split()[1] == "Complete"
     made = json.loads(kubectl.python(storage, _MADE, "/storage/closed-loop", name))
     assert made == {"adapter": True, "report": True, "pictures": 3}
+    kubectl("delete", "ftj", name)
+    assert_all_gone(kubectl, name, 60)
 
 
 _MADE = """
@@ -76,5 +78,5 @@ def test_a_gate_that_is_not_passed_publishes_nothing(release: Kubectl, kubectl: 
     held = kubectl.python(storage, "import sys, pathlib; print(*pathlib.Path('/storage/held').rglob('adapter_model.safetensors'))").split()
     assert len(held) == 1
     assert "/.finetune/" in held[0]
-    kubectl("delete", "ftj", "held", "closed-loop")
+    kubectl("delete", "ftj", "held")
     assert_all_gone(kubectl, "held", 60)

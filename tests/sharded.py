@@ -13,9 +13,11 @@ from fsspec.implementations.local import LocalFileSystem
 from tests.unit.trainer_run.test_loop import CONFIG, DATA
 
 from finetune_api.v1alpha1 import parse_job
+from finetune_trainer.failures import as_job_error, is_final
 from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.model_files import fetch_model
 from finetune_trainer.placement import placed
+from finetune_trainer.sharding import decoder_layers
 from finetune_trainer.sources import Mounts
 from finetune_trainer.storage import Storage
 from finetune_trainer.teacher import load_teacher, teacher_source
@@ -35,17 +37,31 @@ class Run:
     world: int
     stop_after: int | None = None
     """Steps after which the group is asked to stop."""
+    fails: "Fails | None" = None
+
+
+@dataclass(frozen=True)
+class Fails:
+    """What happens to the first layer of the last worker, in the midst of a pass in which the others wait for it."""
+
+    call: int
+    """Of its forward passes, counted from 1: the one that fails."""
+    training: bool
+    """Whether those of training are meant, or those of evaluation."""
+    compiled: bool = False
+    """Whether it is compiled, and what fails is not memory."""
 
 
 @dataclass
 class Recorder:
-    """Remembers the loss of every step; asks for a stop after some."""
+    """Remembers the loss of every step and the warnings; asks for a stop after some."""
 
     stop_after: int | None
     losses: dict[int, float] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
     asked: int = 0
     regroup_requested: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def stop_requested(self) -> bool:
@@ -53,6 +69,7 @@ class Recorder:
         return self.stop_after is not None and self.asked >= self.stop_after
 
     def post(self, progress: Any) -> None:
+        self.warnings = progress.warnings
         for metric in progress.metrics:
             if metric.name == "train/loss":
                 self.losses[metric.step] = metric.value
@@ -83,7 +100,31 @@ def _work(rank: int, run: Run) -> None:
     recorder, teacher, source = Recorder(run.stop_after), None, teacher_source(job)
     if source is not None:
         teacher = load_teacher(fetch_model(source, Mounts(run.folder, local=True), run.folder, weights=True), job, worker.device)
-    train(task, Models(model, teacher, warnings=warnings), DATA, worker, recorder)
+    if run.fails is not None:
+        _fail(decoder_layers(model.transformer), run.fails, last=rank == run.world - 1)
+    try:
+        train(task, Models(model, teacher, warnings=warnings), DATA, worker, recorder)
+    except Exception as error:
+        (run.folder / f"ended-{rank}.json").write_text(json.dumps([as_job_error(error).reason, is_final(error)]))
+        raise
     if rank == 0:
-        (run.folder / "told.json").write_text(json.dumps({"losses": recorder.losses, "norms": recorder.norms}))
+        told = {"losses": recorder.losses, "norms": recorder.norms, "warnings": recorder.warnings}
+        (run.folder / "told.json").write_text(json.dumps(told))
     dist.destroy_process_group()
+
+
+def _fail(layers: list[torch.nn.Module], fails: Fails, *, last: bool) -> None:
+    """Have the first layer fail as it is told, on the worker that is the last."""
+    calls = 0
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += layers[0].training is fails.training
+        if last and calls == fails.call and layers[0].training is fails.training:
+            raise RuntimeError("no kernel for this shape") if fails.compiled else torch.OutOfMemoryError("CUDA out of memory")
+        return own(*arguments, **named)
+
+    own = layers[0].forward
+    if fails.compiled:
+        forward._torchdynamo_orig_callable = own  # type: ignore[attr-defined]  # as torch.compile marks what it makes
+    layers[0].forward = forward

@@ -205,6 +205,8 @@ class _Suite:
             self._told(tell, before + round(done * len(pending) / len(own)), cases)
         self._asking.speaker.finish()
         self._warn(tell, int(self._worker.sum(self._too_long)), cases)
+        for warning in self._asking.speaker.settle(self._worker):
+            self._told(tell, len(cases), cases, warning)
         if self._worker.leads:
             self._complete(cases)
         self._worker.sum(0.0)
@@ -244,17 +246,17 @@ class _Suite:
             self._storage.write_text(answers_file(self._candidate, self._questions.suite), "".join(written(answers)))
         self._storage.remove(self._parts)
 
-    def _told(self, tell: Tell, done: int, cases: Sequence[Case]) -> None:
+    def _told(self, tell: Tell, done: int, cases: Sequence[Case], warning: str = "") -> None:
         if self._worker.leads:
-            tell(Told(self._candidate, self._questions.suite, done, len(cases)))
+            tell(Told(self._candidate, self._questions.suite, done, len(cases), warning))
 
     def _warn(self, tell: Tell, too_long: int, cases: Sequence[Case]) -> None:
         """Say that some cases could not be asked: their answers are empty, and count as such."""
-        if too_long and self._worker.leads:
+        if too_long:
             suite, limit = self._questions.suite, self._asking.speaker.voice.context
             what = f"suite {suite}: {too_long} of {len(cases)} prompts leave no room for an answer: the model takes {limit} tokens"
             warning = f"{what}; {self._candidate} counts as having said nothing to them"
-            tell(Told(self._candidate, suite, len(cases), len(cases), warning))
+            self._told(tell, len(cases), cases, warning)
 
 
 def _characters(case: Case) -> int:

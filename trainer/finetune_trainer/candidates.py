@@ -68,7 +68,7 @@ class Candidates:
         if candidate.step is not None:
             checkpoint.restore_model(model, self.storage.at(CHECKPOINTS), candidate.step, self.config, self.worker)
         if self._speaker is None:
-            self._speaker = Speaker(Voice(model, load_tokenizer(files), longest_example(files)), self.worker)
+            self._speaker = Speaker(Voice(model, load_tokenizer(files), longest_example(files)), self.worker, storage=self.storage)
         most = None if candidate.whole else self.job.spec.training.max_sequence_length
         return Asking(self._speaker, loss_on(self.job), most)
 

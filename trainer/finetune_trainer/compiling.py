@@ -2,7 +2,7 @@
 
 Each layer is compiled by itself and with open shapes, so that the many layers and the many lengths share one compilation. Attention over
 flat rows is left out: how many documents a row has would be compiled into it. That it cannot be done here (no compiler in the image) is
-never a reason to fail.
+never a reason to fail; nor is a layer that fails later (see `remedy`).
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from finetune_api.v1alpha1 import Spec
 from finetune_trainer.attention import compile_around_flat_attention, probe
 from finetune_trainer.model import CausalModel
+from finetune_trainer.remedy import uncompile, uncompiled_because
 from finetune_trainer.sharding import decoder_layers
 
 DOCUMENTS = [[3, 4, 5, 6], [3, 4, 5]]
@@ -30,10 +31,8 @@ def compile_layers(model: CausalModel, spec: Spec) -> tuple[str, ...]:
         with torch.no_grad():
             model.run(probe(DOCUMENTS if model.layout == "flat" else DOCUMENTS[:1], model.layout).to(model.device))
     except Exception as error:
-        for layer in layers:
-            del layer.forward  # what its class says is there again
-        reason = str(error).strip().splitlines()
-        return (f"the model is trained without torch.compile: {reason[0] if reason else type(error).__name__}",)
+        uncompile(model)
+        return (uncompiled_because(error),)
     finally:
         model.settle()
     return ()

@@ -6,7 +6,7 @@ what it makes of them in training's way. Where it is not (a state that runs alon
 in that way from the beginning: slow, and right.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -293,20 +293,3 @@ class Bounds:
             batch.append(index)
         if batch:
             yield batch
-
-
-def in_halves(indices: list[int], call: Callable[[list[int]], None], *, whole: bool = False) -> None:
-    """Call with all of them, or where memory is short, with half as many at a time. `whole` says that it cannot be cut.
-
-    Raises torch.OutOfMemoryError where one alone is too much.
-    """
-    waiting = [indices]
-    while waiting:
-        now = waiting.pop()
-        try:
-            call(now)
-        except torch.OutOfMemoryError:
-            if len(now) == 1 or whole:
-                raise
-            middle = len(now) // 2
-            waiting += [now[middle:], now[:middle]]

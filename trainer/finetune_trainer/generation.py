@@ -6,23 +6,26 @@ those of the model's generation configuration and the tokenizer's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
-from finetune_trainer.data.batches import micro_batches
+from finetune_trainer.data.batches import Row, micro_batches
 from finetune_trainer.data.encoding import Encoder, LossOn
 from finetune_trainer.data.examples import Examples, join
 from finetune_trainer.data.formats import Conversation, PromptCompletion, Text
 from finetune_trainer.data.rows import Fault, Place
+from finetune_trainer.data.shares import Limit
 from finetune_trainer.data.tensors import MicroBatch, collate
 from finetune_trainer.data.tokenising import Marked, Tokeniser
-from finetune_trainer.decoding import Bounds, Decoder, in_halves, logits_at
+from finetune_trainer.decoding import Bounds, Decoder, logits_at
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation.answered import Answered, Case
 from finetune_trainer.model import CausalModel
+from finetune_trainer.remedy import Notes, Remedy, Work
+from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
 
 if TYPE_CHECKING:
@@ -30,6 +33,15 @@ if TYPE_CHECKING:
 
 HELD_TOKENS: dict[str, int] = {"cpu": 16384, "cuda": 32768}
 """Positions whose keys and values are held at once, by device."""
+ANSWERING = Work(
+    "answers did not fit into memory: {limit} are held at once now, and they stay what they were",
+    "a single example does not fit into the memory of a worker: lower maxNewTokens, or shorten the prompts of evaluation.suites",
+)
+MEASURING = Work(
+    "references did not fit into memory: {limit} are measured at once now, with the same figures",
+    "a single example does not fit into the memory of a worker: lower training.maxSequenceLength",
+)
+NOTES = {ANSWERING: "answers-at-once.json", MEASURING: "references-at-once.json"}
 LOGITS = 1 << 24
 """Logits that exist at once where references are measured: 64 MiB."""
 
@@ -67,16 +79,26 @@ class Reply:
 class Speaker:
     """Asks one model. Where that is sharded, every worker has one, and calls `finish` when it has no more to ask.
 
-    `worker` says with whom; `tokens` is how many positions are held at once, where that is not to follow from the device.
+    `worker` says with whom; `tokens` is how many positions are held at once, where that is not to follow from the device; `storage` is the
+    folder in which workers that must begin anew leave how many did not fit.
     """
 
-    def __init__(self, voice: Voice, worker: Worker | None = None, *, tokens: int | None = None) -> None:
+    def __init__(self, voice: Voice, worker: Worker | None = None, *, tokens: int | None = None, storage: Storage | None = None) -> None:
         self.voice = voice
-        self._device = voice.model.device.type
+        self._warnings = list[str]()
         self._decoder = Decoder(voice.model, worker)
         self._tokeniser = Tokeniser(voice.tokenizer)
-        self._bounds = Bounds(tokens or HELD_TOKENS[self._device])
         self._ends = voice.ends()
+        device = voice.model.device.type
+        self._answering = self._remedy(ANSWERING, tokens or HELD_TOKENS[device], storage)
+        self._measuring = self._remedy(MEASURING, AUTO_TOKENS[device], storage)
+        if storage is not None and voice.model.sharded:
+            self._answering.resume(worker or Worker())
+            self._measuring.resume(worker or Worker())
+
+    def _remedy(self, work: Work, tokens: int, storage: Storage | None) -> Remedy:
+        notes = Notes(storage, NOTES[work]) if storage is not None else None
+        return Remedy(work, self.voice.model, Limit("auto", tokens), self._warnings.append, notes)
 
     def prompt(self, case: Case) -> list[int]:
         """The tokens of what is asked, at least one. Raises JobError (DatasetInvalid) where the chat template refuses it."""
@@ -97,42 +119,48 @@ class Speaker:
     def replies(self, prompts: Sequence[Sequence[int]], most: int) -> list[Reply]:
         """What the model says to each prompt, at most so many tokens, and no more than its context has room for.
 
-        Raises JobError (GPUOutOfMemory).
+        Raises JobError (GPUOutOfMemory; WorkersLost where all workers must begin anew).
         """
         context = self.voice.context
         room = [most if context is None else max(0, min(most, context - len(prompt))) for prompt in prompts]
         made: list[list[int]] = [[] for _ in prompts]
         taken = self.voice.model.virtual_tokens
 
-        def follow(batch: list[int]) -> None:
-            rows = self._decoder.follow([prompts[each] for each in batch], [room[each] for each in batch], self._ends)
-            for index, row in zip(batch, rows, strict=True):
-                made[index] = row
+        def follow(batch: Sequence[int]) -> list[list[int]]:
+            return self._decoder.follow([prompts[each] for each in batch], [room[each] for each in batch], self._ends)
+
+        def held(batch: Sequence[int]) -> int:
+            return len(batch) * max(len(prompts[each]) + room[each] + taken for each in batch)
 
         asked = [index for index, count in enumerate(room) if count > 0]
+        batches = Bounds(self._answering.limit.most).batches([len(prompts[index]) + room[index] + taken for index in asked])
         with self._decoder.ready():
-            for batch in self._bounds.batches([len(prompts[index]) + room[index] + taken for index in asked]):
-                self._within_memory([asked[place] for place in batch], follow)
+            for batch, rows in self._answering.each([[asked[place] for place in batch] for batch in batches], held, follow):
+                for index, row in zip(batch, rows, strict=True):
+                    made[index] = row
         texts = [self.voice.tokenizer.decode(row, skip_special_tokens=True) for row in made]
         return [Reply(str(text), too_long=count == 0 and most > 0) for text, count in zip(texts, room, strict=True)]
 
     def measured(self, examples: Examples) -> list[Answered]:
         """Of each example the summed loss of its labels, their number, and how many of them were found. The ids are numbers.
 
-        It is what `evaluation.measure` takes the mean of. Raises JobError (GPUOutOfMemory).
+        It is what `evaluation.measure` takes the mean of. Raises JobError as `replies` does.
         """
         model, lengths = self.voice.model, examples.lengths() + self.voice.model.virtual_tokens
+        limit, padded = self._measuring.limit, model.layout == "padded"
         found: dict[int, Answered] = {}
 
-        def see(batch: list[int]) -> None:
+        def see(rows: Sequence[Row]) -> list[Answered]:
             self._decoder.lockstep.before()
-            seen = collate(examples, [(index,) for index in batch], model.layout).to(model.device)
-            found.update(zip(batch, _scores(model, seen), strict=True))
+            return _scores(model, collate(examples, rows, model.layout).to(model.device))
+
+        def taken(rows: Sequence[Row]) -> int:
+            return limit.taken(rows, lengths, padded=padded)
 
         order = [(index,) for index in sorted(range(len(examples)), key=lambda index: -lengths[index])]
         with self._decoder.ready():
-            for rows in micro_batches(order, lengths, "auto", AUTO_TOKENS[self._device], padded=model.layout == "padded"):
-                self._within_memory([index for row in rows for index in row], see)
+            for rows, scores in self._measuring.each(list(micro_batches(order, lengths, "auto", limit.tokens, padded=padded)), taken, see):
+                found |= {index: score for (index,), score in zip(rows, scores, strict=True)}
         return [replace(found[index], id=str(index)) for index in range(len(examples))]
 
     def finish(self) -> None:
@@ -140,11 +168,13 @@ class Speaker:
         with self._decoder.ready():
             self._decoder.lockstep.finish()
 
-    def _within_memory(self, batch: list[int], call: Any) -> None:  # noqa: ANN401 - takes what it is given
-        try:
-            in_halves(batch, call, whole=self.voice.model.sharded)
-        except torch.OutOfMemoryError as error:
-            raise JobError(Reason.GPU_OUT_OF_MEMORY, "a single example does not fit into the memory of a worker") from error
+    def settle(self, worker: Worker) -> tuple[str, ...]:
+        """Have all workers hold as little at once as any of them has had to. Every worker calls it. Returns what is new to tell of that."""
+        for remedy in (self._answering, self._measuring):
+            remedy.settle(worker, worker.sum(float(remedy.mended)))
+        told = tuple(self._warnings)
+        self._warnings.clear()
+        return told
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         ((tokens, _),) = self._tokeniser.tokens([Marked(text, None)], add_special_tokens=special)

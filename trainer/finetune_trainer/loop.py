@@ -9,17 +9,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.evaluation import EARLIER
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import ArtifactKind, FineTuneJob, Spec
 from finetune_trainer import checkpoint
 from finetune_trainer.data.batches import plan_batches
 from finetune_trainer.data.examples import Examples, Prepared
-from finetune_trainer.data.shares import Limit
 from finetune_trainer.device import Device
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import Losses, measure
@@ -31,16 +28,17 @@ from finetune_trainer.objectives import Context, parameters_of
 from finetune_trainer.objectives import begin as begin_objective
 from finetune_trainer.optimisation import Gradients, adamw
 from finetune_trainer.progress import WorkerProgress
+from finetune_trainer.remedy import TRAINING, Notes, Remedy, limit_of
 from finetune_trainer.result import Result, write_result
 from finetune_trainer.sharding import whole
-from finetune_trainer.steps import Engine, Share, Steps, Wishes, shortage
+from finetune_trainer.steps import Engine, Share, Steps, Wishes
 from finetune_trainer.storage import Storage
 from finetune_trainer.telling import Listener, Teller
 from finetune_trainer.worker import Worker
 
 BASELINE = "baseline.json"
-LIMIT = "micro-batch.json"
-"""What a worker holds in memory at once, where a start before this one ran out of it."""
+REMEDY = "remedy.json"
+"""What a start before this one has found that it must do otherwise."""
 PREEMPTION_SECONDS = 2.0
 """How often the workers ask whether one of them is about to be taken away."""
 
@@ -87,14 +85,14 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     plan = plan_batches(data.train, training)
     held_out = {name: examples for name, examples in data.splits().items() if name != "train"}
     on_the_way = {name: examples for name, examples in held_out.items() if name in judged_on_the_way(spec)}
-    objective = begin_objective(spec.objective, Context(model, data, training, task.storage, worker, models.teacher, models.kept))
+    remedy = _remedy(task, model, worker)
+    objective = begin_objective(spec.objective, Context(model, data, training, task.storage, worker, models.teacher, models.kept, remedy))
     parameters = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
     parameters += parameters_of(objective)
     optimizer, gradients = adamw(parameters, training), Gradients((parameter for _, parameter in parameters), worker.device)
-    limit, shrunk = _limit(task, model, worker)
 
     def measured(splits: Mapping[str, Examples]) -> Losses:
-        return measure(model, objective.measured, splits, training, worker, limit)
+        return measure(model, objective.measured, splits, training, worker, remedy)
 
     # Go on from the newest complete checkpoint, or measure the untuned model and begin.
     keeper = Keeper(task.storage, task.config, spec, Trained(model, parameters, optimizer), worker)
@@ -106,20 +104,19 @@ def train(task: Task, models: Models, data: Prepared, worker: Worker, listener: 
     )
     begin = begin.model_copy(update={"best_checkpoint": keeper.best})
     tell = Teller(listener if worker.leads else None, plan, begin, Device(worker.device))
-    for warning in (*models.warnings, *shrunk):
+    for warning in models.warnings:
         tell.warn(warning)
+    remedy.tell_to(tell.warn)
     if keeper.owes_validation(plan.total_steps):
         keeper.validate(measured(on_the_way), tell)
 
     model.module.train()
-    steps = Steps(
-        Engine(model, objective, optimizer, gradients), Share(data.train, plan, limit), training, worker, partial(_remember, task)
-    )
+    steps = Steps(Engine(model, objective, optimizer, gradients), Share(data.train, plan), training, worker, remedy)
     preemptions = _Preemptions(worker)
     for step, parts in steps.ahead(range(keeper.step, keeper.step if keeper.over else plan.total_steps)):
         wishes = Wishes(listener.stop_requested, listener.regroup_requested, preemptions.due()) if worker.leads else Wishes()
         with keeper.named_in_divergence():
-            taken = steps.take(step, parts, wishes, tell)
+            taken = steps.take(step, parts, wishes)
         done, last = keeper.count(taken.batch.tokens), step + 1 == plan.total_steps
         figures = {"train/loss": taken.loss, "train/learningRate": taken.learning_rate, "train/gradNorm": taken.norm}
         keeper.note_step(figures)
@@ -164,19 +161,11 @@ def export_earlier(task: Task, model: CausalModel, result: Result, worker: Worke
     _finish(task, result, model, worker)
 
 
-def _limit(task: Task, model: CausalModel, worker: Worker) -> tuple[Limit, list[str]]:
-    """How much a worker holds at once: what is asked for or fits its memory; less, with a warning, where an earlier start ran out of it."""
-    known = task.storage.read_json(LIMIT) if worker.leads else None
-    training = task.job.spec.training
-    found = model.auto_tokens or AUTO_TOKENS[worker.device.type]
-    size = 0 if training.micro_batch_size == "auto" else worker.agree(known["size"] if known else training.micro_batch_size)
-    limit = Limit(size or "auto", worker.agree(min(known["tokens"], found) if known else found))
-    return limit, [shortage(limit)] if known else []
-
-
-def _remember(task: Task, limit: Limit) -> None:
-    """Keep for the next start what this one found out too late."""
-    task.storage.write_json(LIMIT, {"size": 0 if limit.size == "auto" else limit.size, "tokens": limit.tokens})
+def _remedy(task: Task, model: CausalModel, worker: Worker) -> Remedy:
+    """What is done where something fails, as far as an earlier start has found out. Every worker calls it."""
+    remedy = Remedy(TRAINING, model, limit_of(task.job.spec.training, model), notes=Notes(task.storage, REMEDY))
+    remedy.resume(worker)
+    return remedy
 
 
 def _finish(task: Task, result: Result, model: CausalModel, worker: Worker) -> None:

@@ -134,7 +134,7 @@ class Gradients:
     are no part of it: the backward pass sums them over the workers and leaves each its part.
     """
 
-    SIGNALS = 6
+    SIGNALS = 7
     """Numbers of the step: their meaning is the caller's."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> None:

@@ -281,6 +281,8 @@ def answer_on(worker: "Worker", assignment: Assignment, listener: "Listener") ->
                 asking = candidates.asking(whole)
                 voice = asking.speaker.voice
                 answer_tasks(suite, whole.name, Asked(asking.speaker, voice.tokenizer, voice.context, worker), where, own)
+                for warning in asking.speaker.settle(worker):
+                    tell(Told(whole.name, name, 0, 0, warning))
 
 
 @contextmanager

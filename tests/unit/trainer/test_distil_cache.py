@@ -1,5 +1,6 @@
 """What is kept of a teacher: the largest probabilities of every label, in shards that are whole or not there, computed once."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from tests.unit.trainer_run.test_loop import Together
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_api.reasons import Reason
@@ -249,31 +251,62 @@ class Small(Counting):
     """A teacher beside which so many tokens fit into memory."""
 
     most = 25
+    refused = 0
 
     def run(self, batch: MicroBatch, **named: Any) -> Any:
         self.runs += 1
         if batch.tokens > self.most:
+            self.refused += 1
             raise torch.OutOfMemoryError
         return self.teacher.run(batch, **named)
 
 
-def test_what_does_not_fit_into_memory_is_read_in_halves(
-    data: Examples, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thirty examples of up to 19 tokens in one shard: no memory for two of the longer ones, and the same is kept."""
+def test_what_does_not_fit_into_memory_is_read_in_halves(data: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty examples of up to 19 tokens: no memory for two of the longer ones. The same is kept, and it is told once."""
     monkeypatch.setattr(teacher_cache, "SHARDS", 1)
-    small = Small(llama(1))
-    fill(storage_in(tmp_path / "small"), small, data, Worker(), TAKING)
+    small, told = Small(llama(1)), list[str]()
+    fill(storage_in(tmp_path / "small"), small, data, Worker(), TAKING, told.append)
     fill(storage_in(tmp_path / "large"), llama(1), data, Worker(), TAKING)
     assert small.runs > len(data) * 2 // 3
-    assert "are read in halves" in caplog.text
-    made, expected = (TeacherCache(storage_in(tmp_path / name), data).of(tuple(range(len(data))), CPU) for name in ("small", "large"))
+    (warning,) = told
+    assert warning.startswith("the training data did not fit into memory beside the teacher: it reads ")
+    assert_same_is_kept(data, tmp_path / "small", tmp_path / "large")
+
+
+def assert_same_is_kept(data: Examples, *folders: Path) -> None:
+    made, expected = (TeacherCache(storage_in(folder), data).of(tuple(range(len(data))), CPU) for folder in folders)
     assert torch.equal(made.ids, expected.ids)
-    torch.testing.assert_close(made.log_probabilities, expected.log_probabilities)
+    torch.testing.assert_close(made.log_probabilities, expected.log_probabilities, atol=1e-5, rtol=0)
+
+
+def test_a_worker_that_is_short_beside_its_teacher_is_told_of_by_the_one_that_leads(
+    data: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a whole teacher, and shares of its own: the other one goes on as it was."""
+    monkeypatch.setattr(teacher_cache, "SHARDS", 4)
+    teachers, told = [Counting(llama(1)), Small(llama(1))], [list[str](), list[str]()]
+    together = Together(2)
+
+    def filled(rank: int) -> int:
+        return fill(storage_in(tmp_path / "two"), teachers[rank], data, together.worker(rank), TAKING, told[rank].append)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(filled, range(2))) == len(shards_of(data))
+    assert told[0] == told[1] != []
+    fill(storage_in(tmp_path / "one"), llama(1), data, Worker(), TAKING)
+    assert_same_is_kept(data, tmp_path / "two", tmp_path / "one")
+
+
+def test_once_is_enough_to_learn_how_much_fits(data: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after a shortage is not tried at the size that did not fit."""
+    monkeypatch.setattr(teacher_cache, "SHARDS", 2)
+    small = Small(llama(1))
+    fill(storage_in(tmp_path), small, data, Worker(), TAKING)
+    assert 0 < small.refused <= math.ceil(math.log2(data.lengths().sum() / small.most))
 
 
 def test_a_single_example_that_does_not_fit_is_told(data: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Small, "most", 5)
-    with pytest.raises(JobError, match="a single example does not fit") as raised:
+    with pytest.raises(JobError, match=r"a single example does not fit.* beside the teacher: lower training\.maxSequenceLength") as raised:
         fill(storage_in(tmp_path), Small(llama(1)), data, Worker(), TAKING)
     assert raised.value.reason == Reason.GPU_OUT_OF_MEMORY

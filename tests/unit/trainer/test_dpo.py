@@ -1,6 +1,7 @@
 """Direct preference optimisation: the loss by hand and against TRL's own, whatever the layout and the split of a batch."""
 
 import copy
+import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -255,6 +256,25 @@ def plainly(data: Examples, index: int) -> float:
     with torch.no_grad():
         each = llama()(input_ids=ids).logits[0, :-1].log_softmax(dim=1).gather(1, ids[0, 1:, None]).squeeze(1)
     return float(each[torch.tensor(labelled[1:])].sum())
+
+
+def test_references_that_do_not_fit_into_memory_are_computed_in_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = examples(pairs(6))
+    plain = references_of(context(untrained({"full": {}}), data, tmp_path / "plain"))
+    calls = itertools.count(1)
+
+    def refusing(*given: Any) -> torch.Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return example_log_probabilities(*given)
+
+    monkeypatch.setattr("finetune_trainer.objectives.references.example_log_probabilities", refusing)
+    short = context(untrained({"full": {}}), data, tmp_path / "short")
+    before = short.remedy.limit.most
+    found = references_of(short)
+    assert short.remedy.limit.most < before
+    for split in plain:
+        torch.testing.assert_close(found[split], plain[split], atol=1e-5, rtol=0)
 
 
 def test_references_are_of_every_example_of_every_split(tmp_path: Path) -> None:

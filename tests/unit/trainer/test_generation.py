@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -14,12 +16,13 @@ from tuned import shake
 
 from finetune_api.reasons import Reason
 from finetune_api.v1alpha1 import parse_job
+from finetune_trainer import generation
 from finetune_trainer.data.cases import case_of
 from finetune_trainer.data.encoding import Encoder
 from finetune_trainer.data.examples import join
 from finetune_trainer.data.formats import Conversation, PromptCompletion, Text
 from finetune_trainer.data.rows import Place
-from finetune_trainer.decoding import Bounds, Decoder, in_halves
+from finetune_trainer.decoding import Bounds
 from finetune_trainer.errors import JobError
 from finetune_trainer.evaluation import measure
 from finetune_trainer.evaluation.answered import Case
@@ -218,29 +221,57 @@ def test_batches_hold_rows_of_like_lengths_and_no_more_than_is_asked() -> None:
     assert list(Bounds(5).batches([])) == []
 
 
-def test_what_does_not_fit_into_memory_is_computed_in_halves() -> None:
-    done: list[list[int]] = []
+class Refusing:
+    """A call that raises as torch does where memory is short: at some calls, counted from 1."""
 
-    def compute(batch: list[int]) -> None:
-        if len(batch) > 2:
-            raise torch.OutOfMemoryError
-        done.append(batch)
+    def __init__(self, call: Any, *refused: int) -> None:
+        self.call, self.refused, self.calls = call, refused, 0
 
-    in_halves([4, 2, 7, 1, 9], compute)
-    assert done == [[4, 2], [7], [1, 9]]
-    with pytest.raises(torch.OutOfMemoryError):
-        in_halves([1, 2, 3], compute, whole=True)
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls in self.refused:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.call(*arguments)
 
 
-def test_a_row_that_one_alone_does_not_fit_is_an_error_of_the_job(
+def test_answers_and_references_that_do_not_fit_into_memory_are_computed_in_halves(
     model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = tuned_model(model_files, {"lora": {"rank": 4}}, tokenizer)
+    undisturbed, short = (Speaker(Voice(model, tokenizer, 128)) for _ in range(2))
+    prompts = [list(prompt.encode()) for prompt in PROMPTS]
+    data = join([(np.arange(3, 3 + length, dtype=np.int32), np.arange(length) >= 1) for length in (4, 9, 6, 12, 5)])
+    replies, measured = undisturbed.replies(prompts, 8), undisturbed.measured(data)
+    assert undisturbed.settle(Worker()) == ()
+
+    follow, scores = Refusing(short._decoder.follow, 1, 3), Refusing(generation._scores, 1)
+    monkeypatch.setattr(short._decoder, "follow", follow)
+    monkeypatch.setattr(generation, "_scores", scores)
+    assert short.replies(prompts, 8) == replies
+    found = short.measured(data)
+    assert [(each.id, each.labels, each.correct) for each in found] == [(each.id, each.labels, each.correct) for each in measured]
+    assert [each.loss for each in found] == pytest.approx([each.loss for each in measured], abs=1e-5)
+    told = short.settle(Worker())
+    assert [text.split(":")[0] for text in told] == ["answers did not fit into memory", "references did not fit into memory"]
+    assert short.settle(Worker()) == ()
+    follow.refused = scores.refused = ()
+    follow.calls = scores.calls = 0
+    assert short.replies(prompts, 8) == replies
+    assert follow.calls > 1  # what did not fit is not tried again
+
+
+@pytest.mark.parametrize("asked", ["replies", "measured"])
+def test_a_row_that_one_alone_does_not_fit_is_an_error_of_the_job(
+    model_files: ModelFiles, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
     speaker = Speaker(Voice(load_model(model_files, parse_job(job_manifest(), local=True), CPU), tokenizer, 128))
-
-    def full(*_: object) -> list[list[int]]:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(Decoder, "follow", full)
-    with pytest.raises(JobError) as caught:
-        speaker.replies([[3], [4]], 2)
+    never = Refusing(None, *range(1, 100))
+    monkeypatch.setattr(speaker._decoder, "follow", never)
+    monkeypatch.setattr(generation, "_scores", never)
+    field = {"replies": "maxNewTokens", "measured": r"training\.maxSequenceLength"}[asked]
+    data = join([(np.arange(3, 9, dtype=np.int32), np.arange(6) >= 1)] * 2)
+    call = {"replies": lambda: speaker.replies([[3], [4]], 2), "measured": lambda: speaker.measured(data)}[asked]
+    with pytest.raises(JobError, match=f"a single example does not fit into the memory of a worker: lower {field}") as caught:
+        call()
     assert caught.value.reason == Reason.GPU_OUT_OF_MEMORY
+    assert never.calls == 2

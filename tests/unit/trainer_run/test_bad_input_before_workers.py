@@ -1,21 +1,24 @@
-"""What only the run can see of a bad closed loop ends the job with a closed reason before a worker is asked for."""
+"""What only the run can see of a bad job ends it with a closed reason before a worker is asked for."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 from tests.in_process import run_job
 from tests.tiny_llama import make_tiny_llama, write_questions
 from tests.unit.trainer.fake_endpoint import FakeEndpoint, chat
 from tests.unit.trainer_run.test_whole_loop import a_job
 
 from finetune_api.reasons import Reason
+from finetune_trainer import endpoint
 from finetune_trainer.errors import JobError
 from finetune_trainer.report import Reporter
 
 EMPTY = {"source": "pvc://data/nothing"}
 HANDBOOK = {"source": "pvc://data/handbook"}
 GOLDEN = {"source": "pvc://data/train.jsonl", "column": "completion"}
+CHOSEN = {"train": {"source": "pvc://data/chosen.jsonl"}}
 SUITE = {"name": "task", "source": "validation", "metrics": ["f1"], "maxNewTokens": 4}
 
 
@@ -26,6 +29,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_llama(claim / "model")
     write_questions(claim / "train.jsonl", 12)
     write_questions(claim / "validation.jsonl", 6, start=100)
+    (claim / "chosen.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello"}\n' * 4)
     (claim / "nothing").mkdir()
     (claim / "nothing" / "empty.md").write_text("\n")
     (claim / "handbook").mkdir()
@@ -60,9 +64,37 @@ def failure(name: str, volumes: Path, monkeypatch: pytest.MonkeyPatch, **spec: A
     return caught.value
 
 
+TEACHER = {"distillation": {"teacher": {"source": "pvc://data/no-teacher"}, "response": {}}}
+
+
 @pytest.mark.parametrize(
     ("name", "spec", "reason", "field"),
     [
+        (
+            "targets",
+            {"method": {"lora": {"targetModules": ["query"]}}},
+            Reason.INVALID_SPEC,
+            "method.lora.targetModules: no module is called",
+        ),
+        (
+            "frozen",
+            {"method": {"freeze": {"lastLayers": 9}}},
+            Reason.INVALID_SPEC,
+            "method.freeze.lastLayers is 9, but the model has 2 layers",
+        ),
+        (
+            "virtual",
+            {"method": {"promptTuning": {"numVirtualTokens": 256}}},
+            Reason.INVALID_SPEC,
+            "method.promptTuning.numVirtualTokens is 256",
+        ),
+        ("no-teacher", {"objective": TEACHER}, Reason.MODEL_NOT_FOUND, "objective.distillation.teacher: "),
+        (
+            "no-rejected",
+            {"objective": {"dpo": {}}, "data": CHOSEN},
+            Reason.DATASET_INVALID,
+            "not chosen+rejected, which objective.dpo learns from",
+        ),
         (
             "comparison",
             {"evaluation": {"suites": [SUITE], "compareWith": ["no-such-job"]}},
@@ -139,9 +171,34 @@ def test_a_judge_that_does_not_open_without_its_secret(
     if secret == "wrong":
         token.write_text("sk-of-somebody-else")
     with FakeEndpoint(closed) as server:
-        endpoint = {"url": server.url, "model": "large", **({"secretRef": {"name": "judge"}} if secret else {})}
-        suite = {**SUITE, "metrics": ["judgeScore"], "judge": {"endpoint": endpoint}}
+        judge = {"url": server.url, "model": "large", **({"secretRef": {"name": "judge"}} if secret else {})}
+        suite = {**SUITE, "metrics": ["judgeScore"], "judge": {"endpoint": judge}}
         error = failure(f"judge-{secret}".lower(), volumes, monkeypatch, evaluation={"suites": [suite]})
     assert error.reason is reason
     assert "evaluation.suites[0].judge" in error.message
+    assert not any(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "reason"),
+    [
+        ("refuses", lambda path, body: (401, {}, "no key"), Reason.AUTHENTICATION_FAILED),
+        ("errs", lambda path, body: (502, {}, "bad gateway"), Reason.TEACHER_UNAVAILABLE),
+        ("says-nothing", lambda path, body: (200, {}, chat("")), Reason.TEACHER_UNAVAILABLE),
+        ("is-gone", None, Reason.TEACHER_UNAVAILABLE),
+    ],
+)
+def test_a_served_teacher_that_does_not_answer(
+    name: str, reply: Any, reason: Reason, volumes: Path, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "RETRY_WAIT", tenacity.wait_none())
+    with FakeEndpoint(reply or (lambda path, body: (401, {}, ""))) as server:
+        teacher = {"endpoint": {"url": server.url, "model": "large"}}
+        objective = {"distillation": {"teacher": teacher, "response": {}}}
+        if reply is not None:
+            error = failure(f"teacher-{name}", volumes, monkeypatch, objective=objective)
+    if reply is None:
+        error = failure(f"teacher-{name}", volumes, monkeypatch, objective=objective)
+    assert error.reason is reason
+    assert "objective.distillation.teacher.endpoint" in error.message
     assert not any(wanted)

@@ -31,6 +31,21 @@ class Limit:
             return replace(self, tokens=max(1, min(self.tokens, largest) // 2))
         return replace(self, size=max(1, min(self.size, largest) // 2))
 
+    def at_most(self, most: int) -> "Limit":
+        """The same, or less where `most` is less."""
+        if self.size == "auto":
+            return replace(self, tokens=min(self.tokens, most))
+        return replace(self, size=min(self.size, most))
+
+    @property
+    def most(self) -> int:
+        """The number that it comes to: tokens or rows."""
+        return self.tokens if self.size == "auto" else self.size
+
+    def taken(self, rows: Sequence[Row], lengths: npt.NDArray[np.int64], *, padded: bool) -> int:
+        """What rows that are computed at once come to, by what the limit counts."""
+        return positions(rows, lengths, padded=padded) if self.size == "auto" else len(rows)
+
     def __str__(self) -> str:
         return f"{self.tokens} tokens" if self.size == "auto" else f"{self.size} sequence{'s' if self.size > 1 else ''}"
 
@@ -66,7 +81,7 @@ class Sharing:
     def largest(self, rows: Sequence[Row], lengths: npt.NDArray[np.int64], limit: Limit) -> int:
         """What the largest piece that any worker has comes to, by what the limit counts."""
         every = (piece for rank in range(self.world) for piece in self._split(rows, lengths, limit, rank))
-        return max(positions(piece, lengths, padded=self.padded) if limit.size == "auto" else len(piece) for piece in every)
+        return max(limit.taken(piece, lengths, padded=self.padded) for piece in every)
 
     def _split(self, rows: Sequence[Row], lengths: npt.NDArray[np.int64], limit: Limit, rank: int) -> Iterator[tuple[Row, ...]]:
         share = rank_share(rows, lengths, rank, self.world)

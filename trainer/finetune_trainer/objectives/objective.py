@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from finetune_api.v1alpha1 import Training
 from finetune_trainer.data.examples import Prepared
 from finetune_trainer.data.tensors import MicroBatch
 from finetune_trainer.model import CausalModel
+from finetune_trainer.remedy import TRAINING, Remedy, limit_of
 from finetune_trainer.storage import Storage
 from finetune_trainer.worker import Worker
 
@@ -95,3 +97,10 @@ class Context:
     """The teacher, in evaluation mode, where the objective has one that is a model."""
     kept: Storage | None = None
     """Where what the teacher says of the training data is kept, or is to be, where the objective asks for that."""
+    given: Remedy | None = None
+    """How much of the model's own work a worker holds at once, where that is not what the training asks for."""
+
+    @cached_property
+    def remedy(self) -> Remedy:
+        """How much that is."""
+        return self.given or Remedy(TRAINING, self.model, limit_of(self.training, self.model))

@@ -38,13 +38,15 @@ def references_of(context: Context) -> References:
     is_known = bool(worker.agree(int(known is not None)))
     found: dict[str, torch.Tensor] = {}
     for split, examples in splits.items():
-        own = torch.zeros(len(examples), dtype=torch.float64, device=worker.device)
+        own = torch.zeros(len(examples) + 1, dtype=torch.float64, device=worker.device)
         if not is_known:
-            _fill(own, split, examples, context)
+            _fill(own[:-1], split, examples, context)
+            own[-1] = context.remedy.mended
         elif known is not None:
-            own.copy_(known[split])
+            own[:-1] = known[split]
         worker.all_reduce(own)  # of each number one worker has it and the others have 0
-        found[split] = own.cpu()
+        found[split] = own[:-1].cpu()
+        context.remedy.settle(worker, float(own[-1]))
     if worker.leads and not is_known:
         _write(context.storage, context.data.digest, found)
     return found
@@ -77,7 +79,7 @@ def _fill(found: torch.Tensor, split: str, examples: Examples, context: Context)
         def see(batch: MicroBatch) -> tuple[tuple[int, ...], torch.Tensor]:
             return batch.indices, example_log_probabilities(model, batch)
 
-        for indices, values in sweep(model, (split, examples), context.training, context.worker, None, see):
+        for indices, values in sweep(model, (split, examples), context.training, context.worker, context.remedy, see):
             found[list(indices)] = values
 
 

@@ -142,7 +142,7 @@ def begin_distillation(spec: DistillationObjective, context: Context) -> Distill
         taking = taking_of(spec, context.model)
         if taking is not None and not context.worker.agree(int(context.worker.leads and is_complete(context.kept))):
             assert teacher is not None  # noqa: S101 - loaded where something is missing
-            fill(context.kept, teacher, context.data.train, context.worker, taking)
+            fill(context.kept, teacher, context.data.train, context.worker, taking, context.remedy.warn)
         cache = TeacherCache(context.kept, context.data.train)
     if teacher is not None and not needs_teacher(spec, kept=cache is not None):
         teacher.transformer.to("meta")  # its memory is wanted for the training

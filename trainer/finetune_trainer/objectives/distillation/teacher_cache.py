@@ -12,7 +12,7 @@ is computed again. The arrays are mapped into memory, never read whole: 6 k + 2 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -26,6 +26,7 @@ from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
 from finetune_trainer.data.batches import Row, micro_batches
 from finetune_trainer.data.examples import Examples
+from finetune_trainer.data.shares import Limit
 from finetune_trainer.data.tensors import MicroBatch, collate
 from finetune_trainer.errors import JobError
 from finetune_trainer.manifest import describe_files, digest_of, read_manifest, write_manifest
@@ -33,6 +34,7 @@ from finetune_trainer.model import CausalModel
 from finetune_trainer.objectives.distillation.head import logits_at
 from finetune_trainer.objectives.distillation.response import Largest
 from finetune_trainer.objectives.linear_score import chunks
+from finetune_trainer.remedy import Remedy, Warn, Work
 from finetune_trainer.storage import Storage, storage_errors
 from finetune_trainer.worker import Worker
 
@@ -42,6 +44,11 @@ SHARD_LABELS = 32_768
 """Most labels of a shard, unless one example has more."""
 SHARDS = 64
 """Shards that there are at least, where the data allows it, so that many workers have their share."""
+READING = Work(
+    "the training data did not fit into memory beside the teacher: it reads {limit} at once now, and says the same",
+    "a single example does not fit into the memory of a worker beside the teacher: lower training.maxSequenceLength, or name a smaller "
+    "objective.distillation.teacher",
+)
 _ARRAYS = {"ids": np.int32, "log_probabilities": np.float16}
 _SHARD = "shard-"
 
@@ -170,8 +177,12 @@ class TeacherCache:
         return self._shards[number], slice(int(self._rows[index] - before), int(self._rows[index + 1] - before))
 
 
-def fill(storage: Storage, teacher: CausalModel, examples: Examples, worker: Worker, taking: Taking) -> int:
-    """Compute what is not kept yet, each worker its share of the shards. Every worker calls it. Returns how many this one computed."""
+def fill(storage: Storage, teacher: CausalModel, examples: Examples, worker: Worker, taking: Taking, warn: Warn = log.warning) -> int:
+    """Compute what is not kept yet, each worker its share of the shards. Every worker calls it. Returns how many this one computed.
+
+    What does not fit into memory is read in halves, and `warn` is told. Raises JobError (GPUOutOfMemory) where one example does not fit.
+    """
+    remedy = Remedy(READING, teacher, Limit("auto", AUTO_TOKENS[teacher.device.type]), warn)
     shards = shards_of(examples)
     mine = [number for number in range(len(shards)) if number % worker.world == worker.rank]
     sizes, there = _sizes(storage), set(storage.folders())
@@ -180,8 +191,8 @@ def fill(storage: Storage, teacher: CausalModel, examples: Examples, worker: Wor
         log.info("the teacher reads the training data: part %d of %d", done + 1, len(missing))
         if shard_name(number) in there:
             storage.remove(shard_name(number))  # what is left of it; one that another job has made meanwhile stays
-        write_shard(storage, number, _computed(teacher, examples, shards[number], taking))
-    worker.sum(0.0)  # until all have theirs
+        write_shard(storage, number, _computed(teacher, examples, shards[number], taking, remedy))
+    remedy.settle(worker, worker.sum(float(remedy.mended)))  # once all have theirs
     if worker.leads:
         write_complete(storage, shards)
     worker.sum(0.0)
@@ -195,28 +206,26 @@ def _is_whole(storage: Storage, shard: str, sizes: Mapping[str, int]) -> bool:
 
 
 @torch.no_grad()
-def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], taking: Taking) -> Kept:
-    """One shard. Examples of about the same length are computed together, so that little is padding where a model needs it.
-
-    What does not fit into memory is computed in halves. Raises JobError (GPUOutOfMemory) where a single example does not fit.
-    """
+def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], taking: Taking, remedy: Remedy) -> Kept:
+    """One shard. Examples of about the same length are computed together, so that little is padding where a model needs it."""
     start, end = shard
     counts, lengths = examples.label_counts(), examples.lengths()
     rows = np.concatenate([[0], np.cumsum(counts[start:end])])
     k = min(taking.k, taking.vocabulary, vocabulary_of(teacher))
     kept = Kept(np.empty((int(rows[-1]), k), np.int32), np.empty((int(rows[-1]), k + 1), np.float16))
     order = sorted(range(start, end), key=lambda index: (int(lengths[index]), index))
-    most, padded = AUTO_TOKENS[teacher.device.type], teacher.layout == "padded"
-    waiting = list(micro_batches([(index,) for index in order], lengths, "auto", most, padded=padded))[::-1]
-    while waiting:
-        group = waiting.pop()
+    padded = teacher.layout == "padded"
+
+    def taken(group: Sequence[Row]) -> int:
+        return remedy.limit.taken(group, lengths, padded=padded)
+
+    def asked(group: Sequence[Row]) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
         batch = collate(examples, group, teacher.layout)
-        places = np.concatenate([np.arange(rows[index - start], rows[index - start + 1]) for index in batch.indices])
-        try:
-            ids, log_probabilities = _largest(teacher, batch.to(teacher.device), taking)
-        except torch.OutOfMemoryError as error:
-            waiting += _halves(group, error)
-            continue
+        return (batch.indices, *_largest(teacher, batch.to(teacher.device), taking))
+
+    groups = list(micro_batches([(index,) for index in order], lengths, "auto", remedy.limit.tokens, padded=padded))
+    for _, (indices, ids, log_probabilities) in remedy.each(groups, taken, asked):
+        places = np.concatenate([np.arange(rows[index - start], rows[index - start + 1]) for index in indices])
         if bool(log_probabilities.isnan().any()):  # kept, it would spoil every later job too
             raise JobError(
                 Reason.MODEL_INVALID,
@@ -225,15 +234,6 @@ def _computed(teacher: CausalModel, examples: Examples, shard: tuple[int, int], 
             )
         kept.ids[places], kept.log_probabilities[places] = ids.int().cpu().numpy(), log_probabilities.half().cpu().numpy()
     return kept
-
-
-def _halves(group: tuple[Row, ...], error: torch.OutOfMemoryError) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """A group that did not fit, the first half last. Raises JobError (GPUOutOfMemory) where it is a single example."""
-    if len(group) == 1:
-        raise JobError(Reason.GPU_OUT_OF_MEMORY, "a single example does not fit into the memory of a worker beside the teacher") from error
-    middle = len(group) // 2
-    log.warning("memory is short beside the teacher: %d examples are read in halves", len(group))
-    return group[middle:], group[:middle]
 
 
 def _largest(teacher: CausalModel, batch: MicroBatch, taking: Taking) -> tuple[torch.Tensor, torch.Tensor]:

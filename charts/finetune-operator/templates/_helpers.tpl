@@ -8,7 +8,7 @@
 
 {{- define "finetune.selectorLabels" -}}
 app.kubernetes.io/name: finetune-operator
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "finetune.labels" -}}

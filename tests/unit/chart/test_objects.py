@@ -192,3 +192,27 @@ def test_versions_agree(chart: helm_python.Chart) -> None:
     project = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{chart.metadata["appVersion"]}"' in project
     assert chart.metadata["kubeVersion"] == ">=1.20.0-0"
+
+
+def test_names_that_read_as_numbers_or_truths_stay_words(chart: helm_python.Chart) -> None:
+    """Each is a name that Kubernetes allows, and that YAML takes for something else where it stands without quotes."""
+    values = {**EVERYTHING, "watchNamespaces": ["1e3", "true", "0755"], "priorityClassName": "1", "tokenKey": {"existingSecret": "12"}}
+    values |= {"serviceAccount": {"create": True, "name": "007"}, "metrics": {**EVERYTHING["metrics"]}}
+    values["metrics"]["dashboards"] = {**EVERYTHING["metrics"]["dashboards"], "namespace": "2024"}
+    texts = chart.render(values, name="42", namespace="2026")
+    objects = [each for path, text in texts.items() if not path.endswith(".txt") for each in yaml.safe_load_all(text) if each]
+    assert {each["metadata"].get("namespace") for each in objects} == {None, "2026", "1e3", "true", "0755", "2024"}
+    assert all(isinstance(each["metadata"]["name"], str) for each in objects)
+    pod = one(objects, "Deployment")["spec"]["template"]["spec"]
+    assert (pod["serviceAccountName"], pod["priorityClassName"]) == ("007", "1")
+    assert pod["volumes"][0]["secret"]["secretName"] == "12"
+    labels = [each["metadata"].get("labels", {}).get("app.kubernetes.io/instance", "42") for each in objects]
+    assert set(labels) == {"42"}
+    bound = [subject for each in of_kind(objects, "RoleBinding") for subject in each["subjects"]]
+    assert {subject["namespace"] for subject in bound} == {"2026"}
+
+
+@pytest.mark.parametrize("name", ["2nd", "a.b"])
+def test_a_name_that_no_service_may_have_is_refused(chart: helm_python.Chart, name: str) -> None:
+    with pytest.raises(helm_python.HelmValuesError, match="fullnameOverride"):
+        chart.validate_schema({"fullnameOverride": name})

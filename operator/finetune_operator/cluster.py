@@ -27,7 +27,7 @@ from finetune_api.status import Status
 from finetune_operator.heads import Heads
 from finetune_operator.kinds import KINDS, PROFILES, Kind, kinds_with
 from finetune_operator.observed import Pod, head_name
-from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused
+from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused, TooLarge
 from finetune_operator.settings import GangScheduler
 
 FIELD_MANAGER = "finetune-operator"
@@ -122,7 +122,7 @@ class KubernetesCluster:
     async def patch_status(self, job: Mapping[str, Any], status: Status) -> dict[str, Any]:
         """Write the status as a whole, so that what it no longer says goes; the job as it is then.
 
-        Raises Conflict where the job has changed since it was read, or is gone.
+        Raises Conflict where the job has changed since it was read, or is gone, and TooLarge.
         """
         meta = job["metadata"]
         kept = {name: meta[name] for name in ("name", "namespace", "uid", "resourceVersion")}
@@ -133,6 +133,8 @@ class KubernetesCluster:
         except ApiError as error:
             if error.status in (404, 409):
                 raise Conflict(str(error)) from error
+            if error.status == 413 or "too large" in str(error):  # etcd's words come with a 500, later servers' with a 413
+                raise TooLarge(str(error)) from error
             if error.status == 422:
                 words = f"{error}; is the CRD as new as the operator? Nothing is done for this job meanwhile"
                 raise ApiError(error.status, error.reason, words) from error

@@ -56,6 +56,10 @@ class Conflict(Exception):  # noqa: N818 - a state of affairs that the loop read
     """The job has changed since it was read: read again."""
 
 
+class TooLarge(Exception):  # noqa: N818 - as Conflict
+    """The job has become larger than what the API server keeps."""
+
+
 class Refused(Exception):  # noqa: N818 - as Conflict
     """The API server does not take an object: a quota, a policy or a permission (403, 422)."""
 
@@ -77,7 +81,7 @@ class Cluster(Protocol):
     async def patch_status(self, job: dict[str, Any], status: Status) -> dict[str, Any]:
         """Write the status if the job still has the resourceVersion it was read with; the job as it is now.
 
-        Raises Conflict, also where the job is gone.
+        Raises Conflict, also where the job is gone, and TooLarge.
         """
 
     async def apply(self, manifest: dict[str, Any]) -> str:

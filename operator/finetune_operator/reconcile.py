@@ -16,8 +16,9 @@ from finetune_operator.monitoring import acting
 from finetune_operator.observed import Job, Observed, Waiting, job_from, observe, with_status
 from finetune_operator.pace import SOON_SECONDS, expiry, next_look
 from finetune_operator.plan import ANCHOR, belonging, desired_objects, missing, surplus
-from finetune_operator.port import Cluster, Conflict, JobKey, Refused
+from finetune_operator.port import Cluster, Conflict, JobKey, Refused, TooLarge
 from finetune_operator.profiles import offered
+from finetune_operator.reported import without_details
 from finetune_operator.requests import is_left_alone, next_limit
 from finetune_operator.settings import Settings
 from finetune_operator.transitions import events_between
@@ -25,6 +26,9 @@ from finetune_operator.transitions import events_between
 CHANGES_PER_TURN = 100
 """Most objects that a turn makes, and most that it deletes: a job of a thousand workers must neither keep the others waiting
 nor look as if it were stuck."""
+
+TOO_LARGE_SECONDS = 60.0
+"""How often it is tried to write the status of a job that is too large."""
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +52,20 @@ async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: date
             _, status = await _decide(cluster, stored, job, observed, settings, now)
     except Conflict:
         return min(SOON_SECONDS, settings.poll_seconds)
+    except TooLarge as error:
+        return await _let_go(cluster, job, observed, settings, str(error))
     if (end := expiry(job.spec, status)) and now >= end and not job.deleting:
         await cluster.delete_job(raw.job)
     return next_look(job, acting(status), observed, settings, now)
+
+
+async def _let_go(cluster: Cluster, job: Job, observed: Observed, settings: Settings, why: str) -> float:
+    """Delete the pods of a job that has no room for its state: no limit of its own or of its profile could be kept any more."""
+    going = tuple(pod for pod in observed.alive if pod.deletion is None)
+    log.error("nothing can be said of the job, so its %d pods go: %s", len(going), why)
+    for pod in going[:CHANGES_PER_TURN]:
+        await cluster.delete("Pod", job.namespace, pod.name, uid=pod.uid)
+    return TOO_LARGE_SECONDS
 
 
 async def _leave_alone(
@@ -61,6 +76,8 @@ async def _leave_alone(
         _, status = await _decide(cluster, raw, job, observed, settings, now)
     except Conflict:
         return min(SOON_SECONDS, settings.poll_seconds)
+    except TooLarge as error:
+        return await _let_go(cluster, job, observed, settings, str(error))
     return next_limit(with_status(job, status, local=settings.local), observed, settings, now)
 
 
@@ -79,7 +96,12 @@ async def _decide(
     """Write the status that follows, before anything is done: who comes after a crash knows what was begun. Raises Conflict."""
     status = advance(job, observed, settings, now)
     if status != job.status:
-        raw = await cluster.patch_status(raw, status)
+        try:
+            raw = await cluster.patch_status(raw, status)
+        except TooLarge as error:
+            log.warning("the status is written without what the head tells: %s", error)
+            status = without_details(status)
+            raw = await cluster.patch_status(raw, status)
         for event in events_between(job, job.status, status):
             log.info("%s: %s", event.reason, event.message)
             await cluster.emit(raw, event)

@@ -38,6 +38,12 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
     )
 
 
+def without_details(status: Status) -> Status:
+    """The status without what the head may make long, and nothing follows from: there is no room for it in the job."""
+    short = {"warnings": (), "metrics": (), "baseline": (), "search": None, "data": None, "model": None, "plan": None}
+    return status.model_copy(update={**short, "evaluation": status.evaluation and brief_evaluation(status.evaluation)})
+
+
 def _onward(known: tuple[Stage, ...], said: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """An attempt goes through its stages once: a head that goes to and fro between two of them is not believed."""
     reached, current = current_stage(known), current_stage(said)

@@ -17,7 +17,7 @@ from finetune_api.status import Condition, Status
 from finetune_operator.cluster import ApiError, KubernetesCluster, connect, event_manifest
 from finetune_operator.heads import REPORT_BYTES
 from finetune_operator.observed import Pod
-from finetune_operator.port import Conflict, Event, JobKey, Refused
+from finetune_operator.port import Conflict, Event, JobKey, Refused, TooLarge
 
 JOB = {"metadata": {"name": "bot", "namespace": "team", "uid": "u-1", "resourceVersion": "7"}, "spec": {"x": 1}}
 KEY = JobKey("team", "bot")
@@ -199,6 +199,18 @@ async def test_status_of_a_job_that_changed_or_went_is_a_conflict(
 ) -> None:
     server.will("PUT", f"{JOBS}/bot/status", (status, {"reason": reason, "message": "modified"}))
     with pytest.raises(Conflict):
+        await cluster.patch_status(JOB, Status())
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(500, "etcdserver: request is too large"), (413, "limit is 3145728"), (500, "rpc error: trying to send too large")],
+)
+async def test_status_that_the_job_has_no_room_for_is_too_large(
+    server: FakeServer, cluster: KubernetesCluster, status: int, words: str
+) -> None:
+    server.will("PUT", f"{JOBS}/bot/status", (status, {"message": words}))
+    with pytest.raises(TooLarge, match=words):
         await cluster.patch_status(JOB, Status())
 
 

@@ -7,6 +7,7 @@ from finetune_api.v1alpha1 import FineTuneJob
 from finetune_trainer.activations import with_activations
 from finetune_trainer.attention import use_flat_attention
 from finetune_trainer.compiling import compile_layers
+from finetune_trainer.cpu_norms import use_cpu_norms
 from finetune_trainer.memory import coming_bytes, state_bytes
 from finetune_trainer.methods import ModelChange, method_for
 from finetune_trainer.model import CausalModel, load_model, model_without_weights, precision_for
@@ -59,6 +60,8 @@ def _is_to_be_sharded(files: ModelFiles, job: FineTuneJob, worker: Worker, metho
 
 
 def _ready(model: CausalModel, job: FineTuneJob, worker: Worker) -> tuple[CausalModel, tuple[str, ...]]:
-    """The model with its activations held as memory and training ask for, compiled where that helps."""
+    """The model with its activations held as memory and training ask for, computed as it is fastest on its device."""
     model, warnings = with_activations(model, job, worker)
+    if model.device.type == "cpu" and not model.sharded and job.spec.training.compile != "always":  # which fuses them itself
+        use_cpu_norms(model.transformer)
     return model, (*warnings, *compile_layers(model, job.spec))

@@ -23,8 +23,8 @@ from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.data.batches import plan_batches
 from finetune_trainer.loop import Models, Task, train
 from finetune_trainer.methods.method import BaseModel
-from finetune_trainer.model import load_model
 from finetune_trainer.model_files import ModelFiles
+from finetune_trainer.placement import placed
 from finetune_trainer.progress import WorkerProgress
 from finetune_trainer.sources import Mounts
 from finetune_trainer.storage import Storage
@@ -83,7 +83,7 @@ def ours(folder: Path, case: Case, files: ModelFiles) -> tuple[Curves, list[int]
     data = prepare_data(job, AutoTokenizer.from_pretrained(files.folder), Mounts(folder, local=True))
     plan, listener = plan_batches(data.train, job.spec.training), Listener()
     task = Task(job, files.base, {}, Storage(LocalFileSystem(), str(folder / "out"), "file:///out"))
-    assert train(task, Models(load_model(files, job, torch.device("cpu"))), data, Worker(), listener)
+    assert train(task, Models(placed(files, job, Worker())[0]), data, Worker(), listener)
     told = [listener.by_step[step] for step in range(1, plan.total_steps + 1)]
     names = ("train/loss", "train/gradNorm", "train/learningRate")
     curves = {curve: [metrics[name] for metrics in told] for curve, name in zip(CURVES, names, strict=True)}

@@ -1,11 +1,14 @@
 """What the commands of a person have in common when they ask a cluster."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+import yaml
 from kubernetes.aio.config import ConfigException, list_kube_config_contexts
 
 from finetune_api import KIND
@@ -23,16 +26,32 @@ Context = Annotated[
 ]
 Result = TypeVar("Result")
 
+UNUSABLE = (ConfigException, yaml.YAMLError, FileNotFoundError, PermissionError, IsADirectoryError)
+"""What reading a kubeconfig raises where it is absent or broken."""
+
+logging.getLogger("kubernetes.aio.config.kube_config").setLevel(logging.ERROR)  # it warns of what `ask` says
+
 
 def ask(call: Coroutine[Any, Any, Result]) -> Result:
     """The result of a call to the cluster, or an error in one line and exit code 1."""
     try:
         return asyncio.run(call)
-    except (ApiError, ConfigException) as error:
+    except UNUSABLE as error:
+        typer.echo(f"finetune: {_without_cluster(error)}", err=True)
+        raise typer.Exit(1) from None
+    except ApiError as error:
         typer.echo(f"finetune: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _without_cluster(error: Exception) -> str:
+    """Why there is no cluster to ask, and what to do."""
+    named = os.environ.get("KUBECONFIG") or "~/.kube/config"
+    if not any(Path(each).expanduser().is_file() for each in named.split(os.pathsep)):
+        return f"there is no kubeconfig {named}: set KUBECONFIG to your cluster's (`finetune local` runs jobs without one)"
+    return f"the kubeconfig {named} cannot be used: {error}"
 
 
 def place_of(namespace: str, context: str) -> str:
@@ -41,7 +60,7 @@ def place_of(namespace: str, context: str) -> str:
         return namespace
     try:
         contexts, current = list_kube_config_contexts(config_file=os.environ.get("KUBECONFIG") or None)
-    except (ConfigException, OSError, TypeError, KeyError):
+    except (*UNUSABLE, OSError, TypeError, KeyError):
         return "default"  # there is no usable kubeconfig: what is asked next says so
     found = next((each for each in contexts if each["name"] == context), None) if context else current
     return str((found or {}).get("context", {}).get("namespace") or "default")
@@ -77,7 +96,7 @@ def job_names(context: typer.Context, incomplete: str) -> list[str]:
 
     try:
         return [name for name in asyncio.run(names()) if name.startswith(incomplete)]
-    except (ApiError, ConfigException, TimeoutError, OSError):
+    except (ApiError, *UNUSABLE, TimeoutError, OSError):
         return []
 
 

@@ -7,7 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from finetune_api import KIND
-from finetune_api.profile import TuningProfile
+from finetune_api.profile import PROFILE_KIND, TuningProfile, parse_profile
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.__main__ import installed_version
 from finetune_operator.__main__ import main as run_operator
@@ -20,7 +20,7 @@ from finetune_operator.compare import compare
 from finetune_operator.local.chat import chat
 from finetune_operator.local.command import local as run_here
 from finetune_operator.local.measure import measure
-from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
+from finetune_operator.manifest import Manifest, ManifestError, explain, read_file
 from finetune_operator.plan_command import plan
 from finetune_operator.profile_file import ProfileError, read_profile, under
 from finetune_operator.reason_command import explain as explain_reason
@@ -29,6 +29,7 @@ app = typer.Typer(
     name="finetune",
     help="Tune language models: check manifests, run jobs on this machine, submit and follow jobs in a cluster, run the operator.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # lines of a paragraph are joined
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,27 +48,13 @@ def _options(
     """Options that stand before a command; the version's callback does it all."""
 
 
-@app.command("operator")
-def operator() -> None:
-    """Run the operator. Its settings are FINETUNE_* variables of the environment."""
-    run_operator()
-
-
-app.command("local")(run_here)
-app.command("chat")(chat)
-app.command("measure")(measure)
-app.command("compare")(compare)
-app.command("explain")(explain_reason)
-app.command("plan")(plan)
-
-
 @app.command("validate")
 def validate(
     files: Annotated[list[Path], typer.Argument(help="Manifests; `-` reads standard input.", metavar="FILE...", allow_dash=True)],
     local: Annotated[bool, typer.Option("--local", help="Allow file:// sources, as `finetune local` does.")] = False,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="A TuningProfile: check that the jobs keep within it, too.")] = None,
 ) -> None:
-    """Check manifests as the API server would, without one. Exit code 1 where one is refused."""
+    """Check manifests of jobs and profiles as the API server would, without one. Exit code 1 where one is refused."""
     refused = 0
     try:
         offer = read_profile(profile) if profile else None
@@ -87,36 +74,50 @@ def validate(
 def _problems(file: Path, local: bool, profile: TuningProfile | None) -> list[str]:
     """What is wrong with a file, a line of text for each; empty where the API server would take it."""
     try:
-        manifests = read_manifests(typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"cannot be read: {error}"]
+        manifests = read_file(file)
     except ManifestError as error:
         return [str(error)]
-    jobs = [manifest for manifest in manifests if manifest.get("kind") == KIND]
-    if not jobs:
+    known = [manifest for manifest in manifests if manifest.get("kind") in (KIND, PROFILE_KIND)]
+    if not known:
         kinds = ", ".join(sorted({str(manifest.get("kind")) for manifest in manifests})) or "nothing"
-        return [f"holds no {KIND} but {kinds}; set kind: {KIND}"]
-    return [problem for job in jobs for problem in _job_problems(job, local, profile)]
+        return [f"holds no {KIND} but {kinds}; what is checked has kind: {KIND} or {PROFILE_KIND}"]
+    return [problem for each in known for problem in _problems_of(each, local, profile)]
 
 
-def _job_problems(job: Manifest, local: bool, profile: TuningProfile | None) -> list[str]:
+def _problems_of(manifest: Manifest, local: bool, profile: TuningProfile | None) -> list[str]:
+    """What is wrong with a job or a profile."""
     try:
-        parsed = parse_job(job, local=local)
+        if manifest.get("kind") == PROFILE_KIND:
+            parse_profile(manifest)
+            return []
+        parsed = parse_job(manifest, local=local)
         if profile is not None:
             under(parsed, profile, local=local)
     except ValidationError as error:
-        return explain(error, job)
+        return explain(error, manifest)
     except ProfileError as error:
         return str(error).splitlines()
     return []
 
 
+app.command("plan")(plan)
+app.command("local")(run_here)
+app.command("chat")(chat)
+app.command("compare")(compare)
+app.command("measure")(measure)
 app.command("submit")(submit)
 app.command("list")(list_jobs)
 app.command("status")(show_status)
 app.command("logs")(logs)
 for command in (suspend, resume, retry, cancel):
     app.command(command.__name__)(command)
+app.command("explain")(explain_reason)
+
+
+@app.command("operator")
+def operator() -> None:
+    """Run the operator. Its settings are FINETUNE_* variables of the environment."""
+    run_operator()
 
 
 def main() -> None:

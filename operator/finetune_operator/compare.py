@@ -17,7 +17,7 @@ from finetune_api.evaluation import LOWER_IS_BETTER
 from finetune_api.scrub import scrub
 from finetune_api.status import Evaluation, EvaluationResult, Status
 from finetune_operator.asking import Context, Place, absent, ask, place_of, read_jobs
-from finetune_operator.manifest import ManifestError, read_manifests
+from finetune_operator.manifest import ManifestError, read_file
 
 _SAME = 1e-6
 """Relative: smaller differences of two measurements of one model are rounding."""
@@ -34,7 +34,7 @@ def compare(
     context: Context = "",
 ) -> None:
     """Set what jobs have reached side by side: each metric with its interval, the best of each row marked."""
-    statuses = with_checkpoints(_statuses(jobs, place_of(namespace, context), context))
+    statuses = with_checkpoints(_statuses(jobs, namespace, context))
     console = Console()
     if not console.is_terminal:
         console = Console(width=10_000)  # a pipe has no edge to break lines at
@@ -93,6 +93,7 @@ def notes_of(statuses: Mapping[str, Status]) -> list[str]:
 def _statuses(jobs: Sequence[str], namespace: str, context: str) -> dict[str, Status]:
     """By the name of the column: the job's, or the file's where two jobs have one name. Ends the command where one cannot be read."""
     names = tuple(job for job in dict.fromkeys(jobs) if not _is_file(job))
+    namespace = place_of(namespace, context) if names else namespace
     known = dict(zip(names, ask(read_jobs(namespace, names, context)) if names else [], strict=True))
     found: dict[str, Status] = {}
     for job in dict.fromkeys(jobs):
@@ -112,12 +113,13 @@ def _is_file(job: str) -> bool:
 def _read_file(path: Path) -> dict[str, Any]:
     """The first job in a file. Ends the command where there is none."""
     try:
-        manifests = read_manifests(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ManifestError) as error:
-        raise _refused(f"{path}: cannot be read: {error}") from None
+        manifests = read_file(path)
+    except ManifestError as error:
+        raise _refused(f"{path}: {error}") from None
     job = next((manifest for manifest in manifests if manifest.get("kind") == KIND and isinstance(manifest.get("metadata"), dict)), None)
-    if job is None:
-        raise _refused(f"{path}: holds no {KIND}; give the file NAME.status.yaml that `finetune local` wrote")
+    if job is None or not job.get("status"):
+        lacking = f"no {KIND}" if job is None else f"a {KIND} without a status"
+        raise _refused(f"{path}: holds {lacking}; give the file NAME.status.yaml that `finetune local` wrote")
     return dict(job)
 
 

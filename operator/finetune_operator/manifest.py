@@ -4,7 +4,9 @@ PyYAML alone would not do: it takes `2e-4` for a string and `2026-01-01` for a d
 """
 
 import math
+import pathlib
 import re
+import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
@@ -39,6 +41,17 @@ class Manifest(dict[str, Any]):
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path)
+
+
+def read_file(file: pathlib.Path) -> list[Manifest]:
+    """The objects of a file, or of standard input, which `-` names. Raises ManifestError also where it cannot be read."""
+    try:
+        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return read_manifests(content.decode("utf-8"))
+    except OSError as error:
+        raise ManifestError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ManifestError("cannot be read: it is not text in UTF-8") from None
 
 
 def read_manifests(text: str) -> list[Manifest]:

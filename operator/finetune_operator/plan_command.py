@@ -22,13 +22,15 @@ from finetune_api.planning import DEFAULT_UTILISATION, Counted, Given, device_of
 from finetune_api.status import Plan
 from finetune_api.v1alpha1 import Spec, parse_job
 from finetune_operator.budget import SECONDS_PER_HOUR
-from finetune_operator.manifest import ManifestError, explain, read_manifests
+from finetune_operator.manifest import ManifestError, explain, read_file
 from finetune_operator.profile_file import ProfileError, read_profile, under
 
 GIB = 2**30
+MIB = 2**20
 HUB = "https://huggingface.co"
 HUB_SECONDS = 30.0
 LARGEST_CONFIG = 1 << 20
+_REFUSED = (401, 403)
 PARTS = {
     "weights": "weights",
     "method": "what the method adds",
@@ -96,14 +98,15 @@ def plan_for(spec: Spec, folder: Path, model_config: Path | None, given: Given) 
 def _spec(file: Path, profile: Path | None) -> Spec:
     """The spec that runs: the job's own with what the profile gives and bounds. Raises PlanError."""
     try:
-        manifests = [each for each in read_manifests(file.read_text(encoding="utf-8")) if each.get("kind") == KIND]
+        manifests = [each for each in read_file(file) if each.get("kind") == KIND]
         if len(manifests) != 1:
-            raise PlanError(f"{file} holds {len(manifests)} FineTuneJobs; a plan is of one")
-        return under(parse_job(manifests[0], local=True), read_profile(profile) if profile else None, local=True).spec
-    except (OSError, UnicodeDecodeError, ManifestError) as error:
+            raise PlanError(f"{file}: holds {len(manifests)} objects of kind {KIND}; a plan is of one")
+    except ManifestError as error:
         raise PlanError(f"{file}: {error}") from error
+    try:
+        return under(parse_job(manifests[0], local=True), read_profile(profile) if profile else None, local=True).spec
     except ValidationError as error:
-        raise PlanError(f"{file}: {'; '.join(explain(error))}") from error
+        raise PlanError(f"{file}: {'; '.join(explain(error, manifests[0]))}") from error
     except ProfileError as error:
         raise PlanError(f"{file}: {'; '.join(str(error).splitlines())}") from error
 
@@ -160,7 +163,15 @@ def _from_hub(name: str, revision: str) -> Config:
         with urllib.request.urlopen(request, timeout=HUB_SECONDS) as answer:  # noqa: S310
             return _parsed(answer.read(LARGEST_CONFIG), url)
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise PlanError(f"{url}: {error}; give the model's config.json with --model-config") from error
+        gated = isinstance(error, urllib.error.HTTPError) and error.code in _REFUSED
+        first = "set HF_TOKEN where the model is gated, or " if gated else ""
+        raise PlanError(f"{url} cannot be fetched: {_why(error)}; {first}give the model's config.json with --model-config") from error
+
+
+def _why(error: Exception) -> str:
+    """What went wrong with a request, without the names of Python's errors around it."""
+    cause = error.reason if type(error) is urllib.error.URLError else error
+    return str(getattr(cause, "strerror", None) or cause)
 
 
 def _parsed(content: bytes, where: str) -> Config:
@@ -185,13 +196,19 @@ def _print(found: Plan, spec: Spec, output: str, utilisation: float) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _unit(found: Plan) -> tuple[str, float]:
+    """The unit that a plan's memory is told in, and its bytes: small models would be all zeros in GiB."""
+    return ("GiB", GIB) if found.memory_per_gpu.total >= GIB else ("MiB", MIB)
+
+
 def _table(found: Plan) -> Table:
-    table = Table("MEMORY OF A PROCESS", "GiB", box=None, header_style="bold")
+    name_of_unit, unit = _unit(found)
+    table = Table("MEMORY OF A PROCESS", name_of_unit, box=None, header_style="bold")
     table.columns[1].justify = "right"
     for name, words in PARTS.items():
         if size := getattr(found.memory_per_gpu, name):
-            table.add_row(words, f"{size / GIB:.2f}")
-    table.add_row("in all, at its peak", f"{found.memory_per_gpu.total / GIB:.2f}", style="bold")
+            table.add_row(words, f"{size / unit:.2f}")
+    table.add_row("in all, at its peak", f"{found.memory_per_gpu.total / unit:.2f}", style="bold")
     return table
 
 
@@ -199,10 +216,11 @@ def _lines(found: Plan, utilisation: float) -> list[str]:
     """What is to be said beside the table."""
     processes = f"{found.processes} process{'es' if found.processes > 1 else ''} ({found.strategy})"
     recomputed = "recomputed" if found.gradient_checkpointing else "kept"
+    name_of_unit, unit = _unit(found)
     lines = [
         f"{found.parameters:,} parameters, {found.trained_parameters:,} of them trained, on {processes}",
         f"micro-batches of {found.micro_batch_size} sequences, activations {recomputed}; "
-        f"the least that it runs in is {found.least_memory_per_gpu / GIB:.2f} GiB",
+        f"the least that it runs in is {found.least_memory_per_gpu / unit:.2f} {name_of_unit}",
     ]
     if found.gpu_memory is not None:
         usable, verdict = USABLE_SHARE * found.gpu_memory / GIB, "fits" if found.fits else "does not fit"

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from finetune_api.profile import PROFILE_KIND, TuningProfile, parse_profile
 from finetune_api.v1alpha1 import FineTuneJob
-from finetune_operator.manifest import ManifestError, explain, read_manifests
+from finetune_operator.manifest import ManifestError, explain, read_file
 from finetune_operator.profiles import merged, problem_of, remote_code_without_profile, snapshot, violations
 
 
@@ -17,9 +17,7 @@ class ProfileError(Exception):
 def read_profile(path: Path) -> TuningProfile:
     """The one TuningProfile of a file. Raises ProfileError."""
     try:
-        found = [each for each in read_manifests(path.read_text(encoding="utf-8")) if each.get("kind") == PROFILE_KIND]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: cannot be read: {error}") from None
+        found = [each for each in read_file(path) if each.get("kind") == PROFILE_KIND]
     except ManifestError as error:
         raise ProfileError(f"{path}: {error}") from None
     if len(found) != 1:

@@ -11,7 +11,7 @@ from finetune_api.status import Status
 from finetune_api.v1alpha1 import parse_job
 from finetune_operator.asking import Context, Place, ask, place_of
 from finetune_operator.commands.following import follow, told
-from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
+from finetune_operator.manifest import Manifest, ManifestError, explain, read_file
 from finetune_operator.people import people
 
 File = Annotated[
@@ -53,9 +53,9 @@ def submit(file: File, namespace: Place = "", context: Context = "", wait: Wait 
 def _jobs(file: Path) -> list[dict[str, Any]]:
     """The jobs of a file, each without what only an API server may say. Ends the command where one is wrong, or there is something else."""
     try:
-        manifests = read_manifests(typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ManifestError) as error:
-        raise _refused([f"{file}: cannot be read: {error}"]) from None
+        manifests = read_file(file)
+    except ManifestError as error:
+        raise _refused([f"{file}: {error}"]) from None
     others = sorted({str(manifest.get("kind")) for manifest in manifests} - {KIND})
     if others or not manifests:
         raise _refused([f"{file}: holds {', '.join(others) or 'nothing'}: only {KIND}s are submitted; use kubectl apply for the rest"])

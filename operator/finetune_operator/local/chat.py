@@ -17,7 +17,7 @@ import typer
 from finetune_api import API_VERSION, KIND
 from finetune_operator.local.inputs import with_absolute_files
 from finetune_operator.local.state import JobFile, StateError
-from finetune_operator.manifest import ManifestError, read_manifests
+from finetune_operator.manifest import ManifestError, read_file
 
 _WAYS = "name a JOB.yaml, or --base with --adapter or --model"
 
@@ -70,8 +70,8 @@ def _option(name: str, value: str | None) -> list[str]:
 def _stored(path: Path) -> dict[str, Any]:
     """The job of a manifest as its run has stored it. Raises StateError where it has not run."""
     try:
-        manifests = read_manifests(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ManifestError) as error:
+        manifests = read_file(path)
+    except ManifestError as error:
         raise StateError(f"{path}: {error}") from None
     names = [manifest["metadata"]["name"] for manifest in manifests if manifest.get("kind") == KIND]
     if len(names) != 1:

@@ -16,7 +16,7 @@ from finetune_api.references import references_of
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_operator.local.cluster import data_of
 from finetune_operator.local.state import State
-from finetune_operator.manifest import Manifest, ManifestError, explain, read_manifests
+from finetune_operator.manifest import Manifest, ManifestError, explain, read_file
 from finetune_operator.profile_file import ProfileError, read_profile, under
 
 _KEY = re.compile(r"^(?!\.\.)[-._a-zA-Z0-9]{1,253}$")
@@ -143,13 +143,9 @@ def with_absolute_files(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]
 
 def _documents(path: Path) -> list[Manifest]:
     try:
-        return read_manifests(path.read_text(encoding="utf-8"))
+        return read_file(path)
     except ManifestError as error:
         raise InputError(f"{path}: {error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not a text file") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def _others(path: Path, documents: Sequence[Manifest]) -> tuple[Keys, Keys, list[str]]:

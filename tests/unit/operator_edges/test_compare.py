@@ -171,7 +171,7 @@ def test_a_job_that_is_not_there(cluster: dict[str, Status]) -> None:
     [
         (None, "cannot be read: "),
         (b"\xff\xfe", "cannot be read: "),
-        (b"a: [", "cannot be read: line 1"),
+        (b"a: [", "line 1"),
         (b"kind: Pod\n", "holds no FineTuneJob; give the file"),
         (b"kind: FineTuneJob\n", "holds no FineTuneJob; give the file"),
         (b"kind: FineTuneJob\nmetadata: {name: x}\nstatus: {phase: Gone}\n", "its status cannot be read: 1 fields are wrong"),

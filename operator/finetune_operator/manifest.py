@@ -78,7 +78,7 @@ def explain(error: ValidationError, manifest: Manifest | None = None) -> list[st
     """What is wrong, a line of text for each field: "line 9: spec.training.epochs: must be at least 1, not 0"."""
     found: dict[Path, list[str]] = {}
     for detail in error.errors(include_url=False):
-        path = _path(detail["loc"])
+        path = _path(detail)
         # A list whose items are at fault is also counted as too short.
         inner_fault = detail["type"] == "too_short" and any(other[: len(path)] == path for other in found)
         message = _message(detail, path, TuningProfile if error.title == TuningProfile.__name__ else FineTuneJob)
@@ -254,9 +254,12 @@ _BOUNDS = {
 }
 
 
-def _path(loc: tuple[str | int, ...]) -> Path:
+def _path(detail: ErrorDetails) -> Path:
     """Where in the manifest: pydantic's location without the names of a union's members."""
-    return tuple(part for part in loc if not (isinstance(part, str) and _UNION_LABELS.match(part)))
+    loc = detail["loc"]
+    # An unknown field may have any name, also that of a union's member.
+    label = len(loc) - (detail["type"] == "extra_forbidden")
+    return tuple(part for place, part in enumerate(loc) if not (place < label and isinstance(part, str) and _UNION_LABELS.match(part)))
 
 
 def _message(detail: ErrorDetails, path: Path, root: type[BaseModel]) -> str:

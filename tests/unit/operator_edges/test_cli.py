@@ -63,6 +63,7 @@ def test_manifest_from_standard_input() -> None:
     ("change", "words"),
     [
         (("lora: {}", "lora: {rnak: 8}"), "line 7: spec.method.lora.rnak: unknown field; did you mean rank?"),
+        (("lora: {}", "lora: {int: 8}"), "line 7: spec.method.lora.int: unknown field; known here: rank"),
         (("hf://org/model", "http://169.254.169.254/model"), "line 5: spec.model.source: "),
         (("  output: {storage: pvc://models/bot}\n", ""), "spec: output.storage must be set, or profileRef name a profile that offers one"),
         (("kind: FineTuneJob", "kind: Job"), "holds no FineTuneJob but Job"),

@@ -35,15 +35,16 @@ _LONG_STAGES = ("Search", "Train")
 def paced(before: Status, after: Status, settings: Settings, now: datetime) -> Status:
     """What only tells is written at most every `poll_seconds`, so that a job costs the API server the same whatever wakes the operator.
 
-    That is progress, and the number of workers that run while it is neither all of them nor was before. What is held back here comes with
-    a later look: while an attempt runs there is one every `poll_seconds` at least (see `next_look`).
+    That is progress; the number of workers that run, while it is neither all of them nor was before; and that the head pod is there, while
+    it has yet to run. What is held back here comes with a later look: while an attempt runs there is one every `poll_seconds` at least
+    (see `next_look`).
     """
     if usage_waits(before, after, settings, now):
         return before
-    if after == before or after.progress is None:
-        return after
     if any(now < later(time, settings.poll_seconds) for time in _written(before)) and _only_tells(before, after):
         return before
+    if after == before or after.progress is None:
+        return after
     if all(getattr(after, name) == getattr(before, name) for name in (*_TOLD, "workers_ready")):
         return after
     return after.model_copy(update={"progress": after.progress.model_copy(update={"last_update_time": rfc3339(now)})})
@@ -51,15 +52,18 @@ def paced(before: Status, after: Status, settings: Settings, now: datetime) -> S
 
 def _written(status: Status) -> Iterable[str]:
     """When what waits here was last written, as far as the status says so."""
+    begun = status.attempt.start_time if status.attempt.running else None
     told = status.progress.last_update_time if status.progress else None
     counted = status.usage.counted_time if status.usage else None
-    return (time for time in (told, counted) if time)
+    return (time for time in (begun, told, counted) if time)
 
 
 def _only_tells(before: Status, after: Status) -> bool:
     """Whether nothing has changed that decides anything, that is told as an Event, or that somebody waits for."""
     alike = {name: getattr(before, name) for name in _QUIET}
-    attempt = after.attempt.model_copy(update={"lost_steps": before.attempt.lost_steps})
+    # A head that ran ends its waiting, which is written at once. One that goes before has done nothing, and is made anew: only where that
+    # happens for longer than `poll_seconds` is each of them counted, and waited for.
+    attempt = after.attempt.model_copy(update={"lost_steps": before.attempt.lost_steps, "head_seen": before.attempt.head_seen})
     if after.workers_ready != before.workers_ready and before.attempt.running and not (_all_run(before) or _all_run(after)):
         alike |= {"workers_ready": before.workers_ready, "conditions": _in_words_of(before, after)}
     return after.model_copy(update={**alike, "attempt": attempt}) == before

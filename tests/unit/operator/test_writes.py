@@ -3,7 +3,7 @@
 import pytest
 from tests.builders import SETTINGS, Clock, at, make_pod, make_report, raw_job, stages
 from tests.fakes import KEY, FakeCluster, FakeKubelet, Object, drive
-from tests.unit.operator.looks import HEAD, PREPARING, condition, step
+from tests.unit.operator.looks import BEGUN, HEAD, PENDING_HEAD, PREPARING, condition, step
 
 from finetune_api import LABEL_ROLE
 from finetune_api.report import Report
@@ -55,6 +55,29 @@ def test_a_stage_does_not_wait_for_workers_that_come() -> None:
     status = begun(**ELASTIC)
     evaluating = make_report("Evaluate", workers_wanted=4)
     assert step(status, HEAD, *CREW[:2], report=evaluating, now=at(1), **ELASTIC).stages == stages("Evaluate")
+
+
+def test_that_the_head_is_there_waits_until_it_runs_or_a_poll_has_passed() -> None:
+    assert step(BEGUN, PENDING_HEAD, now=at(9)) == BEGUN
+    assert step(BEGUN, PENDING_HEAD, now=at(10)).attempt.head_seen
+    assert step(BEGUN, HEAD, now=at(1)).attempt.head_seen
+
+
+async def test_a_head_that_goes_before_it_runs_is_made_again_at_first_and_then_counted() -> None:
+    cluster = FakeCluster(Clock(), raw_job())
+    kubelet = FakeKubelet(cluster, schedulable=lambda pod: False)
+    for _ in range(3):  # within the first poll
+        await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
+        kubelet.vanish(cluster.objects["Pod", "bot-1-head"])
+        cluster.clock.advance(2)
+    assert (cluster.status.attempt.number, cluster.made.count(("Pod", "bot-1-head"))) == (1, 3)
+    cluster.clock.advance(SETTINGS.poll_seconds)
+    for _ in range(2):
+        await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
+    assert cluster.status.attempt.head_seen
+    kubelet.vanish(cluster.objects["Pod", "bot-1-head"])
+    await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
+    assert (cluster.status.attempt.preemptions, cluster.status.attempt.end_reason) == (1, "HeadLost")
 
 
 class World:

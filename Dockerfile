@@ -52,6 +52,8 @@ LABEL org.opencontainers.image.title="finetune-operator" \
 
 
 FROM ${BASE_IMAGE} AS trainer
+# torch.compile needs a compiler where the training runs: on a GPU Triton builds what starts its kernels in C, on a CPU the kernels are C++.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 finetune \
     && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/finetune --shell /usr/sbin/nologin finetune \
     && python -m venv --without-pip /opt/venv

@@ -82,7 +82,7 @@ def test_a_file_must_be_there_and_be_text(folder):
     with pytest.raises(InputError, match="No such file"):
         read_inputs(folder / "absent.yaml", Given(), {})
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not a text file"):
+    with pytest.raises(InputError, match="not text in UTF-8"):
         read_inputs(folder / "binary.yaml", Given(), {})
 
 

@@ -22,6 +22,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     return fetch_model(job_with(folder).spec.model, Mounts(folder, local=True), folder / "cache", weights=True)
 
 
+@pytest.mark.timeout(900)  # the compiler of C++ is a process of its own, and slow beside others
 def test_a_compiled_model_comes_to_the_same_end(files: ModelFiles, tmp_path: Path) -> None:
     """Every micro-batch has other lengths: few compilations are for all of them."""
     ends = []

@@ -77,7 +77,7 @@ def test_backward_fills_the_buffers() -> None:
     (named[0][1].sum() * 2 + named[1][1].sum().float() * 3).backward()
     summed: list[list[float]] = []
     gradients.sum_over(Worker(all_reduce=lambda tensor: summed.append(tensor.tolist())))
-    assert summed == [[2.0] * 6 + [0.0] * 6, [3.0] * 4]
+    assert summed == [[2.0] * 6 + [0.0] * 7, [3.0] * 4]
     gradients.zero()
     assert named[0][1].grad is not None
     assert named[0][1].grad.abs().sum() == 0
@@ -96,7 +96,7 @@ def test_clipping_scales_all_to_the_norm() -> None:
 def test_zero_means_no_clipping_and_the_signals_do_not_count() -> None:
     named = two_parameters()[:1]
     gradients = Gradients([parameter for _, parameter in named], torch.device("cpu"))
-    gradients.signals[:] = torch.tensor([100.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    gradients.signals[:] = torch.tensor([100.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     named[0][1].sum().backward()
     assert gradients.clip(0.0, Worker()).item() == pytest.approx(math.sqrt(6))
     assert named[0][1].grad is not None

@@ -24,6 +24,12 @@ def allows(beginnings: Iterable[str] | None, uri: str) -> bool:
     return asked is not None and any(_begins(asked, listed) for each in beginnings if (listed := canonical(each)) is not None)
 
 
+def is_one_of(urls: Iterable[str], url: str) -> bool:
+    """Whether the URL is one of these, up to the spelling of host and port: what is below one of them is another."""
+    asked = canonical(url)
+    return asked is not None and any(asked == canonical(each) for each in urls)
+
+
 def _begins(asked: Canonical, listed: Canonical) -> bool:
     return asked[0] == listed[0] and asked[1][: len(listed[1])] == listed[1]
 

@@ -20,7 +20,7 @@ from finetune_api.fields import (
     rule,
     rules,
 )
-from finetune_api.profile_fields import EndpointPrefix, SourcePrefix, StoragePrefix, StorageTemplate
+from finetune_api.profile_fields import EndpointPrefix, S3Endpoint, SourcePrefix, StoragePrefix, StorageTemplate
 from finetune_api.sources import SecretReference
 
 PROFILE_KIND = "TuningProfile"
@@ -96,6 +96,9 @@ class Allowed(SpecModel):
     """Places for results."""
     endpoints: Annotated[tuple[EndpointPrefix, ...], _LISTED, AfterValidator(check_distinct)] | None = None
     """Served models: teachers, generators and judges."""
+    s3_endpoints: Annotated[tuple[S3Endpoint, ...], _LISTED, AfterValidator(check_distinct)] = ()
+    """S3 servers beside AWS's own: what the key `endpoint` of a Secret may say, path included, where the list of models, data or storage
+    bounds its s3:// URI. Absent it is empty."""
     lm_eval_tasks: (
         Annotated[tuple[LmEvalTask, ...], Field(max_length=256, json_schema_extra=_SET), AfterValidator(check_distinct)] | None
     ) = None

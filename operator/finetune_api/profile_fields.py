@@ -29,6 +29,7 @@ def _prefix(pattern: str, forms: str) -> Any:  # noqa: ANN401 - an annotation
 
 SourcePrefix = _prefix(_SOURCE_PREFIX, "the beginning of an hf://, s3:// or pvc:// URI, such as hf://Qwen/ or pvc://models")
 StoragePrefix = _prefix(_STORAGE_PREFIX, "the beginning of an s3:// or pvc:// URI")
+S3Endpoint = _prefix(ENDPOINT_URL, "http://host[:port][/path] or https://host[:port][/path] of an S3 server")
 EndpointPrefix = _prefix(ENDPOINT_URL, "the beginning of a URL, such as https://models.example.com/v1")
 
 NAMESPACE_WORD, NAME_WORD = "{namespace}", "{name}"

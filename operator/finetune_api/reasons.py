@@ -128,7 +128,7 @@ class Advice:
 ADVICE: dict[Reason, Advice] = {
     Reason.PROFILE_VIOLATED: Advice(
         False,
-        "The job asks for what its TuningProfile does not allow: change the field that the message names, or name another profile "
+        "The job asks for what its TuningProfile does not allow: change what the message names, or name another profile "
         "(kubectl get tuningprofiles), and apply the job under a new name.",
     ),
     Reason.PROFILE_NOT_FOUND: Advice(

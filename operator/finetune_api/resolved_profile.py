@@ -22,6 +22,8 @@ class ResolvedAllowed(StatusModel):
     """Places for results."""
     endpoints: _UriBeginnings | None = None
     """Served models."""
+    s3_endpoints: _UriBeginnings | None = None
+    """S3 servers that a Secret may name beside the URIs of a list above; absent, as an operator of before left it, allows all."""
 
 
 class ResolvedProfile(StatusModel):

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_api import API_VERSION, KIND, LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL_JOB_UID, LABEL_ROLE
+from finetune_api.endpoint_bounds import BOUNDS_KEY, EndpointBounds
 from finetune_api.newer_fields import shape_of
 from finetune_api.reasons import Reason
 from finetune_api.report import REPORT_PORT
@@ -22,7 +23,7 @@ from finetune_operator.gangs import KUEUE, Marks, marks_of_worker, pod_group
 from finetune_operator.kinds import POD_GROUPS
 from finetune_operator.observed import ANNOTATION_OBJECTS, OWNED, REMADE, Job, Observed, Pod
 from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
-from finetune_operator.profiles import as_offered
+from finetune_operator.profiles import as_offered, endpoint_bounds
 from finetune_operator.settings import Settings
 from finetune_operator.times import later
 
@@ -82,7 +83,7 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
         for index in range(status.workers_wanted)
     ]
     return (
-        _config_map(meta, job, spec),
+        _config_map(meta, job, spec, endpoint_bounds(spec, status)),
         {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -284,13 +285,16 @@ def _queue_labels(job: Job) -> dict[str, str]:
     return {key: value for key, value in job.labels.items() if key.startswith(f"{KUEUE}/")}
 
 
-def _config_map(meta: Manifest, job: Job, spec: Spec) -> Manifest:
+def _config_map(meta: Manifest, job: Job, spec: Spec, bounds: EndpointBounds | None) -> Manifest:
     """The job as it runs, with every default in place; of its labels those that say that a queue may hold its pods back.
+
+    What its profile says of its Secrets stands there too, for the head to hold to.
 
     Which fields have another value than their default is told beside it: an image of before may not know the others.
     """
     identity: Manifest = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
     identity |= {"labels": queue} if (queue := _queue_labels(job)) else {}
+    identity |= {BOUNDS_KEY: bounds.model_dump(mode="json", by_alias=True)} if bounds else {}
     spelled = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     identity["chosen"] = shape_of(spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
     text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, "metadata": identity, "spec": spelled}, indent=2)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from finetune_api.allow_list import allows
 from finetune_api.compute import Compute
+from finetune_api.endpoint_bounds import EndpointBounds
 from finetune_api.fields import LOCAL_RUN
 from finetune_api.profile import DEFAULT_PROFILE, TuningProfile, parse_profile
 from finetune_api.profile_fields import NAME_WORD, NAMESPACE_WORD
@@ -113,7 +114,11 @@ def snapshot(profile: TuningProfile, how: str, spec: Spec, namespace: str, name:
         active_deadline_seconds=limits.active_deadline_seconds,
         max_gpu_hours=limits.max_gpu_hours,
         allow=ResolvedAllowed(
-            models=given.allow.models, data=given.allow.data, storage=given.allow.storage, endpoints=given.allow.endpoints
+            models=given.allow.models,
+            data=given.allow.data,
+            storage=given.allow.storage,
+            endpoints=given.allow.endpoints,
+            s3_endpoints=given.allow.s3_endpoints,
         ),
         allow_remote_code=given.allow_remote_code,
     )
@@ -190,6 +195,19 @@ def uri_violations(spec: Spec, profile: str, allow: Any) -> Iterator[str]:  # no
             yield f"{reference.field} names {reference.uri}, which the profile {profile} does not allow (allow.{listed})"
         elif getattr(allow, listed) is not None and _is_pull_request(reference):
             yield f"{reference.field}.revision is {reference.revision}: anyone can open a pull request: the profile {profile} allows none"
+
+
+def endpoint_bounds(spec: Spec, status: Status) -> EndpointBounds | None:
+    """What the head has to hold the Secrets of an effective spec against: whoever may name an S3 server has any bucket mean what he likes.
+
+    Those of s3:// URIs that an allow-list bounds; None where there are none, or the profile is that of an operator of before.
+    """
+    kept = status.resolved.profile if status.resolved else None
+    if kept is None or kept.allow.s3_endpoints is None:
+        return None
+    bounded = (each for each in references_of(spec) if getattr(kept.allow, _LISTS[each.use]) is not None)
+    secrets = {each.secret for each in bounded if each.secret is not None and (each.uri or "").startswith("s3://")}
+    return EndpointBounds(profile=kept.name, secrets=tuple(sorted(secrets)), allowed=kept.allow.s3_endpoints) if secrets else None
 
 
 def _is_pull_request(reference: Reference) -> bool:

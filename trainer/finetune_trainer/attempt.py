@@ -40,8 +40,8 @@ class Attempt:
 
     @property
     def mounts(self) -> Mounts:
-        """The pod's volumes."""
-        return Mounts(self.environment.volumes, self.environment.local)
+        """The pod's volumes, and what the job's profile says of its Secrets."""
+        return self.environment.mounts()
 
     @property
     def storage(self) -> Storage:

@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune_api.endpoint_bounds import BOUNDS_KEY, EndpointBounds
 from finetune_api.newer_fields import without_unknown
 from finetune_api.reasons import Reason
 from finetune_api.scrub import hide
 from finetune_api.v1alpha1 import FineTuneJob, parse_job
 from finetune_trainer.errors import JobError
+from finetune_trainer.sources import Mounts
 
 Role = Literal["head", "worker"]
 ROLES: tuple[Role, ...] = ("head", "worker")
@@ -59,12 +62,26 @@ class Environment:
 
     def job(self) -> FineTuneJob:
         """The job as the operator resolved it. Raises JobError(InvalidSpec) naming each field at fault."""
-        try:
+        with _faults_of_job_file():
             return _parsed(json.loads(self.job_file.read_bytes()), local=self.local)
-        except ValidationError as error:
-            raise JobError(Reason.INVALID_SPEC, "; ".join(map(_told, error.errors()[:5]))) from None
-        except (OSError, ValueError) as error:
-            raise JobError(Reason.INVALID_SPEC, f"the job file cannot be read: {error}") from None
+
+    def mounts(self) -> Mounts:
+        """The pod's volumes, with what the job's profile says of the Secrets among them. Raises JobError (InvalidSpec)."""
+        with _faults_of_job_file():
+            told = json.loads(self.job_file.read_bytes())["metadata"].get(BOUNDS_KEY)
+            bounds = None if told is None else EndpointBounds.model_validate(told)
+        return Mounts(self.volumes, self.local, bounds)
+
+
+@contextmanager
+def _faults_of_job_file() -> Iterator[None]:
+    """Say what is wrong with the job file as JobError(InvalidSpec), naming each field at fault."""
+    try:
+        yield
+    except ValidationError as error:
+        raise JobError(Reason.INVALID_SPEC, "; ".join(map(_told, error.errors()[:5]))) from None
+    except (OSError, ValueError) as error:
+        raise JobError(Reason.INVALID_SPEC, f"the job file cannot be read: {error}") from None
 
 
 def _parsed(manifest: dict[str, Any], *, local: bool) -> FineTuneJob:

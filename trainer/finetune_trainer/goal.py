@@ -15,7 +15,7 @@ from finetune_trainer.manifest import read_manifest
 from finetune_trainer.measuring import questions_of, scored, suites_of
 from finetune_trainer.result import RESULT
 from finetune_trainer.search_space import config_of
-from finetune_trainer.sources import Mounts, resolve_storage
+from finetune_trainer.sources import resolve_storage
 from finetune_trainer.storage import Storage, storage_at
 from finetune_trainer.trials import FOLDER, RECORD
 
@@ -36,7 +36,7 @@ class SuiteGoal:
         from finetune_trainer.worker_group import fit_answers
 
         environment = environment_from(os.environ)
-        mounts = Mounts(environment.volumes, environment.local)
+        mounts = environment.mounts()
         storage = storage_at(resolve_storage(trial.spec.output, mounts))
         own, scratch = storage.at(f".finetune/{trial.metadata.uid}"), scratch_folder(trial.metadata.uid, environment.attempt)
         suites = suites_of(trial, self.config["data"], storage, mounts, scratch / "cache", lambda _: None)

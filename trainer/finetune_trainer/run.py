@@ -22,12 +22,14 @@ from finetune_trainer.export import publish
 from finetune_trainer.failures import as_job_error
 from finetune_trainer.model_card import Publication
 from finetune_trainer.result import RESULT, Result, read_result, write_result
+from finetune_trainer.sources import check_servers
 from finetune_trainer.storage import MANIFEST
 from finetune_trainer.trials import Trial
 
 
 def run_stages(attempt: Attempt) -> None:
     """All stages in order, or a measuring run. Raises JobError, InterruptedRunError, or what nobody expected."""
+    check_servers(attempt.mounts)
     if attempt.job.spec.monitoring is not None:
         from finetune_trainer.monitoring_stage import measure_again
 

@@ -22,6 +22,8 @@ import tenacity
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from finetune_api.allow_list import is_one_of
+from finetune_api.endpoint_bounds import EndpointBounds
 from finetune_api.reasons import Reason
 from finetune_api.scrub import hide
 from finetune_api.v1alpha1 import DataSource, Output
@@ -44,6 +46,8 @@ class Mounts:
     root: Path
     local: bool = False
     """Whether this is a run on one machine, where `file://` is allowed."""
+    bounds: EndpointBounds | None = None
+    """What the job's profile says of the S3 servers that Secrets name."""
 
     def claim(self, name: str) -> Path:
         """The claim's folder. Raises JobError (VolumeClaimNotFound)."""
@@ -169,18 +173,42 @@ def _s3(mounts: Mounts, secret: str | None) -> AbstractFileSystem:
     if secret is not None:
         options["access_key"] = mounts.secret(secret, "accessKeyId")
         options["secret_key"] = mounts.secret(secret, "secretAccessKey")
-        region, endpoint = mounts.secret(secret, "region", optional=True), mounts.secret(secret, "endpoint", optional=True)
+        region, server = mounts.secret(secret, "region", optional=True), _server(mounts, secret)
         if region:
             options["region"] = region
-        if endpoint:
-            parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.username:
-                raise JobError(
-                    Reason.INVALID_SPEC, f"the endpoint in the Secret {secret} must be http://host[:port] or https://host[:port]"
-                )
-            options |= {"endpoint_override": parts.netloc + parts.path.rstrip("/"), "scheme": parts.scheme}
+        if server:
+            options |= {"scheme": server[0], "endpoint_override": server[1]}
             options.setdefault("region", "us-east-1")
     return ArrowFSWrapper(S3FileSystem(**options))
+
+
+def _server(mounts: Mounts, secret: str) -> tuple[str, str] | None:
+    """Scheme and host[:port][/path] of the S3 server that a Secret names; None is AWS. Raises JobError (InvalidSpec, ProfileViolated).
+
+    What the profile allows is compared with just what S3's client is given. A path on an allowed server is not allowed with it: the client
+    puts it before the bucket, so it would be another bucket.
+    """
+    endpoint = mounts.secret(secret, "endpoint", optional=True)
+    if not endpoint:
+        return None
+    try:
+        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        is_url = parts.scheme in ("http", "https") and bool(parts.netloc) and not parts.username
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise JobError(Reason.INVALID_SPEC, f"the endpoint in the Secret {secret} must be http://host[:port] or https://host[:port]")
+    scheme, place, bounds = parts.scheme, parts.netloc + parts.path.rstrip("/"), mounts.bounds
+    if bounds is not None and secret in bounds.secrets and not is_one_of(bounds.allowed, f"{scheme}://{place}"):
+        what = f"the key endpoint of the Secret {secret} names an S3 server"
+        raise JobError(Reason.PROFILE_VIOLATED, f"{what} that the profile {bounds.profile} does not allow (allow.s3Endpoints)")
+    return scheme, place
+
+
+def check_servers(mounts: Mounts) -> None:
+    """Raise JobError (ProfileViolated) where a Secret names an S3 server that the job's profile does not allow. Nothing is asked."""
+    for secret in mounts.bounds.secrets if mounts.bounds else ():
+        _server(mounts, secret)
 
 
 def _hub(mounts: Mounts, secret: str | None) -> AbstractFileSystem:

@@ -21,7 +21,7 @@ from finetune_trainer.failures import as_job_error, failure_from
 from finetune_trainer.ray_cluster import cpus_of, gpus_of
 from finetune_trainer.result import Result, read_result
 from finetune_trainer.search_space import Values, config_of, trial_job, with_values
-from finetune_trainer.sources import Mounts, resolve_storage
+from finetune_trainer.sources import resolve_storage
 from finetune_trainer.storage import Storage, storage_at
 from finetune_trainer.trials import FOLDER, trial_folder_in
 
@@ -78,7 +78,7 @@ def run_trial(number: int, values: Values, searching: Searching) -> dict[str, An
     """
     environment = environment_from(os.environ)
     job = environment.job()
-    own = storage_at(resolve_storage(job.spec.output, Mounts(environment.volumes, environment.local))).at(f".finetune/{job.metadata.uid}")
+    own = storage_at(resolve_storage(job.spec.output, environment.mounts())).at(f".finetune/{job.metadata.uid}")
     folder = trial_folder_in(own.at(FOLDER), number)
     try:
         trial = trial_job(job, values, searching.compute)

@@ -155,11 +155,11 @@ def train_on(worker: "Worker", assignment: Assignment, listener: "Listener") -> 
     from finetune_trainer.loop import Models, Task, train
     from finetune_trainer.model_files import ModelFiles, fetch_model
     from finetune_trainer.placement import placed
-    from finetune_trainer.sources import Mounts, resolve_storage
+    from finetune_trainer.sources import resolve_storage
     from finetune_trainer.teacher import Place, taught
 
     job, environment, config = assignment.job, assignment.environment, assignment.config
-    mounts = Mounts(environment.volumes, environment.local)
+    mounts = environment.mounts()
     output = storage_at(resolve_storage(job.spec.output, mounts))
     own = output.at(f".finetune/{job.metadata.uid}")
     cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
@@ -192,11 +192,11 @@ def _export_on_worker(config: dict[str, Any]) -> None:
     from finetune_trainer.model_files import fetch_model
     from finetune_trainer.placement import placed
     from finetune_trainer.result import Result
-    from finetune_trainer.sources import Mounts, resolve_storage
+    from finetune_trainer.sources import resolve_storage
 
     environment, worker = environment_from(os.environ), this_worker()
     job = job_of(environment, config)
-    mounts = Mounts(environment.volumes, environment.local)
+    mounts = environment.mounts()
     own = storage_at(resolve_storage(job.spec.output, mounts)).at(f".finetune/{job.metadata.uid}")
     cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"
 
@@ -244,10 +244,10 @@ def answer_on(worker: "Worker", assignment: Assignment, listener: "Listener") ->
     from finetune_trainer.evaluation.lm_eval import answer_tasks, read_results
     from finetune_trainer.model_files import ModelFiles, fetch_model
     from finetune_trainer.progress import WorkerProgress
-    from finetune_trainer.sources import Mounts, resolve_storage
+    from finetune_trainer.sources import resolve_storage
 
     job, environment, config = assignment.job, assignment.environment, assignment.config
-    mounts = Mounts(environment.volumes, environment.local)
+    mounts = environment.mounts()
     output = storage_at(resolve_storage(job.spec.output, mounts))
     own = output.at(own_folder(job))
     cache = Path(os.environ[SCRATCH_VARIABLE]) / "cache"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from finetune_api.allow_list import allows, canonical
+from finetune_api.allow_list import allows, canonical, is_one_of
 from finetune_api.fields import DATA_URI, ENDPOINT_URL, MODEL_URI, STORAGE_URI
 
 ALLOWED = [
@@ -74,6 +74,36 @@ def test_what_begins_so_is_allowed(beginning, uri):
 @pytest.mark.parametrize(("beginning", "uri"), REFUSED)
 def test_what_only_looks_like_it_is_not(beginning, uri):
     assert not allows([beginning], uri)
+
+
+SERVERS = ["https://minio.example.com", "http://gateway.example.com:9000/storage/s3/"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://minio.example.com", "https://MinIO.example.com:443/", "http://gateway.example.com:09000/storage/s3"],
+)
+def test_a_url_is_one_of_a_list_in_any_spelling_of_its_host(url):
+    assert is_one_of(SERVERS, url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://minio.example.com/bucket",
+        "http://gateway.example.com:9000/storage",
+        "http://gateway.example.com:9000/storage/S3",
+        "http://gateway.example.com:9000/storage/s3/x",
+        "http://gateway.example.com/storage/s3",
+        "http://minio.example.com",
+        "https://minio.example.com.",
+        "https://",
+        "",
+    ],
+)
+def test_what_is_beside_or_below_a_url_is_another(url):
+    assert not is_one_of(SERVERS, url)
+    assert not is_one_of([], url)
 
 
 def test_no_list_allows_everything_and_an_empty_one_nothing():

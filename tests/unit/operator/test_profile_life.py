@@ -60,6 +60,16 @@ async def test_the_pods_have_what_the_profile_gives():
     assert (accepted.status, accepted.message) == ("True", "the spec can be run, under the profile small (named by the job)")
 
 
+async def test_the_pods_are_told_which_servers_a_secret_may_name():
+    allow = {"models": ["s3://base"], "s3Endpoints": ["https://minio.example.com"]}
+    model = {"source": "s3://base/llama", "secretRef": {"name": "s3"}}
+    cluster = cluster_with(raw_profile(**OFFER, allow=allow), **NAMED, model=model)
+    await until_workers(cluster, FakeKubelet(cluster))
+    job_file = json.loads(cluster.objects["ConfigMap", "bot-1"]["data"]["job.json"])
+    assert job_file["metadata"]["endpointBounds"] == {"profile": "small", "secrets": ["s3"], "allowed": ["https://minio.example.com"]}
+    assert ("Secret", "s3") not in cluster.objects, "nor is it asked for"
+
+
 async def test_a_whole_life_is_as_without_a_profile():
     cluster = cluster_with(raw_profile(**OFFER), **NAMED)
     await drive(cluster, FakeKubelet(cluster))

@@ -9,7 +9,17 @@ from tests.unit.operator.profile_cases import raw_profile
 from finetune_api.profile import parse_profile
 from finetune_api.resolved_profile import ResolvedProfile
 from finetune_api.status import Attempt, Resolved, Status
-from finetune_operator.profiles import choose, effective, merged, monitoring_violations, offered, problem_of, snapshot, violations
+from finetune_operator.profiles import (
+    choose,
+    effective,
+    endpoint_bounds,
+    merged,
+    monitoring_violations,
+    offered,
+    problem_of,
+    snapshot,
+    violations,
+)
 
 NAMED = {"profileRef": {"name": "small"}}
 
@@ -210,6 +220,62 @@ def test_monitoring_that_is_added_later_keeps_to_the_list_or_is_left_out():
     )
     fitting = {**MONITORING, "suites": [{"name": "task", "source": "pvc://data/fresh.jsonl"}]}
     assert merged(spec_of(evaluation=suites, monitoring=fitting), kept).monitoring is not None
+
+
+S3 = {"secretRef": {"name": "s3"}}
+SERVERS = ["https://minio.example.com:9000"]
+
+
+def bounds_of(allow, **spec):
+    """What the pods of a job under a profile are told of its Secrets: profile, Secrets, servers; None for nothing."""
+    kept = kept_of(spec_of(**spec), raw_profile(allow=allow))
+    told = endpoint_bounds(merged(spec_of(**spec), kept), Status(resolved=Resolved(profile=kept)))
+    return told and (told.profile, told.secrets, told.allowed)
+
+
+@pytest.mark.parametrize(
+    ("listed", "spec"),
+    [
+        ({"models": ["s3://base"]}, {"model": {"source": "s3://base/llama", **S3}}),
+        ({"data": ["s3://rows"]}, {"data": {"train": {"source": "s3://rows/a.jsonl", **S3}}}),
+        ({"storage": ["s3://out"]}, {"output": {"storage": "s3://out/bot", **S3}}),
+        ({"data": ["s3://rows"]}, {"evaluation": {"suites": [{**SUITE, "source": "s3://rows/suite.jsonl", **S3}]}}),
+    ],
+)
+def test_secrets_of_s3_are_bounded_where_their_uris_are(listed, spec):
+    assert bounds_of(listed, **spec) == ("small", ("s3",), ())
+    assert bounds_of({**listed, "s3Endpoints": SERVERS}, **spec) == ("small", ("s3",), tuple(SERVERS))
+    (bounded,) = listed
+    others = {name: ["s3://", "pvc://"] for name in ("models", "data", "storage") if name != bounded}
+    assert bounds_of({**others, "s3Endpoints": SERVERS}, **spec) is None, "no list bounds its URI"
+
+
+def test_secrets_of_hubs_and_endpoints_are_not_bounded():
+    judged = {"suites": [{**SUITE, "source": "validation", "metrics": ["judgeScore"], "judge": {"endpoint": {**JUDGE["endpoint"], **S3}}}]}
+    model = {"source": "hf://Qwen/Qwen3-8B", **S3}
+    assert (
+        bounds_of({"models": ["hf://"], "data": ["pvc://"], "endpoints": ["https://judge.example.com"]}, model=model, evaluation=judged)
+        is None
+    )
+
+
+def test_the_storage_that_the_profile_gives_is_bounded_too():
+    raw = raw_profile(**OFFER, allow={"storage": ["s3://tuned"], "s3Endpoints": SERVERS})
+    spec = spec_of(output={})
+    kept = kept_of(spec, raw)
+    told = endpoint_bounds(merged(spec, kept), Status(resolved=Resolved(profile=kept)))
+    assert told is not None
+    assert told.secrets == ("s3",)
+
+
+def test_a_job_without_profile_or_of_an_operator_of_before_runs_as_it_did():
+    spec = spec_of(model={"source": "s3://base/llama", **S3})
+    kept = kept_of(spec, raw_profile(allow={"models": ["s3://base"]}))
+    written = kept.to_json()
+    assert written["allow"].pop("s3Endpoints") == []
+    before = ResolvedProfile.model_validate(written)
+    assert endpoint_bounds(spec, Status(resolved=Resolved(profile=before))) is None
+    assert endpoint_bounds(spec, Status()) is None
 
 
 def test_the_merged_job_keeps_the_rules_of_every_job():

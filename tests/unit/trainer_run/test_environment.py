@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 from tests.builders import SETTINGS, make_job
 
+from finetune_api.endpoint_bounds import EndpointBounds
 from finetune_api.reasons import Reason
 from finetune_api.report import TERMINATION_MESSAGE_BYTES, Report, parse_report
+from finetune_api.resolved_profile import ResolvedAllowed, ResolvedProfile
 from finetune_api.scrub import scrub
-from finetune_api.status import Artifact, Attempt, Failure, Metric
+from finetune_api.status import Artifact, Attempt, Failure, Metric, Resolved
 from finetune_api.v1alpha1 import Compute
 from finetune_operator.plan import desired_objects
 from finetune_trainer.environment import Environment, environment_from
 from finetune_trainer.errors import JobError
 from finetune_trainer.head import write_termination_log
 from finetune_trainer.ray_cluster import cpus_of, gpus_of, head_command, quantity, ray_variables, worker_command
+from finetune_trainer.sources import Mounts
 
 VARIABLES = {
     "FINETUNE_JOB_FILE": "/etc/finetune/job/job.json",
@@ -111,6 +114,27 @@ def test_a_wrong_value_beside_an_unknown_field_is_refused(tmp_path: Path) -> Non
     manifest["spec"]["training"]["epochs"] = 0
     with pytest.raises(JobError, match=r"spec\.training\.epochs"):
         with_job(tmp_path, json.dumps(manifest)).job()
+
+
+def test_the_mounts_know_what_the_profile_says_of_secrets(tmp_path: Path) -> None:
+    """As the operator writes it; a job without profile, or of an operator of before, has none."""
+    allowed = ResolvedAllowed(models=("s3://base",), s3_endpoints=("https://minio.example.com",))
+    job = make_job(model={"source": "s3://base/llama", "secretRef": {"name": "s3"}})
+    status = job.status.model_copy(update={"attempt": Attempt(number=1)})
+    told = status.model_copy(update={"resolved": Resolved(profile=ResolvedProfile(name="small", allow=allowed))})
+    files = [desired_objects(job, each, SETTINGS)[0]["data"]["job.json"] for each in (told, status)]
+    bounds = EndpointBounds(profile="small", secrets=("s3",), allowed=("https://minio.example.com",))
+    assert [with_job(tmp_path, text).mounts() for text in files] == [
+        Mounts(Path("/mnt/finetune"), bounds=bounds),
+        Mounts(Path("/mnt/finetune")),
+    ]
+    assert with_job(tmp_path, files[0]).job() == with_job(tmp_path, files[1]).job()
+
+
+def test_bounds_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="allowed") as refused:
+        with_job(tmp_path, '{"metadata": {"endpointBounds": {"profile": "small", "secrets": ["s3"]}}}').mounts()
+    assert refused.value.reason == Reason.INVALID_SPEC
 
 
 def test_a_job_file_that_is_cut_off_says_so(tmp_path: Path) -> None:

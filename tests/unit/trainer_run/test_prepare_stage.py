@@ -43,7 +43,9 @@ def attempt(data: Path, uid: str = "u1", number: int = 1, strategy: str = "auto"
     }
     metadata = {"name": "bot", "namespace": "team", "uid": uid}
     job = parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, local=True)
-    environment = Environment(data, number, data, "127.0.0.1", 6379, 8000, data.parent, local=True)
+    job_file = data.parent / "job.json"
+    job_file.write_text(job.model_dump_json(by_alias=True, exclude_none=True))
+    environment = Environment(job_file, number, data, "127.0.0.1", 6379, 8000, data.parent, local=True)
     reporter, console, interruption = Reporter(uid, number), Console(), Interruption()
     return Attempt(environment, job, reporter, console, None, Following(reporter, console, interruption), interruption)  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 """The head's way through its stages, with the cluster and the publishing played: what a stop, a crash or a failure in between leaves."""
 
+import json
 import math
 import signal
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.monitoring import MonitoringPlan
 from finetune_api.reasons import Reason
 from finetune_api.status import Artifact, CheckpointRef, Evaluation, Resolved, Usage
 from finetune_api.v1alpha1 import parse_job
@@ -48,6 +50,7 @@ def attempt(tmp_path: Path) -> Attempt:
     }
     metadata = {"name": "bot", "namespace": "team", "uid": "u1"}
     job = parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, local=True)
+    (tmp_path / "job.json").write_text(job.model_dump_json(by_alias=True, exclude_none=True))
     environment = Environment(tmp_path / "job.json", 1, tmp_path / "token", "127.0.0.1", 6379, 8000, tmp_path, local=True)
     reporter, console, interruption = Reporter("u1", 1), Console(), Interruption()
     reporter.update(evaluation=Evaluation())
@@ -59,6 +62,24 @@ def attempt(tmp_path: Path) -> Attempt:
 def preparation(attempt: Attempt) -> Preparation:
     resolved = Resolved(model_revision="r", data_digest="sha256:d", config_digest="sha256:c")
     return Preparation(attempt.job, BaseModel("/model"), None, None, resolved, {}, "prepared")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("monitoring", [False, True])
+def test_a_server_that_the_profile_does_not_allow_is_found_before_anything_is_asked_or_written(
+    attempt: Attempt, tmp_path: Path, *, monitoring: bool
+) -> None:
+    told = {"metadata": {"endpointBounds": {"profile": "small", "secrets": ["aws", "s3"], "allowed": []}}}
+    attempt.environment.job_file.write_text(json.dumps(told))
+    (tmp_path / "secrets" / "s3").mkdir(parents=True)
+    (tmp_path / "secrets" / "s3" / "endpoint").write_text("https://evil.example.org")
+    if monitoring:
+        plan = MonitoringPlan.model_construct()
+        attempt.job = attempt.job.model_copy(update={"spec": attempt.job.spec.model_copy(update={"monitoring": plan})})
+    with pytest.raises(JobError) as refused:
+        run_stages(attempt)
+    assert refused.value.reason == Reason.PROFILE_VIOLATED
+    assert not (tmp_path / "out").exists()
+    assert attempt.reporter.report.stages == Reporter("u1", 1).report.stages
 
 
 def published(*_: Any) -> tuple[Artifact, ...]:

@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.unit.operator_edges.job_file import JOB
 from typer.testing import CliRunner
 
 from finetune_api.status import (
@@ -19,17 +20,6 @@ from finetune_api.status import (
 )
 from finetune_operator.cli import app
 from finetune_operator.words import status_lines
-
-GOOD = """\
-apiVersion: finetune.dev/v1alpha1
-kind: FineTuneJob
-metadata: {name: bot}
-spec:
-  model: {source: hf://org/model}
-  data: {train: {source: pvc://data/train.jsonl}}
-  method: {lora: {}}
-  output: {storage: pvc://models/bot}
-"""
 
 
 def run(*arguments: str, text: str | None = None) -> tuple[int, str]:
@@ -51,12 +41,12 @@ def test_version_is_told() -> None:
 
 
 def test_good_manifest_is_accepted(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(GOOD)
+    (tmp_path / "job.yaml").write_text(JOB)
     assert run("validate", str(tmp_path / "job.yaml")) == (0, f"{tmp_path}/job.yaml: accepted\n")
 
 
 def test_manifest_from_standard_input() -> None:
-    assert run("validate", "-", text=GOOD) == (0, "-: accepted\n")
+    assert run("validate", "-", text=JOB) == (0, "-: accepted\n")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +63,7 @@ def test_manifest_from_standard_input() -> None:
 )
 def test_bad_manifest_is_refused_with_line_field_and_remedy(tmp_path: Path, change: tuple[str, str], words: str) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text(GOOD.replace(*change))
+    file.write_text(JOB.replace(*change))
     code, output = run("validate", str(file))
     assert code == 1
     assert f"{file}: " in output
@@ -81,8 +71,8 @@ def test_bad_manifest_is_refused_with_line_field_and_remedy(tmp_path: Path, chan
 
 
 def test_every_bad_file_is_told_of(tmp_path: Path) -> None:
-    (tmp_path / "good.yaml").write_text(GOOD)
-    (tmp_path / "bad.yaml").write_text(GOOD.replace("lora", "loar"))
+    (tmp_path / "good.yaml").write_text(JOB)
+    (tmp_path / "bad.yaml").write_text(JOB.replace("lora", "loar"))
     code, output = run("validate", str(tmp_path / "absent.yaml"), str(tmp_path / "bad.yaml"), str(tmp_path / "good.yaml"))
     assert code == 1
     assert "absent.yaml: cannot be read" in output
@@ -92,7 +82,7 @@ def test_every_bad_file_is_told_of(tmp_path: Path) -> None:
 
 def test_file_sources_are_for_local_runs(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text(GOOD.replace("hf://org/model", "file://model"))
+    file.write_text(JOB.replace("hf://org/model", "file://model"))
     assert run("validate", str(file))[0] == 1
     assert run("validate", "--local", str(file))[0] == 0
 

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from tests.unit.operator_edges.job_file import JOB
 from typer.testing import CliRunner
 
 from finetune_operator import completion
@@ -18,16 +19,6 @@ from finetune_operator.cli import app
 
 JOBS = "/apis/finetune.dev/v1alpha1/namespaces/team/finetunejobs"
 BOT = {"metadata": {"name": "bot", "namespace": "team", "uid": "u"}, "spec": {}}
-MANIFEST = """\
-apiVersion: finetune.dev/v1alpha1
-kind: FineTuneJob
-metadata: {name: bot}
-spec:
-  model: {source: hf://org/model}
-  data: {train: {source: pvc://data/train.jsonl}}
-  method: {lora: {}}
-  output: {storage: pvc://models/bot}
-"""
 
 
 @dataclass
@@ -158,20 +149,20 @@ def test_a_tenants_words_are_neither_markup_nor_commands_to_the_terminal(server:
 
 def test_submit_applies_server_side(server: Server, tmp_path: Path) -> None:
     server.answers = {("PATCH", f"{JOBS}/bot"): {"metadata": {"name": "bot", "generation": 1}}}
-    (tmp_path / "job.yaml").write_text(MANIFEST)
+    (tmp_path / "job.yaml").write_text(JOB)
     assert run("submit", str(tmp_path / "job.yaml")) == (0, "bot submitted in namespace team\n")
     (_, path, query, media, body) = server.asked[-1]
     assert (path, query, media) == (f"{JOBS}/bot", {"fieldManager": ["finetune"], "force": ["true"]}, "application/apply-patch+yaml")
     assert body["metadata"] == {"name": "bot", "namespace": "team"}
-    assert body["spec"] == yaml.safe_load(MANIFEST)["spec"], "defaults are the API server's"
+    assert body["spec"] == yaml.safe_load(JOB)["spec"], "defaults are the API server's"
     server.answers = {("PATCH", f"{JOBS}/bot"): {"metadata": {"name": "bot", "generation": 2}}}
-    assert run("submit", "-", text=MANIFEST) == (0, "bot applied in namespace team\n")
+    assert run("submit", "-", text=JOB) == (0, "bot applied in namespace team\n")
 
 
 def test_submit_waits_and_tells_of_the_failure(server: Server) -> None:
     failure = {"reason": "TrainingDiverged", "message": "loss is \x1b[31mNaN", "hint": "Lower training.learningRate."}
     server.answers = {("PATCH", f"{JOBS}/bot"): BOT, ("GET", f"{JOBS}/bot"): job("Failed", failed="True", failure=failure)}
-    code, output = run("submit", "--wait", "-", text=MANIFEST)
+    code, output = run("submit", "--wait", "-", text=JOB)
     assert code == 1
     assert "failure: TrainingDiverged: loss is " in output
     assert "what to do: Lower training.learningRate." in output
@@ -181,9 +172,9 @@ def test_submit_waits_and_tells_of_the_failure(server: Server) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (MANIFEST.replace("lora: {}", "lora: {rank: 0}"), "spec.method.lora.rank"),
+        (JOB.replace("lora: {}", "lora: {rank: 0}"), "spec.method.lora.rank"),
         ("kind: ConfigMap\napiVersion: v1\n", "only FineTuneJobs are submitted"),
-        (MANIFEST.replace("name: bot", "name: bot, namespace: other"), "is for the namespace other, not team"),
+        (JOB.replace("name: bot", "name: bot, namespace: other"), "is for the namespace other, not team"),
     ],
 )
 def test_what_is_no_good_job_is_not_sent(server: Server, text: str, words: str) -> None:

@@ -8,20 +8,11 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from tests.unit.operator_edges.job_file import JOB
 from typer.testing import CliRunner
 
 from finetune_operator.cli import app
 
-JOB = """\
-apiVersion: finetune.dev/v1alpha1
-kind: FineTuneJob
-metadata: {name: bot}
-spec:
-  model: {source: hf://org/model}
-  data: {train: {source: pvc://data/train.jsonl}}
-  method: {lora: {}}
-  output: {storage: pvc://models/bot}
-"""
 PROFILE = """\
 apiVersion: finetune.dev/v1alpha1
 kind: TuningProfile

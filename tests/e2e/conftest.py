@@ -129,6 +129,7 @@ def storage(kubectl: Kubectl, images: Images) -> Iterator[str]:
     kubectl("delete", "pod", STORAGE_POD)
     kubectl.apply(_reader(images.trainer))
     kubectl("wait", "pod/reader", "--for=condition=Ready", "--timeout=120s", timeout=140)
+    _look_up(kubectl)
     try:
         yield "reader"
     finally:
@@ -136,6 +137,14 @@ def storage(kubectl: Kubectl, images: Images) -> Iterator[str]:
         kubectl("delete", "pod", "reader")
         if volume:
             kubectl("delete", "persistentvolume", volume, "--wait=false")
+
+
+def _look_up(kubectl: Kubectl) -> None:
+    """Fail at once where pods cannot look up Services: workers find their head by name, so every job would wait to the end of its time."""
+    try:
+        kubectl.python("reader", "import socket; print(socket.getaddrinfo('kubernetes.default.svc', 443))")
+    except KubectlError as error:
+        pytest.exit(f"pods of this cluster cannot look up kubernetes.default.svc, its DNS does not answer: {error}", returncode=1)
 
 
 @pytest.fixture(scope="session")

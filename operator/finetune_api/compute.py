@@ -59,6 +59,16 @@ class Toleration(SpecModel):
         return self
 
 
+def covers(wider: Toleration, other: Toleration) -> bool:
+    """Whether `wider` tolerates every taint that `other` does, by the rules by which the scheduler compares a toleration with a taint.
+
+    No key is every key, Exists every value, and no effect every effect. How long a taint is tolerated (tolerationSeconds) is left aside.
+    """
+    same_key = wider.key is None or wider.key == other.key
+    same_value = wider.operator == "Exists" or (other.operator == "Equal" and (wider.value or "") == (other.value or ""))
+    return same_key and same_value and (wider.effect is None or wider.effect == other.effect)
+
+
 _WHOLE_DEVICES = rule(
     "self.all(name, !name.contains('/') || string(self[name]).matches('^[0-9]+$'))",
     "a device such as nvidia.com/gpu is counted in whole numbers",

@@ -157,6 +157,7 @@ QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 
 ObjectName = _text(rf"^{_SUBDOMAIN}$", 253, "the name of a Kubernetes object (lower-case letters, digits, inner hyphens and dots)")
 ProfileName = _text(LABEL_PATTERN, 63, "a profile's name (lower-case letters, digits and inner hyphens)")
+QueueName = _text(rf"^{_SUBDOMAIN}$", 63, "the name of a queue (lower-case letters, digits, inner hyphens and dots)")
 ConfigMapKey = _text(r"^[-_a-zA-Z0-9][-._a-zA-Z0-9]*$", 253, "a ConfigMap's key (letters, digits, -, _ and .)")
 Revision = _text(r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$", 128, "a branch, tag or commit (quote one that reads as a number)")
 ColumnName = _text(r"^[^\x00-\x1f]+$", 128, "a column's name, without control characters")

@@ -8,11 +8,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic.alias_generators import to_camel
 
 from finetune_api.as_stored import as_stored
-from finetune_api.compute import NodeSelector, Resources, Tolerations
+from finetune_api.compute import NodeSelector, Resources, Toleration, Tolerations
 from finetune_api.evaluation import LmEvalTask
 from finetune_api.fields import (
     LABEL_PATTERN,
+    LabelKey,
     Quantity,
+    QueueName,
     SpecModel,
     check,
     check_distinct,
@@ -112,6 +114,13 @@ class Allowed(SpecModel):
         | None
     ) = None
     """Objectives."""
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=64)] | None = None
+    """Taints that a job may tolerate: one of the list, or of compute.tolerations, must tolerate all that the job's toleration does. No key
+    is every key, Exists every value, no effect every effect; tolerationSeconds does not count."""
+    node_selector_keys: Annotated[tuple[LabelKey, ...], _LISTED, AfterValidator(check_distinct)] | None = None
+    """Labels that compute.nodeSelector of a job may name, beside those of the profile's own."""
+    queues: Annotated[tuple[QueueName, ...], _LISTED, AfterValidator(check_distinct)] | None = None
+    """Queues that a job's label may name, beside the profile's own `queue`, which must be set."""
 
 
 class Limits(SpecModel):
@@ -127,8 +136,17 @@ class Limits(SpecModel):
     """Largest maxGpuHours, and that of a job that names none."""
 
 
+_QUEUES_NEED_QUEUE = rule(
+    # The default of a spec is judged before its parts have theirs.
+    "has(self.queue) || !has(self.allow) || !has(self.allow.queues)",
+    "allow.queues goes with queue, which is that of the jobs that name none",
+)
+
+
 class ProfileSpec(SpecModel):
     """What the platform offers, and what it bounds."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_QUEUES_NEED_QUEUE))
 
     description: Annotated[str, Field(max_length=256)] | None = None
     """For people who choose a profile."""
@@ -138,6 +156,8 @@ class ProfileSpec(SpecModel):
     """The head pod."""
     compute: ProfileCompute = ProfileCompute()
     """The workers."""
+    queue: QueueName | None = None
+    """Queue of the jobs whose labels name none: a LocalQueue of Kueue in the job's namespace, or a queue of Volcano."""
     output: ProfileOutput | None = None
     """Where results go; absent leaves it to the job."""
     allow: Allowed = Allowed()
@@ -146,6 +166,11 @@ class ProfileSpec(SpecModel):
     """What a job may ask for at most."""
     allow_remote_code: bool = False
     """Whether a job may run the Python code that lies beside its model's weights (model.trustRemoteCode)."""
+
+    @model_validator(mode="after")
+    def _queues_beside_a_queue(self) -> Self:
+        check(self.queue is not None or self.allow.queues is None, _QUEUES_NEED_QUEUE["message"])
+        return self
 
 
 _PROFILE_NAME = f"a DNS label (lower-case letters, digits and inner hyphens), at most {PROFILE_NAME_MAX} characters"

@@ -45,8 +45,8 @@ PAGES: dict[Reason, Page] = {
     ),
     Reason.PROFILE_VIOLATED: Page(
         "The job asks for more than its TuningProfile allows: a source that is not on its list, a method, a number of workers or GPUs, a "
-        "longer time; or for code of its model's without the profile's consent. Or the head found that the key endpoint of an S3 "
-        "Secret names a server that is not in allow.s3Endpoints.",
+        "longer time, a toleration, a label of nodes, a queue; or for code of its model's without the profile's consent. Or the head found "
+        "that the key endpoint of an S3 Secret names a server that is not in allow.s3Endpoints.",
         (FAILURE, PROFILES),
     ),
     Reason.PROFILE_NOT_FOUND: Page(

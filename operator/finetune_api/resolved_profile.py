@@ -8,11 +8,12 @@ from finetune_api.compute import NodeSelector, Resources, Tolerations
 from finetune_api.fields import Quantity, StatusModel
 from finetune_api.status_fields import Count, Name, Text, Uri
 
+_QueueName = Annotated[str, Field(max_length=63)]
 _UriBeginnings = Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(max_length=64)]
 
 
 class ResolvedAllowed(StatusModel):
-    """URIs that the job may name. A list that is absent allows everything, an empty one nothing."""
+    """URIs and queues that the job may name. A list that is absent allows everything, an empty one nothing."""
 
     models: _UriBeginnings | None = None
     """Models."""
@@ -24,6 +25,8 @@ class ResolvedAllowed(StatusModel):
     """Served models."""
     s3_endpoints: _UriBeginnings | None = None
     """S3 servers that a Secret may name beside the URIs of a list above; absent, as an operator of before left it, allows all."""
+    queues: Annotated[tuple[_QueueName, ...], Field(max_length=64)] | None = None
+    """Queues that its label may name, beside that of the profile."""
 
 
 class ResolvedProfile(StatusModel):
@@ -47,6 +50,8 @@ class ResolvedProfile(StatusModel):
     """Tolerations that it added."""
     resources_per_worker: Resources = {}
     """Resources that it gave where the job names none."""
+    queue: _QueueName | None = None
+    """Queue that it gave: the job's, whenever its label names none, or one that is not allowed."""
     storage: Uri | None = None
     """Storage that it gave, for a job that names none."""
     storage_secret: Name | None = None
@@ -56,6 +61,6 @@ class ResolvedProfile(StatusModel):
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """Largest maxGpuHours, also where the job's is raised later."""
     allow: ResolvedAllowed = ResolvedAllowed()
-    """URIs that the job may name, also where it names others later (spec.monitoring)."""
+    """What the job may name, also where it names others later (spec.monitoring, the label that names a queue)."""
     allow_remote_code: bool = False
     """Whether it allows model.trustRemoteCode."""

@@ -28,7 +28,7 @@ def admission(look: Look) -> Verdict | None:
         problem = remote_code_without_profile(look.spec)
         return failed(look, Reason.PROFILE_VIOLATED, problem) if problem else None
     kept = snapshot(choice.profile, choice.how, look.spec, look.job.namespace, look.job.name)
-    if found := violations(look.spec, kept, choice.profile):
+    if found := violations(look.spec, look.job.labels, kept, choice.profile):
         return failed(look, Reason.PROFILE_VIOLATED, "; ".join(found))
     if problem := problem_of(merged(look.spec, kept)):
         return failed(look, Reason.INVALID_SPEC, f"with what the profile {kept.name} gives: {problem}")

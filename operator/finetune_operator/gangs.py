@@ -15,16 +15,15 @@ from typing import Any
 from finetune_api.status import Attempt, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.observed import Job, Observed, Pod
+from finetune_operator.queue_names import KUEUE_QUEUE, VOLCANO_QUEUE, queue_of
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
 
 KUEUE = "kueue.x-k8s.io"
-QUEUE_NAME = f"{KUEUE}/queue-name"
 GROUP_NAME = f"{KUEUE}/pod-group-name"
 GROUP_COUNT = f"{KUEUE}/pod-group-total-count"
 RETRIABLE = f"{KUEUE}/retriable-in-group"
-VOLCANO_QUEUE = "volcano.sh/queue-name"
 VOLCANO_GROUP = "scheduling.k8s.io/group-name"
 PLUGINS_GROUP = "scheduling.x-k8s.io/pod-group"
 
@@ -39,8 +38,14 @@ class Marks:
 
 
 def in_queue(job: Job, settings: Settings) -> bool:
-    """Whether Kueue lets this job's workers in."""
-    return settings.gang_scheduler == "kueue" and bool(job.labels.get(QUEUE_NAME))
+    """Whether Kueue lets this job's workers in: those of a job that its label, or its profile, has put in a queue."""
+    return settings.gang_scheduler == "kueue" and bool(queue_of(job.labels, KUEUE_QUEUE, job.status))
+
+
+def queue_labels(job: Job, settings: Settings) -> dict[str, str]:
+    """The job's labels of Kueue, of which one names the queue that it is in, be it by its profile."""
+    own = {key: value for key, value in job.labels.items() if key.startswith(f"{KUEUE}/")}
+    return {**own, KUEUE_QUEUE: queue_of(job.labels, KUEUE_QUEUE, job.status)} if in_queue(job, settings) else own
 
 
 def gang_size(spec: Spec, wanted: int) -> int:
@@ -57,7 +62,7 @@ def marks_of_worker(job: Job, spec: Spec, status: Status, index: int, settings: 
         return Marks(labels={PLUGINS_GROUP: name}, spec={"schedulerName": settings.scheduler_name or "scheduler-plugins-scheduler"})
     if not in_queue(job, settings):
         return Marks()
-    queue = {key: value for key, value in job.labels.items() if key.startswith(f"{KUEUE}/")}
+    queue = queue_labels(job, settings)
     if index >= size:
         return Marks(labels=queue)
     # Job names have 48 characters at most, so with two numbers a group's name is still a label.
@@ -69,8 +74,8 @@ def pod_group(job: Job, spec: Spec, meta: Manifest, settings: Settings) -> tuple
     """The PodGroup of an attempt, where the scheduler wants one."""
     least = spec.compute.workers.min
     if settings.gang_scheduler == "volcano":
-        queue = {"queue": job.labels[VOLCANO_QUEUE]} if job.labels.get(VOLCANO_QUEUE) else {}
-        spec_of_group: Manifest = {"minMember": least, **queue}
+        queue = queue_of(job.labels, VOLCANO_QUEUE, job.status)
+        spec_of_group: Manifest = {"minMember": least, **({"queue": queue} if queue else {})}
         return ({"apiVersion": "scheduling.volcano.sh/v1beta1", "kind": "PodGroup", "metadata": meta, "spec": spec_of_group},)
     if settings.gang_scheduler == "scheduler-plugins":
         return ({"apiVersion": "scheduling.x-k8s.io/v1alpha1", "kind": "PodGroup", "metadata": meta, "spec": {"minMember": least}},)

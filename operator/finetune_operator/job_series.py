@@ -20,6 +20,7 @@ from finetune_api.methods import METHODS
 from finetune_api.objectives import OBJECTIVES
 from finetune_api.reasons import Reason
 from finetune_api.status import EvaluationResult, StageName, Status, Verdict
+from finetune_operator.queue_names import KUEUE_QUEUE, queue_of
 from finetune_operator.usage_totals import UsageTotals, Used
 
 SERIES_PER_JOB = 40
@@ -27,7 +28,6 @@ SERIES_PER_JOB = 40
 RESULTS_SHOWN = 3
 """A job may have more measures than a monitoring system should have series of it: those that a gate looks at come first."""
 CONDITIONS_SHOWN = ("Accepted", "WorkersReady", "GatesPassed", "Complete", "Failed", "Suspended", "Ready", "Stalled", "Degraded")
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 OTHER_REASON = "Other"
 DRIFTS_SHOWN = 2
@@ -88,7 +88,7 @@ def _info(seen: Seen) -> Iterator[Sample]:
     meta, spec = seen.job["metadata"], seen.job.get("spec", {})
     method = next((name for name in METHODS if name in spec.get("method", {})), "")
     objective = next((name for name in OBJECTIVES if name in spec.get("objective", {})), "")
-    queue = (meta.get("labels") or {}).get(QUEUE_LABEL, "")
+    queue = queue_of(meta.get("labels") or {}, KUEUE_QUEUE, seen.status)
     yield (meta["uid"], method, objective, spec.get("model", {}).get("source", ""), queue), 1.0
 
 

@@ -19,7 +19,7 @@ from finetune_api.reasons import Reason
 from finetune_api.report import REPORT_PORT
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec
-from finetune_operator.gangs import KUEUE, Marks, marks_of_worker, pod_group
+from finetune_operator.gangs import Marks, marks_of_worker, pod_group, queue_labels
 from finetune_operator.kinds import POD_GROUPS
 from finetune_operator.observed import ANNOTATION_OBJECTS, OWNED, REMADE, Job, Observed, Pod
 from finetune_operator.pods import JOB_KEY, RAY_PORT, TOKEN_KEY, head_pod, worker_pod
@@ -83,7 +83,7 @@ def desired_objects(job: Job, status: Status, settings: Settings) -> tuple[Manif
         for index in range(status.workers_wanted)
     ]
     return (
-        _config_map(meta, job, spec, endpoint_bounds(spec, status)),
+        _config_map(meta, job, spec, endpoint_bounds(spec, status), settings),
         {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -280,12 +280,7 @@ def _owned_pod(meta: Manifest, role: str, pod: Manifest, marks: Marks) -> Manife
     return {**pod, "metadata": {**meta, **pod["metadata"], "labels": labels, **annotations}, "spec": {**pod["spec"], **marks.spec}}
 
 
-def _queue_labels(job: Job) -> dict[str, str]:
-    """The labels that name a queue (Kueue)."""
-    return {key: value for key, value in job.labels.items() if key.startswith(f"{KUEUE}/")}
-
-
-def _config_map(meta: Manifest, job: Job, spec: Spec, bounds: EndpointBounds | None) -> Manifest:
+def _config_map(meta: Manifest, job: Job, spec: Spec, bounds: EndpointBounds | None, settings: Settings) -> Manifest:
     """The job as it runs, with every default in place; of its labels those that say that a queue may hold its pods back.
 
     What its profile says of its Secrets stands there too, for the head to hold to.
@@ -293,7 +288,7 @@ def _config_map(meta: Manifest, job: Job, spec: Spec, bounds: EndpointBounds | N
     Which fields have another value than their default is told beside it: an image of before may not know the others.
     """
     identity: Manifest = {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation}
-    identity |= {"labels": queue} if (queue := _queue_labels(job)) else {}
+    identity |= {"labels": queue} if (queue := queue_labels(job, settings)) else {}
     identity |= {BOUNDS_KEY: bounds.model_dump(mode="json", by_alias=True)} if bounds else {}
     spelled = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     identity["chosen"] = shape_of(spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))

@@ -40,7 +40,7 @@ def under(job: FineTuneJob, profile: TuningProfile | None, *, local: bool) -> Fi
     if named not in (None, profile.metadata.name):
         raise ProfileError(f"spec.profileRef names the TuningProfile {named}, and --profile gives {profile.metadata.name}")
     kept = snapshot(profile, "given with --profile", spec, job.metadata.namespace, job.metadata.name)
-    if found := violations(spec, kept, profile):
+    if found := violations(spec, job.metadata.labels, kept, profile):
         raise ProfileError("\n".join(found))
     given = merged(spec, kept)
     if problem := problem_of(given, local=local):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from finetune_api.allow_list import allows
-from finetune_api.compute import Compute
+from finetune_api.compute import Compute, Toleration, covers
 from finetune_api.endpoint_bounds import EndpointBounds
 from finetune_api.fields import LOCAL_RUN
 from finetune_api.profile import DEFAULT_PROFILE, TuningProfile, parse_profile
@@ -23,6 +23,7 @@ from finetune_api.sources import Output, SecretReference
 from finetune_api.status import Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.manifest import explain
+from finetune_operator.queue_names import queue_violations
 from finetune_operator.settings import Settings
 
 _NOT_GPUS = ("rdma/",)
@@ -109,6 +110,7 @@ def snapshot(profile: TuningProfile, how: str, spec: Spec, namespace: str, name:
         node_selector=given.compute.node_selector,
         tolerations=given.compute.tolerations,
         resources_per_worker=given.compute.resources_per_worker,
+        queue=given.queue,
         storage=storage,
         storage_secret=output.secret_ref.name if placed and output and output.secret_ref else None,
         active_deadline_seconds=limits.active_deadline_seconds,
@@ -119,16 +121,19 @@ def snapshot(profile: TuningProfile, how: str, spec: Spec, namespace: str, name:
             storage=given.allow.storage,
             endpoints=given.allow.endpoints,
             s3_endpoints=given.allow.s3_endpoints,
+            queues=given.allow.queues,
         ),
         allow_remote_code=given.allow_remote_code,
     )
 
 
-def violations(spec: Spec, kept: ResolvedProfile, profile: TuningProfile) -> tuple[str, ...]:
+def violations(spec: Spec, labels: Mapping[str, str], kept: ResolvedProfile, profile: TuningProfile) -> tuple[str, ...]:
     """What a job asks for beyond its profile, each with the field, the limit and both values. `kept` is the profile's snapshot for it."""
     return (
         *_size_violations(spec, merged(spec, kept).compute, profile),
         *_choice_violations(spec, profile),
+        *_placement_violations(spec, profile),
+        *queue_violations(labels, kept),
         *_task_violations(spec, profile),
         *uri_violations(spec, profile.metadata.name, profile.spec.allow),
     )
@@ -157,11 +162,29 @@ def _choice_violations(spec: Spec, profile: TuningProfile) -> Iterator[str]:
     objective = spec.objective.chosen
     if allow.objectives is not None and objective not in allow.objectives:
         yield f"spec.objective is {objective}, and {within} {', '.join(allow.objectives)} (allow.objectives)"
-    for key, value in profile.spec.compute.node_selector.items():
-        if spec.compute.node_selector.get(key, value) != value:
-            yield f"spec.compute.nodeSelector has {key}={spec.compute.node_selector[key]}, and {within} {value} (compute.nodeSelector)"
     if spec.model.trust_remote_code and not profile.spec.allow_remote_code:
         yield f"spec.model.trustRemoteCode is true, and the profile {profile.metadata.name} does not allow it (allowRemoteCode)"
+
+
+def _placement_violations(spec: Spec, profile: TuningProfile) -> Iterator[str]:
+    """Nodes that a job asks for. What the profile gives anyway may be named, too."""
+    given, allow, name = profile.spec.compute, profile.spec.allow, profile.metadata.name
+    for key, value in spec.compute.node_selector.items():
+        if given.node_selector.get(key, value) != value:
+            wanted = given.node_selector[key]
+            yield f"spec.compute.nodeSelector has {key}={value}, and the profile {name} allows {wanted} (compute.nodeSelector)"
+        elif allow.node_selector_keys is not None and key not in (*given.node_selector, *allow.node_selector_keys):
+            yield f"spec.compute.nodeSelector names {key}, which the profile {name} does not allow (allow.nodeSelectorKeys)"
+    if allow.tolerations is None:
+        return
+    for index, each in enumerate(spec.compute.tolerations):
+        if not any(covers(wider, each) for wider in (*allow.tolerations, *given.tolerations)):
+            yield f"spec.compute.tolerations[{index}] is {_written(each)}, which the profile {name} does not allow (allow.tolerations)"
+
+
+def _written(toleration: Toleration) -> str:
+    fields = toleration.model_dump(by_alias=True, exclude_none=True)
+    return "{" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
 
 
 def gpus_of(compute: Compute) -> int:

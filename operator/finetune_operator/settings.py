@@ -44,7 +44,7 @@ class Settings:
     """Port of a head's /report."""
     leader_election: bool = True
     gang_scheduler: GangScheduler = "kueue"
-    """Who lets a job's workers in as one gang; kueue does so only for jobs with a queue's name."""
+    """Who lets a job's workers in as one gang; kueue does so only for jobs in a queue, by their label or their profile."""
     scheduler_name: str = ""
     """schedulerName of gang-scheduled workers; empty is the scheduler's usual name."""
     require_profile: bool = False

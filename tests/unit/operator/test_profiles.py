@@ -39,7 +39,7 @@ def kept_of(spec, raw):
 def found(spec, **profile):
     """What a profile has against a spec."""
     raw = raw_profile(**profile)
-    return violations(spec, kept_of(spec, raw), parse_profile(raw))
+    return violations(spec, {}, kept_of(spec, raw), parse_profile(raw))
 
 
 GPU = {"workers": {"min": 1, "max": 4}, "resourcesPerWorker": {"nvidia.com/gpu": 2}}

@@ -85,6 +85,16 @@ def test_methods_and_objectives_are_named_as_in_the_spec(metrics: Metrics) -> No
     assert of_job(samples(metrics), "finetune_job_info", **info) == 1
 
 
+def test_the_queue_is_the_one_that_the_job_is_in(metrics: Metrics) -> None:
+    """A label that its profile does not allow leads into none, and a job without one is in the profile's."""
+    profile = {"name": "small", "queue": "gpu-b", "allow": {"queues": ["gpu-c"]}}
+    for labels in {}, JOB["metadata"]["labels"]:
+        job = {**JOB, "metadata": {**JOB["metadata"], "labels": labels}, "status": {**JOB["status"], "resolved": {"profile": profile}}}
+        metrics.jobs.see(job, gone=False)
+        info = {"uid": "u-1", "method": "lora", "objective": "sft", "base_model": "hf://org/model", "queue": "gpu-b"}
+        assert of_job(samples(metrics), "finetune_job_info", **info) == 1
+
+
 def test_state_of_a_job_is_told_from_its_status(metrics: Metrics) -> None:
     metrics.jobs.see(JOB, gone=False)
     found = samples(metrics)

@@ -14,8 +14,9 @@ kind: TuningProfile
 metadata: {name: small}
 spec:
   output: {storage: "pvc://models/{namespace}/{name}"}
-  allow: {models: ["hf://Qwen/", "pvc://base"], methods: [lora]}
+  allow: {models: ["hf://Qwen/", "pvc://base"], methods: [lora], queues: [low], tolerations: []}
   limits: {activeDeadlineSeconds: 3600}
+  queue: gpu
 """
 JOB = """\
 apiVersion: finetune.dev/v1alpha1
@@ -51,6 +52,16 @@ def test_validate_takes_a_job_within_its_profile(folder: Path) -> None:
     [
         ("hf://Qwen/Qwen3-0.6B", "hf://Qwen-evil/model", "spec.model names hf://Qwen-evil/model, which the profile small does not allow"),
         ("lora: {}", "full: {}", "spec.method is full, and the profile small allows lora (allow.methods)"),
+        (
+            "namespace: team-a}",
+            "namespace: team-a, labels: {kueue.x-k8s.io/queue-name: prod}}",
+            "metadata.labels has kueue.x-k8s.io/queue-name=prod, and the profile small allows gpu, low (queue, allow.queues)",
+        ),
+        (
+            "  profileRef",
+            "  compute: {tolerations: [{operator: Exists}]}\n  profileRef",
+            "spec.compute.tolerations[0] is {operator: Exists}, which the profile small does not allow (allow.tolerations)",
+        ),
         ("name: small", "name: large", "spec.profileRef names the TuningProfile large, and --profile gives small"),
     ],
 )

@@ -44,6 +44,8 @@ READY_SECONDS = 3.0
 READY_FRESH_SECONDS = 2.0
 """How long its answer holds: anyone in the cluster may ask for /readyz, and must not make as many requests of the API server."""
 CRD_RETRY_SECONDS = 5.0
+WATCH_RETRY_SECONDS = 5.0
+"""Between a watch that broke down and the next: each lists everything."""
 RESYNC_SECONDS = 600.0
 """How often every job that does not rest gets a turn whatever happens. A watch that breaks may miss a deletion."""
 
@@ -90,7 +92,7 @@ class Operator:
         self._cluster: KubernetesCluster
 
     async def run(self) -> None:
-        """Work until SIGTERM or SIGINT. Raises where the watch breaks down for good."""
+        """Work until SIGTERM or SIGINT. Raises where a part of the operator fails."""
         stop = asyncio.Event()
         async with (
             connect(self.settings.report_port, self.metrics.api_request, self.settings.gang_scheduler) as self._cluster,
@@ -125,23 +127,32 @@ class Operator:
         await self.queue.run()
 
     async def _watch(self, stop: asyncio.Event) -> None:
-        """Watch once there is something to watch: kopf would not notice a CRD that comes later."""
+        """Watch. A watch that breaks down, as for an answer that kopf cannot use, is begun anew: all is listed, so nothing is lost."""
+        while True:
+            await self._until_served()
+            registry = informer_registry(self._wake, self.metrics.jobs.see, self._cluster.login, self.metrics.watched)
+            watch = await start_informer(registry, self.settings.watch_namespaces)
+            _on_signals(stop)  # kopf has just taken them
+            self._watching = True
+            log.info("watching", namespaces=self.settings.watch_namespaces or "all")
+            try:
+                await watch()
+                return
+            except Exception as error:
+                log.warning("the watch broke down and is begun anew", error=repr(error))
+            finally:
+                self._watching = False
+            await asyncio.sleep(WATCH_RETRY_SECONDS)
+
+    async def _until_served(self) -> None:
+        """Wait until there is something to watch: kopf would not notice a CRD that comes later."""
         while True:
             try:
                 await self._cluster.check(self.settings.watch_namespaces)
-                break
+                return
             except ApiError as error:
                 log.warning("waiting for the API server, the CRD and the permission to list jobs", error=str(error))
                 await asyncio.sleep(CRD_RETRY_SECONDS)
-        registry = informer_registry(self._wake, self.metrics.jobs.see, self._cluster.login, self.metrics.watched)
-        watch = await start_informer(registry, self.settings.watch_namespaces)
-        _on_signals(stop)  # kopf has just taken them
-        self._watching = True
-        log.info("watching", namespaces=self.settings.watch_namespaces or "all")
-        try:
-            await watch()
-        finally:
-            self._watching = False
 
     def _wake(self, key: JobKey, happened: bool) -> None:
         """A replica that stands by queues nothing: nobody would take it off the queue again, not even when the job is gone."""

@@ -8,22 +8,19 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.request import getproxies
 
 import aiohttp
-import aiohttp_retry
-from kubernetes.aio.client import ApiClient, Configuration
-from kubernetes.aio.config import load_incluster_config, load_kube_config
+from kubernetes.aio.client import ApiClient
 
 from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID, PLURAL
 from finetune_api.profile import PROFILE_PLURAL
 from finetune_api.report import REPORT_PORT, Report
 from finetune_api.status import Status
+from finetune_operator.connection import Login, log_in
 from finetune_operator.heads import Heads
 from finetune_operator.kinds import KINDS, PROFILES, Kind, kinds_with
 from finetune_operator.observed import Pod, head_name
@@ -56,24 +53,17 @@ async def connect(
 
     Raises kubernetes.config.ConfigException where none of them can be used.
     """
-    configuration = Configuration()
-    if not context and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
-        load_incluster_config(client_configuration=configuration)
-    else:
-        file = os.environ.get("KUBECONFIG", "~/.kube/config")
-        await load_kube_config(config_file=file, context=context or None, client_configuration=configuration)
-    configuration.retries = aiohttp_retry.ExponentialRetry(attempts=4, start_timeout=0.2, max_timeout=5.0, statuses={429})
-    # Where the environment names no proxy, aiohttp would look for one at each request all the same: in a thread, and in ~/.netrc.
-    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
-    async with ApiClient(configuration) as client, Heads(report_port) as heads:
-        yield KubernetesCluster(client, heads, on_call, kinds_with(scheduler))
+    login = await log_in(context)
+    async with ApiClient(login.configuration) as client, Heads(report_port) as heads:
+        yield KubernetesCluster(client, heads, on_call, login, kinds_with(scheduler))
 
 
 class KubernetesCluster:
     """The port of `reconcile`, on a real API server."""
 
-    def __init__(self, client: ApiClient, heads: Heads, on_call: OnCall, kinds: Mapping[str, Kind] = KINDS) -> None:
+    def __init__(self, client: ApiClient, heads: Heads, on_call: OnCall, login: Login, kinds: Mapping[str, Kind] = KINDS) -> None:
         self.client = client
+        self._login = login
         self._heads = heads
         self._on_call = on_call
         self._kinds = kinds
@@ -232,9 +222,9 @@ class KubernetesCluster:
             await self.call("list", path, path.rsplit("/", 1)[1], query=[("limit", "1")])
 
     async def login(self) -> dict[str, Any]:
-        """How another client of this API server logs in, with a token as fresh as this client's own: kopf.ConnectionInfo's arguments."""
+        """How another client of this API server logs in, with a token that is read anew: kopf.ConnectionInfo's arguments."""
         configuration = self.client.configuration
-        scheme, _, token = (await configuration.get_api_key_with_prefix("BearerToken") or "").strip().rpartition(" ")
+        scheme, _, token = (await self._login.renew() or "").strip().rpartition(" ")
         return {
             "server": configuration.host,
             "ca_path": configuration.ssl_ca_cert,

@@ -7,7 +7,8 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import kopf
@@ -97,14 +98,38 @@ def _without_status(job: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
 
 
+class _Others(Collection[asyncio.Task[Any]]):
+    """Every task of the loop that is not this informer's: at its end kopf stops all tasks but those that are named here.
+
+    Those that were there before are others', and so are those that run no code of kopf's.
+    """
+
+    def __init__(self) -> None:
+        self._before = asyncio.all_tasks()
+
+    def __contains__(self, task: object) -> bool:
+        code = getattr(task.get_coro(), "cr_code", None) if isinstance(task, asyncio.Task) else None
+        return task in self._before or code is None or not Path(code.co_filename).is_relative_to(_KOPF)
+
+    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
+        return (task for task in asyncio.all_tasks() if task in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_KOPF = Path(kopf.__file__).parent
+
+
 async def start_informer(registry: kopf.OperatorRegistry, namespaces: Sequence[str]) -> Callable[[], Awaitable[None]]:
     """Begin to watch in these namespaces, or in all where none is named. What it returns runs until cancelled, or raises.
 
-    kopf takes SIGTERM and SIGINT for itself while it starts: a caller that wants them asks for them after this.
+    kopf takes SIGTERM and SIGINT for itself while it starts: a caller that wants them asks for them after this. After what it returns has
+    raised, nothing of this informer runs any more, and another one may be started.
     """
     logging.getLogger("kopf").setLevel(logging.WARNING)
     where: dict[str, Any] = {"namespaces": tuple(namespaces)} if namespaces else {"clusterwide": True}
-    others = asyncio.all_tasks()  # at its end kopf stops every other task of the loop: these are not its own
+    others = _Others()
     tasks = await kopf.spawn_tasks(registry=registry, settings=watch_settings(), standalone=True, **where)
 
     async def watch() -> None:

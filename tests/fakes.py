@@ -57,6 +57,8 @@ class FakeCluster:
     made: list[tuple[str, str]] = field(default_factory=list)
     """Kind and name of each object that was made."""
     _numbers: Any = field(default_factory=lambda: itertools.count(2))
+    _read: tuple[Object, Status] | None = None
+    """A raw status, and what was read from it."""
 
     # The port.
 
@@ -64,9 +66,10 @@ class FakeCluster:
         if self.job is None or (self.job["metadata"]["namespace"], self.job["metadata"]["name"]) != tuple(key):
             return None
         uid = self.job["metadata"]["uid"]
-        own = [_copy(each) for each in self.objects.values() if each["metadata"]["labels"][LABEL_JOB_UID] == uid]
+        found = [each for each in self.objects.values() if each["metadata"]["labels"][LABEL_JOB_UID] == uid]
+        job, own, profiles = _copy((self.job, found, self.profiles))
         pods = [each for each in own if each["kind"] == "Pod"]
-        return RawJob(_copy(self.job), pods, [each for each in own if each["kind"] == "ConfigMap"], [], _copy(self.profiles))
+        return RawJob(job, pods, [each for each in own if each["kind"] == "ConfigMap"], [], profiles)
 
     async def fetch_report(self, pod: Pod, token: str, after: int, wait: float) -> Report | None:
         return self.reports.get(pod.uid) if token else None
@@ -153,8 +156,11 @@ class FakeCluster:
 
     @property
     def status(self) -> Status:
+        """The job's status as it is now; read once, since nothing changes a status in its place."""
         assert self.job is not None
-        return Status.model_validate(self.job["status"])
+        if self._read is None or self._read[0] is not self.job["status"]:
+            self._read = self.job["status"], Status.model_validate(self.job["status"])
+        return self._read[1]
 
     @property
     def pods(self) -> list[Object]:
@@ -225,8 +231,9 @@ class FakeKubelet:
             if attempt in self.script:
                 self._report(head, outcome="Failed", failure=self.script[attempt])
                 return
-            self._steps[uid] += 1
-            self.trained.append(self._steps[uid])
+            if self._steps[uid] < self.total_steps:  # Else it was lost after its last step.
+                self._steps[uid] += 1
+                self.trained.append(self._steps[uid])
             self.saved = self._steps[uid] if self._steps[uid] % 2 == 0 else self.saved
             if self._steps[uid] >= self.total_steps:
                 self.saved, self._stages[uid] = self._steps[uid], "Publish"

@@ -63,13 +63,17 @@ def conditions_of(status: Status, summary: Summary, now: datetime) -> tuple[Cond
 
 def _condition(fact: _Fact, status: Status, now: datetime) -> Condition:
     before = status.condition(fact.type)
+    generation, message = max(status.observed_generation, 0), fact.message[:TEXT_MAX]
+    same = before is not None and before.status == fact.status
+    if before and same and (before.observed_generation, before.reason, before.message) == (generation, fact.reason, message):
+        return before  # As nearly always: to make and check an equal one takes longer than all else here.
     return Condition(
         type=fact.type,
         status=fact.status,
-        observed_generation=max(status.observed_generation, 0),
-        last_transition_time=before.last_transition_time if before and before.status == fact.status else rfc3339(now),
+        observed_generation=generation,
+        last_transition_time=before.last_transition_time if before and same else rfc3339(now),
         reason=fact.reason,
-        message=fact.message[:TEXT_MAX],
+        message=message,
     )
 
 

@@ -4,7 +4,7 @@ They keep to the restricted Pod Security Standard, hold no API token, and see on
 workers only those that they need: prepared data comes from the output, so the data's own claim may be one that a single node can mount.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from finetune_api.references import Reference, measuring_references, references_of
@@ -13,6 +13,8 @@ from finetune_api.v1alpha1 import Spec
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
+Mounted = tuple[Manifest, Manifest]
+"""A volume and where it is mounted."""
 Role = Literal["head", "worker"]
 
 RAY_PORT = 6379
@@ -42,7 +44,8 @@ WORKER_REQUESTS: Mapping[str, str] = {"cpu": "500m", "memory": "2Gi"}
 def head_pod(name: str, token_secret: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
     """The head of an attempt: runs the stages, needs no GPU."""
     sizes = {"cpu": settings.head_cpu, "memory": settings.head_memory}
-    container = _container("head", name, token_secret, namespace, spec, image, settings)
+    volumes = _volumes("head", name, token_secret, spec)
+    container = _container("head", name, namespace, image, volumes, settings)
     container |= {
         "resources": {"requests": sizes, "limits": sizes},
         "ports": [{"name": "report", "containerPort": REPORT_PORT, "protocol": "TCP"}],
@@ -59,16 +62,17 @@ def head_pod(name: str, token_secret: str, namespace: str, spec: Spec, image: st
             "failureThreshold": HUNG_SECONDS // 30,
         },
     }
-    return _pod(f"{name}-head", "head", name, token_secret, container, spec, settings)
+    return _pod(f"{name}-head", name, container, volumes, settings)
 
 
 def worker_pod(name: str, token_secret: str, namespace: str, index: int, spec: Spec, image: str, settings: Settings) -> Manifest:
     """One worker of an attempt: holds the GPUs."""
     # Server-side apply of older API servers takes quantities as strings only.
     limits = {name: str(quantity) for name, quantity in spec.compute.resources_per_worker.items()}
-    container = _container("worker", name, token_secret, namespace, spec, image, settings)
+    volumes = _volumes("worker", name, token_secret, spec)
+    container = _container("worker", name, namespace, image, volumes, settings)
     container["resources"] = {"requests": {**WORKER_REQUESTS, **limits}, "limits": limits}
-    pod = _pod(f"{name}-worker-{index}", "worker", name, token_secret, container, spec, settings)
+    pod = _pod(f"{name}-worker-{index}", name, container, volumes, settings)
     if spec.compute.node_selector:
         pod["spec"]["nodeSelector"] = dict(spec.compute.node_selector)
     asked = [toleration.model_dump(mode="json", by_alias=True, exclude_none=True) for toleration in spec.compute.tolerations]
@@ -76,7 +80,7 @@ def worker_pod(name: str, token_secret: str, namespace: str, index: int, spec: S
     return pod
 
 
-def _pod(pod_name: str, role: Role, attempt_name: str, token_secret: str, container: Manifest, spec: Spec, settings: Settings) -> Manifest:
+def _pod(pod_name: str, attempt_name: str, container: Manifest, volumes: Sequence[Mounted], settings: Settings) -> Manifest:
     secrets = [{"name": name} for name in settings.image_pull_secrets]
     return {
         "apiVersion": "v1",
@@ -110,12 +114,12 @@ def _pod(pod_name: str, role: Role, attempt_name: str, token_secret: str, contai
                 for state in ("not-ready", "unreachable")
             ],
             "containers": [container],
-            "volumes": [volume for volume, _ in _volumes(role, attempt_name, token_secret, spec)],
+            "volumes": [volume for volume, _ in volumes],
         },
     }
 
 
-def _container(role: Role, name: str, token_secret: str, namespace: str, spec: Spec, image: str, settings: Settings) -> Manifest:
+def _container(role: Role, name: str, namespace: str, image: str, volumes: Sequence[Mounted], settings: Settings) -> Manifest:
     return {
         "name": role,
         "image": image,
@@ -130,7 +134,7 @@ def _container(role: Role, name: str, token_secret: str, namespace: str, spec: S
         },
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [mount for _, mount in _volumes(role, name, token_secret, spec)],
+        "volumeMounts": [mount for _, mount in volumes],
     }
 
 
@@ -155,7 +159,7 @@ def _env(name: str, namespace: str, settings: Settings) -> dict[str, str]:
     }
 
 
-def _volumes(role: Role, name: str, token_secret: str, spec: Spec) -> list[tuple[Manifest, Manifest]]:
+def _volumes(role: Role, name: str, token_secret: str, spec: Spec) -> list[Mounted]:
     """Each volume with its mount: what every pod has, then what the job names."""
     return [
         _mounted("job", {"configMap": {"name": name}}, JOB_FOLDER, read_only=True),
@@ -163,22 +167,23 @@ def _volumes(role: Role, name: str, token_secret: str, spec: Spec) -> list[tuple
         _mounted("home", {"emptyDir": {}}, HOME),
         _mounted("tmp", {"emptyDir": {"sizeLimit": TMP_LIMIT}}, "/tmp"),  # noqa: S108 - the pod's own
         _mounted("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": SHM_LIMIT}}, "/dev/shm"),  # noqa: S108 - the pod's own
-        *_named_volumes(role, spec),
+        *_named_volumes(_references(role, spec)),
     ]
 
 
-def _named_volumes(role: Role, spec: Spec) -> Iterable[tuple[Manifest, Manifest]]:
-    """The claims, ConfigMaps (only the keys) and Secrets that the job names; a claim is writable only where the output is."""
-    storage = next(reference.claim for reference in references_of(spec) if reference.use == "storage")
-    for number, claim in enumerate(_claims(role, spec)):
+def _named_volumes(references: Sequence[Reference]) -> Iterator[Mounted]:
+    """The claims, ConfigMaps (only the keys) and Secrets that these name; a claim is writable only where the output is."""
+    storage = next(each.claim for each in references if each.use == "storage")
+    for number, claim in enumerate(sorted({each.claim for each in references if each.claim})):
         source = {"persistentVolumeClaim": {"claimName": claim}}
         yield _mounted(f"claim-{number}", source, f"{VOLUMES}/claims/{claim}", read_only=claim != storage)
-    for number, (config_map, keys) in enumerate(sorted(_config_maps(role, spec).items())):
-        items = [{"key": key, "path": key} for key in sorted(keys)]
-        yield _mounted(
-            f"configmap-{number}", {"configMap": {"name": config_map, "items": items}}, f"{VOLUMES}/configmaps/{config_map}", read_only=True
-        )
-    for number, secret in enumerate(_secrets(role, spec)):
+    keys: dict[str, set[str]] = {}
+    for named in (each.config_map for each in references if each.config_map):
+        keys.setdefault(named.name, set()).add(named.key)
+    for number, name in enumerate(sorted(keys)):
+        items = [{"key": key, "path": key} for key in sorted(keys[name])]
+        yield _mounted(f"configmap-{number}", {"configMap": {"name": name, "items": items}}, f"{VOLUMES}/configmaps/{name}", read_only=True)
+    for number, secret in enumerate(sorted({each.secret for each in references if each.secret})):
         yield _mounted(f"secret-{number}", _secret(secret), f"{VOLUMES}/secrets/{secret}", read_only=True)
 
 
@@ -194,26 +199,10 @@ def _is_encoder(reference: Reference) -> bool:
     return reference.field.endswith(".encoder")
 
 
-def _claims(role: Role, spec: Spec) -> tuple[str, ...]:
-    """The PersistentVolumeClaims that a pod needs, sorted."""
-    return tuple(sorted({reference.claim for reference in _references(role, spec) if reference.claim}))
-
-
-def _secrets(role: Role, spec: Spec) -> tuple[str, ...]:
-    """The Secrets that a pod needs, sorted."""
-    return tuple(sorted({reference.secret for reference in _references(role, spec) if reference.secret}))
-
-
-def _config_maps(role: Role, spec: Spec) -> dict[str, set[str]]:
-    """The ConfigMaps that a pod needs, with the keys."""
-    named = [reference.config_map for reference in _references(role, spec) if reference.config_map]
-    return {name: {source.key for source in named if source.name == name} for name in {source.name for source in named}}
-
-
 def _secret(name: str) -> Manifest:
     return {"secret": {"secretName": name, "defaultMode": 0o440}}
 
 
-def _mounted(name: str, source: Manifest, path: str, *, read_only: bool = False) -> tuple[Manifest, Manifest]:
+def _mounted(name: str, source: Manifest, path: str, *, read_only: bool = False) -> Mounted:
     mount = {"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})}
     return {"name": name, **source}, mount

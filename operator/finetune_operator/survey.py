@@ -10,8 +10,8 @@ from finetune_operator.observed import head_name
 from finetune_operator.port import JobKey
 from finetune_operator.resting import has_ended_for_good
 
-PAGE = 500
-"""Objects that are held in memory at a time."""
+PAGE = 100
+"""Objects that are held in memory at a time. With 500 a thousand jobs took 50 MiB more, which Python does not give back."""
 _LEFT: tuple[tuple[str, dict[str, str]], ...] = (
     ("ConfigMap", {}),
     ("Pod", {}),

@@ -6,6 +6,7 @@ python -m tests.bench training --pairs 5     # one of them
 
 import argparse
 import asyncio
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ def main() -> None:
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     parts = arguments.parts or list(PARTS)
+    # Ended however it may be, no API server is left behind. A shell begins what is to run beside it with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     console = Console(width=120)
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         if "training" in parts:

@@ -105,7 +105,7 @@ async def _until_all_had_a_turn(process: Operator, fleet: Fleet, written: Path) 
             await asyncio.sleep(1)
 
 
-async def _touch(kube: Kube, fleet: Fleet, name: str) -> list[Touch]:
+async def _touch(kube: Kube, fleet: Fleet, process: str) -> list[Touch]:
     """Change an annotation of jobs drawn at random, at an even pace; never of one job twice at a time.
 
     To a value that no other process's turn has left there: what changes nothing wakes nobody.
@@ -117,7 +117,7 @@ async def _touch(kube: Kube, fleet: Fleet, name: str) -> list[Touch]:
             await asyncio.sleep(max(0.0, begun + number / TOUCHES_PER_SECOND - time.monotonic()))
             namespace, name = job.split("/")
             touches.append(Touch(job, time.monotonic()))
-            change = {"metadata": {"annotations": {TOUCH: f"{name} {number}"}}}
+            change = {"metadata": {"annotations": {TOUCH: f"{process} {number}"}}}
             group.create_task(kube.patch("FineTuneJob", namespace, name, change))
     return touches
 

@@ -62,3 +62,38 @@ async def test_a_job_beyond_its_profile_is_refused_before_any_pod(stage: Stage) 
     assert job["status"]["failure"]["reason"] == "ProfileViolated"
     assert job["status"]["failure"]["message"].endswith(f"the profile {name} allows at most 1 (limits.workers)")
     assert await stage.children() == []
+
+
+async def test_no_label_leads_out_of_the_profiles_queue(stage: Stage) -> None:
+    """The server keeps the queue in the status, so that it holds where the profile has gone and the label is another one."""
+
+    async def queue_of(pod: str) -> str | None:
+        found = await stage.kube.get("Pod", stage.namespace, pod)
+        assert found is not None
+        queue: str | None = found["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
+        return queue
+
+    async with a_name(stage) as name, stage.player().playing() as player:
+        player.hold = lambda pod: "-worker-" in pod["metadata"]["name"]
+        async with stage.operator().running():
+            await stage.kube.create("TuningProfile", profile(name, queue="gpu", allow={"queues": ["low"]}))
+            await stage.apply(profileRef={"name": name})
+            await player.wait_for(lambda pods: "tune-1-worker-1" in pods)
+        assert [await queue_of(f"tune-1-{pod}") for pod in ("head", "worker-0", "worker-1")] == [None, "gpu", "gpu"]
+        await stage.kube.delete("TuningProfile", "", name)
+        await stage.kube.patch(
+            "FineTuneJob",
+            stage.namespace,
+            "tune",
+            {"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "prod"}}, "spec": {"suspend": True}},
+        )
+        async with stage.operator().running() as operator:
+            await stage.wait_for_job(lambda job: is_true(job, "Suspended"), "suspended", operator)
+            await stage.kube.patch("FineTuneJob", stage.namespace, "tune", {"spec": {"suspend": False}})
+            await player.wait_for(lambda pods: "tune-2-worker-1" in pods)
+            assert [await queue_of(f"tune-2-worker-{index}") for index in (0, 1)] == ["gpu", "gpu"]
+            await player.release()
+            job = await stage.wait_for_end(operator)
+    assert is_true(job, "Complete")
+    kept = job["status"]["resolved"]["profile"]
+    assert (kept["queue"], kept["allow"]["queues"]) == ("gpu", ["low"])

@@ -288,3 +288,14 @@ async def drive(cluster: FakeCluster, kubelet: FakeKubelet, *, until: Callable[[
         kubelet.step()
         cluster.clock.advance(delay)
     raise AssertionError(f"no end after {rounds} rounds; the status is {cluster.status if cluster.job else None}")
+
+
+async def told(cluster: FakeCluster) -> None:
+    """Let the operator write what waits to be written, while the pods stand still. A crashed operator starts anew."""
+    cluster.clock.advance(SETTINGS.poll_seconds)
+    while True:
+        try:
+            await reconcile(KEY, cluster, SETTINGS, cluster.clock.now)
+            return
+        except Crash:
+            continue

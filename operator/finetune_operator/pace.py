@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 
 from finetune_api.reasons import Reason
-from finetune_api.status import Condition, Status
+from finetune_api.status import Condition, ConditionType, Status
 from finetune_api.v1alpha1 import Spec
+from finetune_operator.conditions import PHASES
 from finetune_operator.diagnosis import REFUSALS
 from finetune_operator.observed import Job, Observed
-from finetune_operator.reported import current_stage
+from finetune_operator.reported import current_stage, onward
 from finetune_operator.settings import Settings
 from finetune_operator.times import later, rfc3339
 from finetune_operator.usage import usage_waits
@@ -30,22 +32,27 @@ _QUIET = ("message", "warnings", "resolved", "model", "data", "progress", "metri
 """What the head says that decides nothing: a head that says something else each time it is asked costs no more than one that trains."""
 _TOLD = tuple(name for name in _QUIET if name != "usage")
 _LONG_STAGES = ("Search", "Train")
+_ON_ITS_WAY = (Reason.PENDING, *(reason for _, reason in PHASES.values()))
+"""Reasons of these conditions while nothing is in the way."""
+_SAY_WHAT_IS_IN_THE_WAY: tuple[ConditionType, ...] = ("Ready", "WorkersReady")
+_TOLD_AT_ONCE: tuple[ConditionType, ...] = ("Accepted", "GatesPassed", "Degraded")
+"""Conditions that say something else than how far the attempt is."""
 
 
 def paced(before: Status, after: Status, settings: Settings, now: datetime) -> Status:
     """What only tells is written at most every `poll_seconds`, so that a job costs the API server the same whatever wakes the operator.
 
-    That is progress; the number of workers that run, while it is neither all of them nor was before; and that the head pod is there, while
-    it has yet to run. What is held back here comes with a later look: while an attempt runs there is one every `poll_seconds` at least
-    (see `next_look`).
+    That is progress; that the attempt is further on its way (its head is there, runs and answers, the next stage, more of its workers run);
+    and the number of workers that run, while it is neither all of them nor was before. What is held back here is written as soon as it may
+    be, unless something comes before that does not wait: `next_look` sees to it.
     """
     if usage_waits(before, after, settings, now):
         return before
-    if any(now < later(time, settings.poll_seconds) for time in _written(before)) and _only_tells(before, after):
+    if any(now < later(time, settings.poll_seconds) for time in _written(before)) and _only_tells(before, after, settings, now):
         return before
     if after == before or after.progress is None:
         return after
-    if all(getattr(after, name) == getattr(before, name) for name in (*_TOLD, "workers_ready")):
+    if all(getattr(after, name) == getattr(before, name) for name in (*_TOLD, "workers_ready", "stages")):
         return after
     return after.model_copy(update={"progress": after.progress.model_copy(update={"last_update_time": rfc3339(now)})})
 
@@ -58,15 +65,36 @@ def _written(status: Status) -> Iterable[str]:
     return (time for time in (begun, told, counted) if time)
 
 
-def _only_tells(before: Status, after: Status) -> bool:
+def _only_tells(before: Status, after: Status, settings: Settings, now: datetime) -> bool:
     """Whether nothing has changed that decides anything, that is told as an Event, or that somebody waits for."""
-    alike = {name: getattr(before, name) for name in _QUIET}
-    # A head that ran ends its waiting, which is written at once. One that goes before has done nothing, and is made anew: only where that
-    # happens for longer than `poll_seconds` is each of them counted, and waited for.
-    attempt = after.attempt.model_copy(update={"lost_steps": before.attempt.lost_steps, "head_seen": before.attempt.head_seen})
-    if after.workers_ready != before.workers_ready and before.attempt.running and not (_all_run(before) or _all_run(after)):
+    alike: dict[str, Any] = {name: getattr(before, name) for name in _QUIET}
+    # A head that was there for no longer than this has done nothing that its successor would not do again (workers are written at once),
+    # so where it goes, it is made anew: only where that happens for longer is each of them counted, and waited for.
+    ours: dict[str, Any] = {"lost_steps": before.attempt.lost_steps, "head_seen": before.attempt.head_seen}
+    if _goes_on(before, after, settings, now):
+        alike |= {name: getattr(before, name) for name in ("phase", "stages", "workers_ready", "conditions")}
+        ours |= {"waiting_time": before.attempt.waiting_time}
+    elif after.workers_ready != before.workers_ready and before.attempt.running and not (_all_run(before) or _all_run(after)):
         alike |= {"workers_ready": before.workers_ready, "conditions": _in_words_of(before, after)}
-    return after.model_copy(update={**alike, "attempt": attempt}) == before
+    return after.model_copy(update={**alike, "attempt": after.attempt.model_copy(update=ours)}) == before
+
+
+def _goes_on(before: Status, after: Status, settings: Settings, now: datetime) -> bool:
+    """Whether the attempt is further on its way, and that is all: no worker is lost, nothing stands in its way or did so before.
+
+    The end of a wait that took longer than `poll_seconds` is written at once: workers that are lost right afterwards have all their time
+    to come back (see `look.waiting_since`).
+    """
+    since = before.attempt.waiting_time
+    short = after.attempt.waiting_time == since or (since is not None and now < later(since, settings.poll_seconds))
+    known, facts = _facts(before), _facts(after)
+    free = all(each[kind].reason in _ON_ITS_WAY for each in (known, facts) for kind in _SAY_WHAT_IS_IN_THE_WAY if kind in each)
+    alike = all(known.get(kind) == facts.get(kind) for kind in _TOLD_AT_ONCE)
+    return before.attempt.running and short and free and alike and after.workers_ready >= before.workers_ready
+
+
+def _facts(status: Status) -> dict[ConditionType, Condition]:
+    return {condition.type: condition for condition in status.conditions}
 
 
 def _all_run(status: Status) -> bool:
@@ -75,7 +103,7 @@ def _all_run(status: Status) -> bool:
 
 def _in_words_of(before: Status, after: Status) -> tuple[Condition, ...]:
     """The conditions of `after`, each with the message of `before` where the message is all that differs."""
-    known = {condition.type: condition for condition in before.conditions}
+    known = _facts(before)
     return tuple(each.model_copy(update={"message": known[each.type].message}) if each.type in known else each for each in after.conditions)
 
 
@@ -98,8 +126,10 @@ def next_look(job: Job, status: Status, observed: Observed, settings: Settings, 
     if job.deleting:
         return None
     # An appointment that has passed was kept in this look; what still stands in its way (pods that are going) has an interval.
-    waits = [(time - now).total_seconds() for time in _appointments(job.spec, status) if time and time > now]
-    interval = _interval(status, observed, settings)
+    held = max((later(time, settings.poll_seconds) for time in _written(status)), default=None) if status.attempt.running else None
+    times = (held, *_appointments(job.spec, status))
+    waits = [(time - now).total_seconds() for time in times if time and time > now]
+    interval = _interval(job, status, observed, settings)
     if interval is not None:
         waits.append(interval)
     return max(min(waits), 0.1) if waits else None
@@ -116,7 +146,7 @@ def _appointments(spec: Spec | None, status: Status) -> list[datetime | None]:
     return [expiry(spec, status), measured] if status.finished else [deadline(spec, status), waiting, retry]
 
 
-def _interval(status: Status, observed: Observed, settings: Settings) -> float | None:
+def _interval(job: Job, status: Status, observed: Observed, settings: Settings) -> float | None:
     """Short while pods go and in the short stages, so that no GPU waits; long while pods start, the training runs, or others must act."""
     attempt, soon = status.attempt, min(SOON_SECONDS, settings.poll_seconds)
     if any(pod.forced for pod in observed.pods):
@@ -134,7 +164,9 @@ def _interval(status: Status, observed: Observed, settings: Settings) -> float |
     head, workers = observed.head(attempt.number), observed.workers(attempt.number)
     making = head is None or len(workers) < status.workers_wanted
     # What becomes of a pod that exists is told by its watch; what a head says has to be asked for.
-    talking = head is not None and head.phase == "Running" and current_stage(status.stages) not in _LONG_STAGES
+    report = observed.report_of(job.uid, attempt.number)
+    stages = onward(status.stages, report.stages) if report else status.stages  # what it has just said may have yet to be written
+    talking = head is not None and head.phase == "Running" and current_stage(stages) not in _LONG_STAGES
     return soon if (making or talking) and not stuck else settings.poll_seconds
 
 

@@ -18,7 +18,7 @@ def with_report(status: Status, report: Report, spec: Spec) -> Status:
     lost_steps = max(status.attempt.lost_steps, min(status.attempt.earlier_lost_steps + report.lost_steps, COUNT_MAX))
     return status.model_copy(
         update={
-            "stages": _onward(status.stages, report.stages),
+            "stages": onward(status.stages, report.stages),
             "warnings": report.warnings or status.warnings,
             "workers_wanted": wanted,
             "resolved": _resolved(status.resolved, report.resolved),
@@ -44,7 +44,7 @@ def without_details(status: Status) -> Status:
     return status.model_copy(update={**short, "evaluation": status.evaluation and brief_evaluation(status.evaluation)})
 
 
-def _onward(known: tuple[Stage, ...], said: tuple[Stage, ...]) -> tuple[Stage, ...]:
+def onward(known: tuple[Stage, ...], said: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """An attempt goes through its stages once: a head that goes to and fro between two of them is not believed."""
     reached, current = current_stage(known), current_stage(said)
     back = reached is not None and current is not None and _ORDER.index(current) < _ORDER.index(reached)

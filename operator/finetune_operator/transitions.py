@@ -53,7 +53,7 @@ def _told(before: Status, after: Status) -> Iterable[Told]:
         yield "Warning" if now in ADVICE else "Normal", now, _words(after, "Ready")
 
 
-_STAGES = tuple(reason for _, reason in PHASES.values() if reason != Reason.TRAINING)
+_STAGES = tuple(reason for _, reason in PHASES.values())
 _TOLD_OTHERWISE = (Reason.RETRYING, Reason.RESUMED, Reason.PENDING, Reason.WORKERS_LOST, *_STAGES)
 """Reasons of Ready that are no Events of their own: others say so, or status.stages, which has the times of each stage."""
 
@@ -75,4 +75,7 @@ def _words(status: Status, kind: Literal["Ready", "WorkersReady"]) -> str:
 
 def _workers_lost(before: Status, after: Status) -> bool:
     old, new = before.condition("WorkersReady"), after.condition("WorkersReady")
-    return old is not None and new is not None and old.status == "True" and new.status == "False"
+    if old is None or new is None or new.status != "False":
+        return False
+    # Workers that ran for a moment only may never have been told to run.
+    return old.status == "True" or (new.reason == Reason.WORKERS_LOST and old.reason != Reason.WORKERS_LOST)

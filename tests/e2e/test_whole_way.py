@@ -79,7 +79,7 @@ def test_quickstart_from_manifest_to_tuned_answers(release: Kubectl, kubectl: Ku
     for text in manifest, kubectl("logs", f"{name}-1-head"), release("logs", f"deployment/{RELEASE}", "--tail", "-1"):
         assert token not in text
     assert {event["reason"] for event in kubectl.get("events")["items"] if event["involvedObject"]["name"] == name} >= {
-        "Training",
+        "Accepted",
         "Succeeded",
     }
     # The finished head stays so that its log can be read; what held resources or secrets has gone.

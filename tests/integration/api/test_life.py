@@ -37,7 +37,7 @@ async def test_job_runs_to_complete_and_leaves_only_its_finished_head(stage: Sta
     assert "finalizers" not in job["metadata"]
     assert "annotations" not in job["metadata"]
     told = collections.Counter(await stage.told())
-    assert told == {"Accepted": 1, "Training": 1, "Succeeded": 1}
+    assert told == {"Accepted": 1, "Succeeded": 1}
 
 
 async def test_secret_holds_the_token_and_nothing_else_names_it(stage: Stage) -> None:

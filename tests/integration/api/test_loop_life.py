@@ -113,7 +113,7 @@ async def test_a_model_that_does_not_pass_its_gates_ends_the_job_with_its_figure
     # What stages there were, and when, stands in the status; Events tell of the training alone.
     gone_through = [stage.name for stage in status.stages if stage.state != "Pending"]
     assert gone_through == ["Prepare", "Baseline", "Search", "Train", "Evaluate"]
-    assert set(await stage.told()) == {"Accepted", "Training", "GatesNotPassed"}
+    assert set(await stage.told()) == {"Accepted", "GatesNotPassed"}
 
 
 async def test_a_prompt_that_is_good_enough_completes_the_job(stage: Stage) -> None:

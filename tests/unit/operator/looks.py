@@ -3,7 +3,7 @@
 from dataclasses import replace
 from datetime import datetime
 
-from tests.builders import SETTINGS, T0, make_job, make_pod, make_report, terminated
+from tests.builders import SETTINGS, T0, at, make_job, make_pod, make_report, terminated
 
 from finetune_api.status import Progress, Status
 from finetune_operator.lifecycle import advance
@@ -28,7 +28,7 @@ def condition(status: Status, kind) -> tuple[str, str]:
 HEAD, PENDING_HEAD = make_pod(), make_pod(phase="Pending")
 WORKERS = (make_pod("worker", index=0), make_pod("worker", index=1))
 BEGUN = step(Status())
-PREPARING = step(BEGUN, HEAD, report=make_report("Prepare"))
+PREPARING = step(BEGUN, HEAD, report=make_report("Prepare"), now=at(10))
 TRAINING = step(PREPARING, HEAD, *WORKERS, report=make_report("Train", progress=Progress(step=5, total_steps=10, percent=50)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.builders import Clock, raw_job
 from tests.fake_kueue import QUEUE, FakeKueue
-from tests.fakes import FakeCluster, FakeKubelet, drive
+from tests.fakes import FakeCluster, FakeKubelet, drive, told
 
 from finetune_api.status import Failure
 from finetune_operator.times import rfc3339
@@ -33,6 +33,7 @@ class QueuedKubelet(FakeKubelet):
 async def _evicted(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
     """The node of all pods is drained."""
     await drive(cluster, kubelet, until=lambda: kubelet.trained == [1, 2])
+    await told(cluster)
     disrupted = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}]
     for pod in list(cluster.pods):
         kubelet.end(pod, 143, conditions=disrupted)

@@ -46,7 +46,7 @@ def test_a_new_job_begins_its_first_attempt_before_any_pod_exists() -> None:
     ],
 )
 def test_the_phase_follows_the_stage(stage, phase, reason, wanted) -> None:
-    status = step(BEGUN, HEAD, *WORKERS, report=make_report(stage))
+    status = step(BEGUN, HEAD, *WORKERS, report=make_report(stage), now=at(10))
     assert (status.phase, status.message, status.workers_wanted) == (phase, f"in {stage}", wanted)
     assert condition(status, "Ready") == ("False", reason)
 

@@ -229,6 +229,7 @@ async def test_a_report_of_the_tenants_pod_cannot_change_the_profile():
     cluster.reports[uid] = report.model_copy(
         update={"resolved": cluster.status.resolved.model_copy(update={"profile": forged, "data_digest": "d"})}
     )
+    cluster.clock.advance(SETTINGS.poll_seconds)
     await look(cluster)
     assert (cluster.status.resolved.profile, cluster.status.resolved.data_digest) == (kept, "d")
 

@@ -2,7 +2,7 @@
 
 import pytest
 from tests.builders import SETTINGS, UID, Clock, make_report, raw_job
-from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, drive
+from tests.fakes import KEY, Crash, FakeCluster, FakeKubelet, drive, told
 
 from finetune_api.reasons import Reason
 from finetune_api.status import Failure, Status, Usage
@@ -66,7 +66,6 @@ async def test_the_events_tell_the_way_once() -> None:
     await drive(cluster, kubelet)
     assert [(event.type, event.reason) for event in cluster.events.values()] == [
         ("Normal", "Accepted"),
-        ("Normal", "Training"),
         ("Normal", "Succeeded"),
     ]
 
@@ -102,7 +101,7 @@ async def test_workers_exist_only_while_they_are_wanted() -> None:
 async def test_a_large_job_is_made_and_removed_in_parts() -> None:
     """No turn is long, and the next one comes soon."""
     cluster, kubelet = world(compute={"workers": {"min": 250, "max": 250}}, training={"globalBatchSize": 250})
-    await drive(cluster, kubelet, until=lambda: cluster.status.phase == "Preparing")
+    await drive(cluster, kubelet, until=lambda: bool(cluster.reports))
     (head,) = cluster.pods
     cluster.reports[head["metadata"]["uid"]] = make_report("Train", workers_wanted=250)
     made = []
@@ -160,6 +159,7 @@ async def _fails_for_good(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
 
 async def _loses_its_head(cluster: FakeCluster, kubelet: FakeKubelet) -> None:
     await drive(cluster, kubelet, until=lambda: kubelet.trained == [1, 2])
+    await told(cluster)
     kubelet.vanish(cluster.objects["Pod", "bot-1-head"])
     await drive(cluster, kubelet)
 

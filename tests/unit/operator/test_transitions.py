@@ -21,7 +21,7 @@ def look(before: Status, *pods, report=None, seconds: float = 0, **spec) -> Stat
 
 BEGUN = look(Status())
 BASELINE = (Stage(name="Prepare", state="Succeeded"), Stage(name="Baseline", state="Running"))
-PREPARING = look(BEGUN, HEAD, report=make_report("Prepare"))
+PREPARING = look(BEGUN, HEAD, report=make_report("Prepare"), seconds=10)
 TRAINING = look(PREPARING, HEAD, *WORKERS, report=make_report(progress=Progress(step=5)))
 WARNED = look(TRAINING, HEAD, *WORKERS, report=make_report(warnings=("the data is small",)), seconds=30)
 WARNED_BEFORE = look(WARNED, seconds=600)
@@ -35,7 +35,7 @@ TRANSITIONS = {
     "the job is new": (Status(), BEGUN, [("Normal", "Accepted", "attempt 1 begins")]),
     "the preparation begins": (BEGUN, PREPARING, []),
     "the baseline is measured": (PREPARING, look(PREPARING, HEAD, *WORKERS, report=make_report(stages=BASELINE)), []),
-    "the training begins": (PREPARING, TRAINING, [("Normal", "Training", "training")]),
+    "the training begins": (PREPARING, TRAINING, []),
     "the evaluation begins": (TRAINING, look(TRAINING, HEAD, *WORKERS, report=make_report("Evaluate"), seconds=60), []),
     "the publication begins": (TRAINING, look(TRAINING, HEAD, report=make_report("Publish"), seconds=60), []),
     "only progress": (TRAINING, look(TRAINING, HEAD, *WORKERS, report=make_report(progress=Progress(step=9)), seconds=60), []),

@@ -17,7 +17,6 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -26,6 +25,7 @@ from aiohttp import web
 from kubernetes.aio.config import ConfigException
 from prometheus_client import disable_created_metrics
 
+from finetune_operator.clock import Clock
 from finetune_operator.cluster import KubernetesCluster, connect
 from finetune_operator.election import LEASE_SECONDS, Election
 from finetune_operator.handlers import informer_registry, start_informer
@@ -81,6 +81,7 @@ class Operator:
         self.queue = Queue(self._reconcile, settings.max_concurrent)
         self.election: Election | None = None
         self.metrics = Metrics(installed_version(), depth=lambda: len(self.queue), leading=self._leads)
+        self._clock = Clock()
         self._begun: dict[JobKey, float] = {}
         """Reconciles that run, and when they began (monotonic)."""
         self._listed: set[JobKey] = set()
@@ -95,7 +96,9 @@ class Operator:
         """Work until SIGTERM or SIGINT. Raises where a part of the operator fails."""
         stop = asyncio.Event()
         async with (
-            connect(self.settings.report_port, self.metrics.api_request, self.settings.gang_scheduler) as self._cluster,
+            connect(
+                self.settings.report_port, self.metrics.api_request, self.settings.gang_scheduler, poll_seconds=self.settings.poll_seconds
+            ) as self._cluster,
             self._http_server(),
         ):
             if self.settings.leader_election:
@@ -186,7 +189,7 @@ class Operator:
         with structlog.contextvars.bound_contextvars(namespace=key.namespace, job=key.name), self.metrics.reconcile():
             self._begun[key] = time.monotonic()
             try:
-                delay = await reconcile(key, self._cluster, self.settings, _now())
+                delay = await reconcile(key, self._cluster, self.settings, self._clock.now(), self._clock.set_time)
             finally:
                 del self._begun[key]
             share = self._share(key)
@@ -248,10 +251,6 @@ class Operator:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
 
 
 def _on_signals(stop: asyncio.Event) -> None:

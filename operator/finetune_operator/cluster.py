@@ -20,12 +20,13 @@ from finetune_api import API_VERSION, GROUP, KIND, LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_api.profile import PROFILE_PLURAL
 from finetune_api.report import REPORT_PORT, Report
 from finetune_api.status import Status
+from finetune_operator.clock import Looks
 from finetune_operator.connection import Login, log_in
 from finetune_operator.heads import Heads
 from finetune_operator.kinds import KINDS, PROFILES, Kind, kinds_with
 from finetune_operator.observed import Pod, head_name
 from finetune_operator.port import ApiError, Conflict, Event, JobKey, RawJob, Refused, TooLarge
-from finetune_operator.settings import GangScheduler
+from finetune_operator.settings import GangScheduler, Settings
 
 FIELD_MANAGER = "finetune-operator"
 """Owner of the fields that the operator writes, as `kubectl get --show-managed-fields` tells."""
@@ -47,7 +48,11 @@ OnCall = Callable[[str, int, float], None]
 
 @contextlib.asynccontextmanager
 async def connect(
-    report_port: int = REPORT_PORT, on_call: OnCall = lambda *_: None, scheduler: GangScheduler = "none", context: str = ""
+    report_port: int = REPORT_PORT,
+    on_call: OnCall = lambda *_: None,
+    scheduler: GangScheduler = "none",
+    context: str = "",
+    poll_seconds: float = Settings.poll_seconds,
 ) -> AsyncIterator["KubernetesCluster"]:
     """The cluster that KUBECONFIG names, or the one around this pod, or that of the user's kubeconfig; or of a context of these.
 
@@ -55,15 +60,17 @@ async def connect(
     """
     login = await log_in(context)
     async with ApiClient(login.configuration) as client, Heads(report_port) as heads:
-        yield KubernetesCluster(client, heads, on_call, login, kinds_with(scheduler))
+        yield KubernetesCluster(client, heads, on_call, login, Looks(poll_seconds), kinds_with(scheduler))
 
 
 class KubernetesCluster:
     """The port of `reconcile`, on a real API server."""
 
-    def __init__(self, client: ApiClient, heads: Heads, on_call: OnCall, login: Login, kinds: Mapping[str, Kind] = KINDS) -> None:
+    def __init__(
+        self, client: ApiClient, heads: Heads, on_call: OnCall, login: Login, looks: Looks, kinds: Mapping[str, Kind] = KINDS
+    ) -> None:
         self.client = client
-        self._login = login
+        self._login, self._looks = login, looks
         self._heads = heads
         self._on_call = on_call
         self._kinds = kinds
@@ -79,6 +86,7 @@ class KubernetesCluster:
         namespace, name = key
         job = await self._get_or_none(KINDS[KIND].path(namespace, name), f"{KIND} {namespace}/{name}")
         if job is None:
+            self._looks.forget(key)
             return None
         status = Status.model_validate(job.get("status") or {})
         between = status.attempt.number > 0 and not status.attempt.running and not status.finished
@@ -93,7 +101,8 @@ class KubernetesCluster:
         pending = [pod["metadata"]["uid"] for pod in pods if _is_stuck(pod, datetime.now(UTC))][:EVENT_PODS]
         lists = await asyncio.gather(*(self._list("Event", namespace, {"fieldSelector": f"involvedObject.uid={uid}"}) for uid in pending))
         told = [event for events in lists for event in events]
-        return RawJob(job=job, pods=pods, config_maps=config_maps, events=told, profiles=await self._profiles(status))
+        profiles = await self._profiles(status)
+        return RawJob(job=job, pods=pods, config_maps=config_maps, events=told, profiles=profiles, looked=self._looks.seen(key))
 
     async def _profiles(self, status: Status) -> list[dict[str, Any]]:
         """The profiles, for a job that has yet to be told under which one it runs: past the cache, since the absence of one decides."""

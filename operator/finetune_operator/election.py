@@ -1,7 +1,8 @@
 """Leader election by a Lease: of several replicas at most one works; the others stand by.
 
 The official client's election does the work. What is added here: time limits (its calls may hang longer than the Lease lasts),
-a network that fails counts as a call that failed, the moment of the last renewal for /healthz, and a Lease that is given back at the end.
+a network that fails counts as a call that failed, the moment of the last renewal for /healthz, a clock that may be set, and a Lease that is
+given back at the end.
 """
 
 import asyncio
@@ -19,6 +20,8 @@ from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+from finetune_operator.clock import Clock
 
 LEASE_NAME = "finetune-operator"
 LEASE_SECONDS = 15
@@ -56,7 +59,7 @@ class Election:
             lost()
 
         config = Config(self._lock, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, onstarted_leading=lead, onstopped_leading=stop)
-        await LeaderElection(config).run()
+        await _Steady(config).run()
 
     async def release(self) -> None:
         """Give the Lease back, so that another replica need not wait until it runs out. A failure only makes it wait."""
@@ -64,6 +67,32 @@ class Election:
             self.leading.clear()
             with contextlib.suppress(ApiException, aiohttp.ClientError, TimeoutError, OSError):
                 await self._lock.release()
+
+
+class _Steady(LeaderElection):  # type: ignore[misc] # the client is not typed
+    """The client's election goes by the wall clock, which may be set; this one does not.
+
+    Where it were set forward, one that stands by would take the lead from a leader that lives; where it were set back, it would wait for
+    hours for one that does not, and a leader without a network would believe in its lead as long.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._clock = Clock()
+
+    async def try_acquire_or_renew(self) -> bool:
+        before, now = self._clock.set_time, self._clock.now()
+        if self._clock.set_time != before:  # what was seen of the Lease is as if seen now
+            self.observed_time_milliseconds = int(now.timestamp() * 1000)
+        return bool(await super().try_acquire_or_renew())
+
+    async def renew_loop(self) -> None:
+        """Renew until that has failed for as long as the config says."""
+        renewed = time.monotonic()
+        while time.monotonic() - renewed < self.election_config.renew_deadline:
+            if await self.try_acquire_or_renew():
+                renewed = time.monotonic()
+            await asyncio.sleep(self.election_config.retry_period)
 
 
 class _Lock(LeaseLock):  # type: ignore[misc] # the client is not typed

@@ -9,7 +9,7 @@ from finetune_operator.conditions import Summary
 from finetune_operator.failures import Ending, failure
 from finetune_operator.look import Look, Verdict
 from finetune_operator.reported import current_stage
-from finetune_operator.times import later, rfc3339
+from finetune_operator.times import later, not_before, rfc3339
 
 RETRY_MAX_SECONDS = 360.0
 """Longest wait between two attempts, as for a Kubernetes Job."""
@@ -17,26 +17,32 @@ RETRY_MAX_SECONDS = 360.0
 
 def finish(status: Status, now: datetime) -> dict[str, Any]:
     """The job ends: the attempt with it, and nothing more is wanted."""
-    ended = rfc3339(now)
-    attempt = status.attempt.model_copy(update={"end_time": status.attempt.end_time or ended, "waiting_time": None, "retry_time": None})
-    return {"completion_time": ended, "attempt": attempt, "workers_wanted": 0, "workers_ready": 0}
+    attempt = status.attempt
+    ended = attempt.end_time or not_before(now, attempt.start_time)
+    attempt = attempt.model_copy(update={"end_time": ended, "waiting_time": None, "retry_time": None})
+    return {"completion_time": not_before(now, status.start_time), "attempt": attempt, "workers_wanted": 0, "workers_ready": 0}
 
 
 def done(status: Status, now: datetime) -> dict[str, Any]:
     """The job ends as its user wanted: with it, the stages whose end its head had no more time to tell."""
-    ended = rfc3339(now)
-    return {"stages": tuple(_succeeded(stage, ended) for stage in status.stages), **finish(status, now)}
+    return {"stages": tuple(_succeeded(stage, now) for stage in status.stages), **finish(status, now)}
 
 
-def _succeeded(stage: Stage, ended: str) -> Stage:
+def _succeeded(stage: Stage, now: datetime) -> Stage:
     if stage.state not in ("Pending", "Running"):
         return stage
+    ended = not_before(now, stage.start_time)
     return stage.model_copy(update={"state": "Succeeded", "start_time": stage.start_time or ended, "end_time": ended})
 
 
 def end(look: Look, reason: Reason, message: str, **figures: int | str) -> dict[str, Any]:
     """The attempt ends, the job does not."""
-    ended = {"end_time": rfc3339(look.now), "end_reason": reason, "end_message": message[:TEXT_MAX], "waiting_time": None}
+    ended = {
+        "end_time": not_before(look.now, look.attempt.start_time),
+        "end_reason": reason,
+        "end_message": message[:TEXT_MAX],
+        "waiting_time": None,
+    }
     attempt = look.attempt.model_copy(update={**ended, **figures})
     return {"attempt": attempt, "workers_wanted": 0, "workers_ready": 0, **let_in(look.status, look.now)}
 
@@ -63,6 +69,12 @@ def counted(look: Look, ending: Ending) -> Verdict:
     return Verdict(Summary("Failed", reason, message), changes)
 
 
+def too_far(look: Look) -> bool:
+    """Whether the next attempt would begin later than any wait lasts: the clock has been set back since."""
+    longest = max(RETRY_MAX_SECONDS, look.settings.retry_base_seconds)
+    return look.attempt.retry_time is not None and later(look.attempt.retry_time, 0) > look.now + timedelta(seconds=longest)
+
+
 def failed(look: Look, reason: Reason, message: str) -> Verdict:
     """The job fails, and another attempt would not help."""
     why = failure(reason, message, retryable=False, stage=current_stage(look.status.stages))
@@ -84,5 +96,7 @@ def let_in(status: Status, now: datetime) -> dict[str, Any]:
 
 def _stopped(status: Status, now: datetime) -> tuple[Stage, ...]:
     """The stages of a job that failed: the one that was running did not end well."""
-    ended = {"state": "Failed", "end_time": rfc3339(now)}
-    return tuple(stage.model_copy(update=ended) if stage.state == "Running" else stage for stage in status.stages)
+    return tuple(
+        stage.model_copy(update={"state": "Failed", "end_time": not_before(now, stage.start_time)}) if stage.state == "Running" else stage
+        for stage in status.stages
+    )

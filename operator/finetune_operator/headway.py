@@ -11,17 +11,20 @@ from finetune_api.report import Report
 from finetune_api.status import TEXT_MAX, Progress, Status
 from finetune_operator.endings import counted
 from finetune_operator.failures import Ending, failure
-from finetune_operator.look import Look, Verdict
+from finetune_operator.look import Look, Verdict, too_soon
 from finetune_operator.observed import head_name
 from finetune_operator.reported import current_stage
-from finetune_operator.times import later, rfc3339
+from finetune_operator.times import in_order, later, rfc3339
 
 STEPS_WAITED = 10
 """Steps' time that a step may take, where that is longer than progressDeadlineSeconds."""
 
 
-def with_last_step(before: Status, after: Status, report: Report | None, now: datetime) -> Status:
-    """The status with the time at which its last step was first seen; without one where no steps are being taken just now."""
+def with_last_step(before: Status, after: Status, report: Report | None, now: datetime, clock_set: datetime | None = None) -> Status:
+    """The status with the time at which its last step was first seen; without one where no steps are being taken just now.
+
+    Where the clock was set since (`clock_set`), or that time has yet to come, it is now: nothing can be told from the difference.
+    """
     if after.progress is None or report is None:
         return after
     said, known = report.progress, before.progress
@@ -29,13 +32,8 @@ def with_last_step(before: Status, after: Status, report: Report | None, now: da
     if said is None or said.last_step_time is None:
         seen = None
     elif known is not None and known.last_step_time is not None and known.step == said.step:
-        # The same number in an attempt before this one was another step.
-        seen = known.last_step_time if _began(before) <= later(known.last_step_time, 0) else seen
+        seen = known.last_step_time if in_order(known.last_step_time, now, clock_set) else seen
     return after.model_copy(update={"progress": after.progress.model_copy(update={"last_step_time": seen})})
-
-
-def _began(status: Status) -> datetime:
-    return later(status.attempt.start_time or "1970-01-01T00:00:00Z", 0)
 
 
 def stalled(look: Look) -> Verdict | None:
@@ -47,7 +45,7 @@ def stalled(look: Look) -> Verdict | None:
     if progress is None or progress.last_step_time is None or current_stage(look.status.stages) != "Train":
         return None
     seconds = max(look.spec.progress_deadline_seconds, STEPS_WAITED * seconds_of_a_step(progress))
-    if look.now < later(progress.last_step_time, seconds):
+    if look.now < later(progress.last_step_time, seconds) or too_soon(look.observed, seconds):
         return None
     words = f"no step after step {progress.step} of {progress.total_steps} within {seconds:.0f} s (progressDeadlineSeconds)"
     why = failure(Reason.NO_PROGRESS, words, stage="Train").model_copy(update={"pod": head_name(look.job.name, number)})

@@ -15,11 +15,11 @@ from finetune_api.status import TEXT_MAX, Resolved, Status
 from finetune_operator.admission import admission, awaiting_profile
 from finetune_operator.budget import hold_of
 from finetune_operator.conditions import PHASES, Summary, conditions_of
-from finetune_operator.endings import counted, done, end, failed, finish, let_in, rested
+from finetune_operator.endings import counted, done, end, failed, finish, let_in, rested, too_far
 from finetune_operator.failures import ending_of, explained, failure, head_lost
 from finetune_operator.gang_checks import gang_is_whole, gang_lost, held_back, queued
 from finetune_operator.headway import stalled, with_last_step
-from finetune_operator.look import Check, Look, Verdict, crew_of, unheard, waiting_of, waiting_since
+from finetune_operator.look import Check, Look, Verdict, crew_of, too_soon, unheard, waiting_of, waiting_since
 from finetune_operator.monitoring import monitored, with_refusal
 from finetune_operator.observed import Job, Observed, head_name, with_status
 from finetune_operator.pace import deadline, paced
@@ -62,7 +62,7 @@ def _step(job: Job, observed: Observed, settings: Settings, now: datetime) -> St
         return _conclude(job, job.status, _invalid(job, now), now)
     report = None if is_left_alone(job, now) else observed.report_of(job.uid, job.status.attempt.number)
     status = with_report(job.status, report, job.spec) if report else job.status
-    status = with_last_step(job.status, status, report, now)
+    status = with_last_step(job.status, status, report, now, observed.clock_set)
     status = with_gpu_seconds(status, observed, now)
     look = Look(job, job.spec, status, observed, settings, now)
     verdict = next(verdict for check in CHECKS if (verdict := check(look)) is not None)
@@ -150,6 +150,8 @@ def never_ran(look: Look) -> Verdict | None:
     since = waiting_since(look)
     if not look.attempt.running or since is None or look.now < later(since, look.spec.pre_running_deadline_seconds):
         return None
+    if too_soon(look.observed, look.spec.pre_running_deadline_seconds):
+        return None
     waiting = waiting_of(look)
     if waiting and waiting.reason is not Reason.UNSCHEDULABLE:
         return failed(look, waiting.reason, waiting.message)
@@ -172,7 +174,7 @@ def between_attempts(look: Look) -> Verdict | None:
     after = f"attempt {look.attempt.number} ended ({look.attempt.end_reason}: {look.attempt.end_message})"
     if look.observed.alive:
         return Verdict(Summary("Pending", Reason.RETRYING, f"{after}; its pods are going"))
-    if look.attempt.retry_time and look.now < later(look.attempt.retry_time, 0):
+    if look.attempt.retry_time and look.now < later(look.attempt.retry_time, 0) and not too_far(look):
         return Verdict(Summary("Pending", Reason.RETRYING, f"{after}; the next begins at {look.attempt.retry_time}"))
     return None
 
@@ -203,6 +205,8 @@ def beginning(look: Look) -> Verdict | None:
         "workers_wanted": 0,
         "workers_ready": 0,
         "earlier_usage": look.status.usage,
+        # The same number in an attempt before this one was another step.
+        "progress": look.status.progress and look.status.progress.model_copy(update={"last_step_time": None}),
         # A job keeps the trainer that it began with, whatever the operator is upgraded to meanwhile.
         "resolved": resolved.model_copy(update={"trainer_image": image}),
     }

@@ -14,7 +14,10 @@ from finetune_operator.failures import death_of
 from finetune_operator.gangs import gang_size, members
 from finetune_operator.observed import Job, Observed, Pod, Waiting
 from finetune_operator.settings import Settings
-from finetune_operator.times import rfc3339
+from finetune_operator.times import in_order, rfc3339
+
+SETTLE_SECONDS = 300.0
+"""After a time in which the operator was away, or without the API server."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def waiting_since(look: Look) -> str | None:
     """Since when pods, or the head's first word, have been waited for; None where they are not, or a queue decides.
 
     The operator may have been away in between: what is missing now counts, and the wait for workers begins when they are seen to be wanted,
-    that for the head's word when it was started.
+    or the training to have gone on; that for the head's word when it was started. No wait is measured across a clock that was set.
     """
     crew, silent = crew_of(look), unheard(look)
     if crew.gated or (crew.complete and silent is None):
@@ -95,9 +98,23 @@ def waiting_since(look: Look) -> str | None:
     newly_wanted = look.status.workers_wanted > 0 and look.job.status.workers_wanted == 0
     since, before = look.attempt.waiting_time, look.status.condition("Ready")
     unasked = silent is not None and before is not None and before.reason == Reason.PAUSED
-    if newly_wanted or since is None or unasked:
+    if newly_wanted or since is None or unasked or _went_on(look) or not in_order(since, look.now, look.observed.clock_set):
         return rfc3339(look.now)
     return max(since, rfc3339(silent.started)) if silent is not None and silent.started else since
+
+
+def too_soon(observed: Observed, seconds: float) -> bool:
+    """Whether the operator has not looked for long enough to judge that something did not happen within so many seconds.
+
+    While it could not look nobody made what was missing, and nobody asked the head: both have SETTLE_SECONDS before it counts.
+    """
+    return observed.looked is not None and observed.looked < min(SETTLE_SECONDS, seconds)
+
+
+def _went_on(look: Look) -> bool:
+    """Whether steps were taken that were not known yet: all pods that it needs ran after the last look."""
+    before, after = look.job.status.progress, look.status.progress
+    return after is not None and after.step > (before.step if before else 0)
 
 
 def waiting_of(look: Look) -> Waiting | None:

@@ -21,10 +21,10 @@ from finetune_api.status import TEXT_MAX, Attempt, Condition, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.budget import SECONDS_PER_HOUR
 from finetune_operator.failures import ending_of, head_lost
-from finetune_operator.look import Look, crew_of, waiting_of, waiting_since
+from finetune_operator.look import Look, crew_of, too_soon, waiting_of, waiting_since
 from finetune_operator.observed import Job, Observed, head_name
 from finetune_operator.settings import Settings
-from finetune_operator.times import later, rfc3339
+from finetune_operator.times import later, not_before, rfc3339
 
 Truth = Literal["True", "False", "Unknown"]
 
@@ -156,9 +156,10 @@ class _Watch:
         active = None if crew_of(look).gated else run.active_time or rfc3339(self.now)
         if (beyond := self._beyond(run, active)) is not None:
             return self._failed(found, run, *beyond)
-        if since is not None and self.now >= later(since, self.spec.pre_running_deadline_seconds):
+        seconds = self.spec.pre_running_deadline_seconds
+        if since is not None and self.now >= later(since, seconds) and not too_soon(self.observed, seconds):
             why = waiting.message if waiting else found.message
-            limit = f"within preRunningDeadlineSeconds ({self.spec.pre_running_deadline_seconds})"
+            limit = f"within preRunningDeadlineSeconds ({seconds})"
             return self._failed(found, run, Reason.PRE_RUNNING_DEADLINE_EXCEEDED, f"{limit}: {why}")
         seen = run.head_seen or head is not None
         going = run.model_copy(update={"workers_wanted": wanted, "active_time": active, "waiting_time": since, "head_seen": seen})
@@ -197,7 +198,7 @@ class _Watch:
         return found.model_copy(update={"schedule": self.plan.schedule, "next_run_time": time and rfc3339(time), "message": words})
 
     def _ended(self, found: MonitoringStatus, run: MonitoringRun, changes: Mapping[str, object] | None = None) -> MonitoringStatus:
-        ended = run.model_copy(update={"end_time": rfc3339(self.now), "waiting_time": None, "workers_wanted": 0})
+        ended = run.model_copy(update={"end_time": not_before(self.now, run.start_time), "waiting_time": None, "workers_wanted": 0})
         return self._scheduled(found.model_copy(update={"run": ended, **(changes or {})}))
 
     def _measured(self, found: MonitoringStatus, run: MonitoringRun, figures: Iterable[FreshFigure]) -> MonitoringStatus:

@@ -108,6 +108,10 @@ class Observed:
     """Anchors to which their attempts' other objects belong, so that these go with them. An earlier operator's own nothing."""
     remade: frozenset[int] = frozenset()
     """Anchors that were made anew beside a head, and whose attempts' other objects may not all be there yet."""
+    clock_set: datetime | None = None
+    """When the operator's clock was last found to have been set: what was noted before is no measure of how long something takes."""
+    looked: float | None = None
+    """Seconds for which this operator has looked at the job again and again; None where nobody counts them."""
     strangers: bool = False
     """Somebody has given the job's label to a pod that is not the job's."""
 

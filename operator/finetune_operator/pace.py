@@ -48,7 +48,9 @@ def paced(before: Status, after: Status, settings: Settings, now: datetime) -> S
     """
     if usage_waits(before, after, settings, now):
         return before
-    if any(now < later(time, settings.poll_seconds) for time in _written(before)) and _only_tells(before, after, settings, now):
+    # A time that has yet to come was written before the clock was set back.
+    recent = any(later(time, 0) <= now < later(time, settings.poll_seconds) for time in _written(before))
+    if recent and _only_tells(before, after, settings, now):
         return before
     if after == before or after.progress is None:
         return after

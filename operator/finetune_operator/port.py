@@ -28,6 +28,8 @@ class RawJob:
     """core/v1 Events of the job's pods that are pending; empty where none is."""
     profiles: list[dict[str, Any]] = field(default_factory=list)
     """The TuningProfiles of the cluster, while the job has yet to be told under which one it runs."""
+    looked: float | None = None
+    """Seconds for which it has been read again and again by whoever answers; None where they are not counted."""
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,16 @@ TOO_LARGE_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: datetime) -> float | None:
-    """Bring one job a step further; the seconds until its next turn, or None where only an event can bring anything new."""
+async def reconcile(key: JobKey, cluster: Cluster, settings: Settings, now: datetime, clock_set: datetime | None = None) -> float | None:
+    """Bring one job a step further; the seconds until its next turn, or None where only an event can bring anything new.
+
+    `clock_set` is when the clock that tells `now` was last found to have been set.
+    """
     raw = await cluster.read(key)
     if raw is None:
         return None
     job = job_from(raw.job, local=settings.local)
-    observed = observe(job.name, job.uid, raw.pods, raw.config_maps, raw.events)
+    observed = replace(observe(job.name, job.uid, raw.pods, raw.config_maps, raw.events), clock_set=clock_set, looked=raw.looked)
     if is_left_alone(job, now):
         return await _leave_alone(cluster, raw.job, job, observed, settings, now)
     observed = replace(observed, report=await _report(cluster, job, observed, settings), offered=offered(raw.profiles))

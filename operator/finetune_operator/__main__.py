@@ -56,8 +56,8 @@ def main() -> NoReturn:
     """Run the operator until it is told to stop."""
     try:
         settings = settings_from(os.environ)
-        configure_logs(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"))
-    except (ValueError, OSError) as error:
+        configure_logs(settings.log_level)
+    except ValueError as error:
         print(f"finetune-operator: {error}", file=sys.stderr)  # noqa: T201 - logs are not set up yet
         sys.exit(EXIT_ENVIRONMENT)
     gc.freeze()  # what has been imported stays: it need not be looked through at each collection

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -40,7 +41,8 @@ def ask(call: Coroutine[Any, Any, Result]) -> Result:
         typer.echo(f"finetune: {_without_cluster(error)}", err=True)
         raise typer.Exit(1) from None
     except ApiError as error:
-        typer.echo(f"finetune: {error}", err=True)
+        unknown = error.status == HTTPStatus.NOT_FOUND and error.reason != "NotFound"  # the kind, not an object
+        typer.echo(f"finetune: {error}{'; this cluster knows no FineTuneJobs: install the operator in it' if unknown else ''}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

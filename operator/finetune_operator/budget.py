@@ -1,6 +1,6 @@
 """What keeps a job from running although nothing is wrong with it: its user wants it suspended, or its GPU-hours are used up. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_api.reasons import Reason
 from finetune_api.status import Status
@@ -30,6 +30,8 @@ class Hold:
 _SUSPENDED = Hold(
     Reason.SUSPENDED, "suspending: the pods save a checkpoint, then go", "set spec.suspend to false to go on from the last checkpoint"
 )
+_SUSPENDED_HERE = replace(_SUSPENDED, gone="nothing of it runs any more")
+"""On this machine the command that ran the job brings it back, and says so itself."""
 
 
 def hold_of(look: Look) -> Hold | None:
@@ -38,7 +40,7 @@ def hold_of(look: Look) -> Hold | None:
     A stage that asks for no workers may come to its end on a used-up budget: it holds no GPU, and it may be the one that publishes.
     """
     if look.spec.suspend:
-        return _SUSPENDED
+        return _SUSPENDED_HERE if look.settings.local else _SUSPENDED
     if look.attempt.running and not look.status.workers_wanted:
         return None
     if not used_up(look.spec, look.status):

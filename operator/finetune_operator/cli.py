@@ -20,10 +20,11 @@ from finetune_operator.compare import compare
 from finetune_operator.local.chat import chat
 from finetune_operator.local.command import local as run_here
 from finetune_operator.local.measure import measure
-from finetune_operator.manifest import Manifest, ManifestError, explain, read_file
+from finetune_operator.manifest import EXIT_REFUSED, Manifest, ManifestError, exit_code, explain, read_file
 from finetune_operator.plan_command import plan
 from finetune_operator.profile_file import ProfileError, read_profile, under
 from finetune_operator.reason_command import explain as explain_reason
+from finetune_operator.settings import variables
 
 app = typer.Typer(
     name="finetune",
@@ -54,33 +55,36 @@ def validate(
     local: Annotated[bool, typer.Option("--local", help="Allow file:// sources, as `finetune local` does.")] = False,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="A TuningProfile: check that the jobs keep within it, too.")] = None,
 ) -> None:
-    """Check manifests of jobs and profiles as the API server would, without one. Exit code 1 where one is refused."""
-    refused = 0
+    """Check manifests of jobs and profiles as the API server would, without one.
+
+    Exit codes: 0 accepted, 1 one is refused, 2 one cannot be read.
+    """
+    code = 0
     try:
         offer = read_profile(profile) if profile else None
     except ProfileError as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(exit_code(error)) from None
     for file in files:
-        problems = _problems(file, local, offer)
-        refused += bool(problems)
+        try:
+            problems = _problems(read_file(file), local, offer)
+            worst = EXIT_REFUSED if problems else 0
+        except ManifestError as error:
+            problems, worst = [str(error)], exit_code(error)
+        code = max(code, worst)
         for problem in problems:
             typer.echo(f"{file}: {problem}", err=True)
         if not problems:
             typer.echo(f"{file}: accepted")
-    raise typer.Exit(1 if refused else 0)
+    raise typer.Exit(code)
 
 
-def _problems(file: Path, local: bool, profile: TuningProfile | None) -> list[str]:
-    """What is wrong with a file, a line of text for each; empty where the API server would take it."""
-    try:
-        manifests = read_file(file)
-    except ManifestError as error:
-        return [str(error)]
+def _problems(manifests: list[Manifest], local: bool, profile: TuningProfile | None) -> list[str]:
+    """What is wrong with a file's objects, a line of text for each; empty where the API server would take them."""
     known = [manifest for manifest in manifests if manifest.get("kind") in (KIND, PROFILE_KIND)]
     if not known:
         kinds = ", ".join(sorted({str(manifest.get("kind")) for manifest in manifests})) or "nothing"
-        return [f"holds no {KIND} but {kinds}; what is checked has kind: {KIND} or {PROFILE_KIND}"]
+        return [f"holds {kinds}; what is checked has kind: {KIND} or {PROFILE_KIND}"]
     return [problem for each in known for problem in _problems_of(each, local, profile)]
 
 
@@ -114,9 +118,21 @@ for command in (suspend, resume, retry, cancel):
 app.command("explain")(explain_reason)
 
 
-@app.command("operator")
+def _operator_help() -> str:
+    """The settings with their defaults, as the operator reads them."""
+    lines = (f"- **{name}**: {words}{f' ({default})' if default else ''}" for name, default, words in variables())
+    return "\n\n".join(
+        (
+            "Run the operator. Its settings are variables of the environment.",
+            "The cluster is that of KUBECONFIG, or the one around its pod. In brackets what holds where a variable is not set:",
+            "\n".join(lines),
+        )
+    )
+
+
+@app.command("operator", help=_operator_help())
 def operator() -> None:
-    """Run the operator. Its settings are FINETUNE_* variables of the environment."""
+    """Run the operator; the help lists its settings."""
     run_operator()
 
 

@@ -305,7 +305,8 @@ class KubernetesCluster:
             data = await response.read()
             code = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ApiError(0, "Unreachable", f"cannot {verb} {what}: no answer from the API server ({error!r})") from error
+            why = str(error) or type(error).__name__
+            raise ApiError(0, "Unreachable", f"cannot {verb} {what}: no answer from the API server ({why})") from error
         finally:
             self._on_call(verb, code, time.perf_counter() - begun)
         if code >= 300:
@@ -355,7 +356,7 @@ def _api_error(code: int, data: bytes, what: str) -> ApiError:
         status = json.loads(data)
         reason, message = str(status.get("reason") or code), str(status.get("message") or "")
     except (ValueError, AttributeError):
-        reason, message = str(code), data[:200].decode(errors="replace")
+        reason, message = str(code), data[:200].decode(errors="replace").strip()
     return ApiError(code, reason, f"{what}: {message or reason}")
 
 

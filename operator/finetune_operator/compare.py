@@ -17,7 +17,7 @@ from finetune_api.evaluation import LOWER_IS_BETTER
 from finetune_api.scrub import scrub
 from finetune_api.status import Evaluation, EvaluationResult, Status
 from finetune_operator.asking import Context, Place, absent, ask, place_of, read_jobs
-from finetune_operator.manifest import ManifestError, read_file
+from finetune_operator.manifest import EXIT_REFUSED, ManifestError, exit_code, read_file
 
 _SAME = 1e-6
 """Relative: smaller differences of two measurements of one model are rounding."""
@@ -115,7 +115,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         manifests = read_file(path)
     except ManifestError as error:
-        raise _refused(f"{path}: {error}") from None
+        raise _refused(f"{path}: {error}", exit_code(error)) from None
     job = next((manifest for manifest in manifests if manifest.get("kind") == KIND and isinstance(manifest.get("metadata"), dict)), None)
     if job is None or not job.get("status"):
         lacking = f"no {KIND}" if job is None else f"a {KIND} without a status"
@@ -130,9 +130,9 @@ def _status(job: str, raw: Mapping[str, Any]) -> Status:
         raise _refused(f"{job}: its status cannot be read: {error.error_count()} fields are wrong") from None
 
 
-def _refused(message: str) -> typer.Exit:
+def _refused(message: str, code: int = EXIT_REFUSED) -> typer.Exit:
     typer.echo(scrub(message), err=True)
-    return typer.Exit(1)
+    return typer.Exit(code)
 
 
 def _metrics(statuses: Mapping[str, Status]) -> list[str]:

@@ -19,6 +19,8 @@ from finetune_api.fields import model_in
 from finetune_api.profile import TuningProfile
 from finetune_api.v1alpha1 import FineTuneJob
 
+EXIT_REFUSED, EXIT_UNUSABLE = 1, 2
+"""What was given has been read and is refused, or could not be read."""
 MAX_VALUES = 100_000
 """Most values in a document, aliases written out: a few lines of YAML can otherwise stand for millions."""
 
@@ -27,6 +29,10 @@ Path = tuple[str | int, ...]
 
 class ManifestError(ValueError):
     """Text that is not a Kubernetes manifest. The message names the line."""
+
+
+class UnreadableError(ManifestError):
+    """A file that cannot be read at all. The message says why, and leaves the file's name to the caller."""
 
 
 class Manifest(dict[str, Any]):
@@ -44,14 +50,26 @@ class Manifest(dict[str, Any]):
 
 
 def read_file(file: pathlib.Path) -> list[Manifest]:
-    """The objects of a file, or of standard input, which `-` names. Raises ManifestError also where it cannot be read."""
+    """The objects of a file, or of standard input, which `-` names. Raises ManifestError, and its UnreadableError."""
     try:
-        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        return read_manifests(content.decode("utf-8"))
-    except OSError as error:
-        raise ManifestError(f"cannot be read: {error.strerror}") from None
+        return read_manifests(read_bytes(file).decode("utf-8"))
     except UnicodeDecodeError:
-        raise ManifestError("cannot be read: it is not text in UTF-8") from None
+        raise UnreadableError("cannot be read: it is not text in UTF-8") from None
+
+
+def read_bytes(file: pathlib.Path) -> bytes:
+    """What a file that a person names holds, or standard input. Raises UnreadableError."""
+    try:
+        return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror}") from None
+
+
+def exit_code(error: BaseException | None) -> int:
+    """A command's exit code after this error: 2, as of wrong usage, where what lies behind it is a file that cannot be read; else 1."""
+    if error is None:
+        return EXIT_REFUSED
+    return EXIT_UNUSABLE if isinstance(error, UnreadableError) else exit_code(error.__cause__)
 
 
 def read_manifests(text: str) -> list[Manifest]:
@@ -67,6 +85,9 @@ def read_manifests(text: str) -> list[Manifest]:
             manifests.append(Manifest(reader.mapping(node, ()), reader.lines))
     except yaml.MarkedYAMLError as error:
         raise ManifestError(_syntax_message(error)) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ManifestError(f"line {line}: the character U+{error.character:04X} may not stand in YAML; remove it") from None
     except yaml.YAMLError as error:
         raise ManifestError(f"not YAML: {error}") from None
     except RecursionError:

@@ -179,7 +179,7 @@ class _Watch:
     def _held(self) -> str | None:
         """Why no run may begin: the user wants it suspended, or the workers that it needs have used their GPU-hours up."""
         if self.spec.suspend:
-            return "suspended: set spec.suspend to false to go on"
+            return "suspended" if self.settings.local else "suspended: set spec.suspend to false to go on"
         limit, usage = self.spec.max_gpu_hours, self.job.status.usage
         if limit is None or usage is None or self.plan.endpoint is not None or usage.gpu_seconds < limit * SECONDS_PER_HOUR:
             return None

@@ -38,11 +38,14 @@ class People:
         """The jobs of a namespace, or of all."""
         return await self._cluster.jobs(namespace)
 
-    async def apply(self, namespace: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the job, or bring in line the one that is there: what the manifest no longer says goes. The job as it is then."""
+    async def apply(self, namespace: str, manifest: Mapping[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+        """Make the job, or bring in line the one that is there: what the manifest no longer says goes. The job as it is then.
+
+        On trial the server looks at all of it, and stores nothing.
+        """
         name = manifest["metadata"]["name"]
         body = {**manifest, "metadata": {**manifest["metadata"], "namespace": namespace}}
-        query = [("fieldManager", FIELD_MANAGER), ("force", "true")]
+        query = [("fieldManager", FIELD_MANAGER), ("force", "true"), *([("dryRun", "All")] if dry_run else ())]
         path = self._cluster.path(KIND, namespace, name)
         return await self._cluster.call(
             "patch", path, f"{KIND} {namespace}/{name}", body=body, query=query, media="application/apply-patch+yaml"

@@ -22,7 +22,7 @@ from finetune_api.planning import DEFAULT_UTILISATION, Counted, Given, device_of
 from finetune_api.status import Plan
 from finetune_api.v1alpha1 import Spec, parse_job
 from finetune_operator.budget import SECONDS_PER_HOUR
-from finetune_operator.manifest import ManifestError, explain, read_file
+from finetune_operator.manifest import ManifestError, UnreadableError, exit_code, explain, read_bytes, read_file
 from finetune_operator.profile_file import ProfileError, read_profile, under
 
 GIB = 2**30
@@ -70,8 +70,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one argument for each option
     """Tell what a job would take: memory of each GPU by parts, micro-batch, steps, hours.
 
     Needs no GPU: memory and time are estimated from the model's config.json. Hours are those of the training steps alone, at
-    --utilisation of the GPU's peak. A job with spec.planOnly counts its data, too. Exit code 1 where the training does not fit, the job
-    exceeds its profile, or there is no plan.
+    --utilisation of the GPU's peak. A job with spec.planOnly counts its data, too. Exit codes: 0 planned, 1 the training does not
+    fit, the job exceeds its profile, or there is no plan; 2 a file cannot be read.
     """
     try:
         spec = _spec(job, profile)
@@ -79,7 +79,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one argument for each option
         found = plan_for(spec, job.parent, model_config, Given(device_of(spec, known), data, utilisation=utilisation))
     except PlanError as error:
         typer.echo(f"finetune: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(exit_code(error)) from None
     _print(found, spec, output, utilisation)
     raise typer.Exit(1 if found.fits is False else 0)
 
@@ -104,7 +104,11 @@ def _spec(file: Path, profile: Path | None) -> Spec:
     except ManifestError as error:
         raise PlanError(f"{file}: {error}") from error
     try:
-        return under(parse_job(manifests[0], local=True), read_profile(profile) if profile else None, local=True).spec
+        offer = read_profile(profile) if profile else None
+    except ProfileError as error:
+        raise PlanError("; ".join(str(error).splitlines())) from error
+    try:
+        return under(parse_job(manifests[0], local=True), offer, local=True).spec
     except ValidationError as error:
         raise PlanError(f"{file}: {'; '.join(explain(error, manifests[0]))}") from error
     except ProfileError as error:
@@ -149,9 +153,9 @@ def _config(source: str, revision: str | None, folder: Path, given: Path | None)
 
 def _read(path: Path) -> Config:
     try:
-        return _parsed(path.read_bytes(), str(path))
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror}") from error
+        return _parsed(read_bytes(path), str(path))
+    except UnreadableError as error:
+        raise PlanError(f"{path}: {error}") from error
 
 
 def _from_hub(name: str, revision: str) -> Config:

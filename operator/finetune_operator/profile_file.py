@@ -19,7 +19,7 @@ def read_profile(path: Path) -> TuningProfile:
     try:
         found = [each for each in read_file(path) if each.get("kind") == PROFILE_KIND]
     except ManifestError as error:
-        raise ProfileError(f"{path}: {error}") from None
+        raise ProfileError(f"{path}: {error}") from error
     if len(found) != 1:
         raise ProfileError(f"{path}: holds {len(found)} objects of kind {PROFILE_KIND}; give one")
     try:

@@ -1,6 +1,7 @@
 """`finetune explain REASON`: why a failure came about, how to find out, and what to change."""
 
 import difflib
+import re
 from typing import Annotated
 
 import typer
@@ -30,7 +31,13 @@ def explain(
         meant = ", ".join(known for word in near for known in Reason if known.lower() == word)
         typer.echo(f"there is no reason {reason!r}; {f'did you mean {meant}?' if meant else '`finetune explain` lists all'}", err=True)
         raise typer.Exit(2)
-    typer.echo(page(found), nl=False)
+    typer.echo(plain(page(found)), nl=False)
+
+
+def plain(markdown: str) -> str:
+    """A page without Markdown's marks, and each command on a line of its own, which a terminal's user can copy."""
+    unmarked = re.sub(r"^## |\*\*|`", "", re.sub(r"^- `(.*)`$", r"  \1", markdown, flags=re.MULTILINE), flags=re.MULTILINE)
+    return unmarked.replace(":\n\n  ", ":\n  ")
 
 
 def overview() -> list[str]:

@@ -73,12 +73,16 @@ def _stored(path: Path) -> dict[str, Any]:
         manifests = read_file(path)
     except ManifestError as error:
         raise StateError(f"{path}: {error}") from None
-    names = [manifest["metadata"]["name"] for manifest in manifests if manifest.get("kind") == KIND]
-    if len(names) != 1:
-        raise StateError(f"{path}: holds {len(names)} objects of kind {KIND}; chat takes one")
-    stored = JobFile(path.parent / f"{names[0]}.status.yaml").load()
+    jobs = [manifest for manifest in manifests if manifest.get("kind") == KIND]
+    if len(jobs) != 1:
+        raise StateError(f"{path}: holds {len(jobs)} objects of kind {KIND}; chat takes one")
+    own = jobs[0].get("metadata")
+    name = own.get("name") if isinstance(own, dict) else None
+    if not name:
+        raise StateError(f"{path}: metadata.name: is required")
+    stored = JobFile(path.parent / f"{name}.status.yaml").load()
     if stored is None:
-        raise StateError(f"{names[0]} has not run here: `finetune local {path}` runs it")
+        raise StateError(f"{name} has not run here: `finetune local {path}` runs it")
     meta = {key: stored["metadata"][key] for key in ("name", "namespace", "uid") if key in stored["metadata"]}
     spec = with_absolute_files(stored["spec"], path.parent.resolve())
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": spec, "status": stored.get("status") or {}}

@@ -36,8 +36,8 @@ def local(  # noqa: PLR0913, PLR0917 - one argument for each option
 ) -> None:
     """Run a job on this machine, without Kubernetes: the same stages and results, with processes in place of pods.
 
-    Ctrl-C saves a checkpoint and suspends the job; the same command goes on from there. The job with its status stands in
-    NAME.status.yaml beside the manifest. Exit codes: 0 complete, 1 failed, 2 not started, 124 timeout, 130 Ctrl-C.
+    Ctrl-C saves a checkpoint and suspends the job; the same command, without --fresh, goes on from there. The job with its status
+    stands in NAME.status.yaml beside the manifest. Exit codes: 0 complete, 1 failed, 2 not started, 124 timeout, 130 Ctrl-C.
     """
     given = Given(config_maps=pairs("--config-map", config_map), claims=pairs("--claim", claim), profile=profile)
     options = Options(state=state, given=given, worker_cpus=workers_cpus, timeout=timeout, fresh=fresh, logs=logs)

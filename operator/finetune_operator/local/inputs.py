@@ -74,7 +74,11 @@ def read_inputs(path: Path, given: Given, env: Mapping[str, str]) -> Inputs:
     if len(jobs) != 1:
         raise InputError(f"{path}: holds {len(jobs)} objects of kind {KIND}; a local run takes exactly one")
     try:
-        job = under(parse_job(jobs[0], local=True), read_profile(given.profile) if given.profile else None, local=True)
+        profile = read_profile(given.profile) if given.profile else None
+    except ProfileError as error:
+        raise InputError(str(error)) from None
+    try:
+        job = under(parse_job(jobs[0], local=True), profile, local=True)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {line}" for line in explain(error, jobs[0]))) from None
     except ProfileError as error:

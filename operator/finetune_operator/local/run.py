@@ -1,7 +1,7 @@
 """`finetune local JOB.yaml`: one job from its manifest to an exit code.
 
-0    the job is Complete                       129, 130, 143   ended by hang-up, Ctrl-C or SIGTERM; the same command resumes
-1    the job Failed                            124             --timeout was reached; the same command resumes
+0    the job is Complete                       129, 130, 143   ended by hang-up, Ctrl-C or SIGTERM; the same command without --fresh resumes
+1    the job Failed                            124             --timeout was reached; the same
 2    it could not start: the manifest, what it refers to, or another run
 """
 
@@ -225,9 +225,9 @@ class _Run:
             pod = f"{name}-{status.attempt.number}-head"
             parts = failure(name, status, self._state.log(pod), self._cluster.log_tail(pod), self._here)
         else:
-            self._view.note(
-                f"{name} is {'suspended' if status.phase == 'Suspended' else 'ended'}; the same command goes on from the last checkpoint"
-            )
+            how = "suspended" if status.phase == "Suspended" else "ended"
+            again = "the same command without --fresh" if self._options.fresh else "the same command"
+            self._view.note(f"{name} is {how}; {again} goes on from the last checkpoint")
             return EXIT_TIMEOUT if self._interrupts == [0] else 128 + (self._interrupts or [signal.SIGINT])[-1]
         for part in parts:
             self._console.print(part, soft_wrap=True)

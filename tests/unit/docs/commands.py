@@ -314,7 +314,12 @@ def _taken_apart(arguments: Arguments, switches: set[str]) -> tuple[list[str], d
     return words, options
 
 
+def _source(arguments: Arguments) -> str | None:
+    return None if list(arguments) == [".venv/bin/activate"] else "only the environment that make installs is sourced"
+
+
 PROGRAMS: dict[str, Callable[[Arguments], str | None]] = {
+    "source": _source,
     "make": _make,
     "finetune": _finetune,
     "kubectl": _kubectl,

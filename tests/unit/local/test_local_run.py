@@ -90,7 +90,8 @@ def test_ctrl_c_suspends_and_the_same_command_resumes(place):
     output, _ = run.communicate(timeout=100)
     assert run.returncode == 130, output
     assert "suspending" in output
-    assert "the same command goes on" in output
+    assert "demo is suspended; the same command goes on from the last checkpoint" in output
+    assert "spec.suspend" not in output, "a cluster's advice"
     job = place.stored()
     assert (job["spec"]["suspend"], job["status"]["phase"]) == (True, "Suspended")
     assert (place.traces / "checkpoint").exists()
@@ -101,6 +102,16 @@ def test_ctrl_c_suspends_and_the_same_command_resumes(place):
     assert (job["spec"]["suspend"], job["status"]["phase"]) == (False, "Complete")
     attempt = job["status"]["attempt"]
     assert (attempt["number"], attempt["failures"], attempt["preemptions"]) == (2, 0, 0)
+
+
+def test_a_fresh_run_is_not_gone_on_with_by_the_same_command(place):
+    place.mode = "interrupt"
+    run = place.start("--fresh")
+    place.wait_for("worker-1")
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=100)
+    assert run.returncode == 130, output
+    assert "demo is suspended; the same command without --fresh goes on from the last checkpoint" in output
 
 
 def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(place):

@@ -34,6 +34,19 @@ def test_help_names_the_commands() -> None:
         assert re.search(rf"\b{command}\b", output), command
 
 
+def test_help_of_the_operator_lists_its_settings_with_their_defaults() -> None:
+    code, output = run("operator", "--help")
+    assert code == 0
+    for name, words in (
+        ("TOKEN_KEY_FILE", "file with a secret of 16 bytes or more, the same for every replica; must be set"),
+        ("POLL_SECONDS", "how often a running job's report is read when nothing else happens (10)"),
+        ("LEADER_ELECTION", "whether several replicas agree on one that works (true)"),
+        ("WATCH_NAMESPACES", "namespaces whose jobs are run, by commas; empty is all"),
+        ("LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR (INFO)"),
+    ):
+        assert re.search(rf"FINETUNE_{name}: {re.escape(words)} *$", output, re.MULTILINE), name
+
+
 def test_version_is_told() -> None:
     code, output = run("--version")
     assert code == 0
@@ -56,7 +69,7 @@ def test_manifest_from_standard_input() -> None:
         (("lora: {}", "lora: {int: 8}"), "line 7: spec.method.lora.int: unknown field; known here: rank"),
         (("hf://org/model", "http://169.254.169.254/model"), "line 5: spec.model.source: "),
         (("  output: {storage: pvc://models/bot}\n", ""), "spec: output.storage must be set, or profileRef name a profile that offers one"),
-        (("kind: FineTuneJob", "kind: Job"), "holds no FineTuneJob but Job"),
+        (("kind: FineTuneJob", "kind: Job"), "holds Job; what is checked has kind: FineTuneJob or TuningProfile"),
         (("spec:", "spec: ["), "line "),
         (("name: bot", "name: Bot"), "metadata.name: "),
     ],
@@ -74,7 +87,7 @@ def test_every_bad_file_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "good.yaml").write_text(JOB)
     (tmp_path / "bad.yaml").write_text(JOB.replace("lora", "loar"))
     code, output = run("validate", str(tmp_path / "absent.yaml"), str(tmp_path / "bad.yaml"), str(tmp_path / "good.yaml"))
-    assert code == 1
+    assert code == 2
     assert "absent.yaml: cannot be read" in output
     assert "did you mean lora?" in output
     assert "good.yaml: accepted" in output

@@ -27,6 +27,7 @@ class Server:
 
     url: str = ""
     answers: dict[tuple[str, str], Any] = field(default_factory=dict)
+    unknown: Any = field(default_factory=lambda: {"reason": "NotFound", "message": "not there"})
     asked: list[tuple[str, str, dict[str, list[str]], str, Any]] = field(default_factory=list)
 
     def changes(self) -> list[tuple[str, str, Any]]:
@@ -44,7 +45,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             media = self.headers.get("Content-Type", "")
             fake.asked.append((self.command, url.path, parse_qs(url.query), media, json.loads(body) if body else None))
             found = fake.answers.get((self.command, url.path))
-            status, data = (404, {"reason": "NotFound", "message": "not there"}) if found is None else (200, found)
+            status, data = (404, fake.unknown) if found is None else (200, found)
             text = data if isinstance(data, bytes) else json.dumps(data).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
@@ -130,7 +131,7 @@ def test_namespace_and_context_are_those_of_kubectl(server: Server) -> None:
             f"there is no FineTuneJob bot in namespace {namespace}; `finetune list -A` shows all\n",
         )
     code, output = run("status", "bot", "--context", "broken")
-    assert (code, "no answer from the API server" in output) == (1, True)
+    assert (code, "no answer from the API server (Cannot connect to host 127.0.0.1:1 " in output) == (1, True)
     code, output = run("status", "bot", "--context", "absent")
     assert (code, "absent" in output) == (1, True)
 
@@ -157,6 +158,31 @@ def test_submit_applies_server_side(server: Server, tmp_path: Path) -> None:
     assert body["spec"] == yaml.safe_load(JOB)["spec"], "defaults are the API server's"
     server.answers = {("PATCH", f"{JOBS}/bot"): {"metadata": {"name": "bot", "generation": 2}}}
     assert run("submit", "-", text=JOB) == (0, "bot applied in namespace team\n")
+
+
+def test_submit_on_trial_stores_nothing_and_shows_what_would_be_stored(server: Server) -> None:
+    meta = {"name": "bot", "namespace": "team", "generation": 1, "uid": "u", "managedFields": [{}]}
+    spec = {**yaml.safe_load(JOB)["spec"], "backoffLimit": 3}
+    server.answers = {("PATCH", f"{JOBS}/bot"): {"metadata": meta, "spec": spec}}
+    code, output = run("submit", "--dry-run", "-", text=JOB)
+    assert code == 0
+    assert output.splitlines()[:2] == ["---", "# bot would be submitted in namespace team (nothing is stored)"]
+    assert yaml.safe_load(output) == {**yaml.safe_load(JOB), "metadata": {"name": "bot", "namespace": "team"}, "spec": spec}
+    ((_, path, query, _, _),) = server.asked
+    assert (path, query["dryRun"]) == (f"{JOBS}/bot", ["All"])
+    server.answers = {("PATCH", f"{JOBS}/bot"): {"metadata": {**meta, "resourceVersion": "7"}, "spec": spec}}
+    assert "# bot would be applied in namespace team" in run("submit", "--dry-run", "-", text=JOB)[1]
+    server.answers, server.asked = {}, []
+    assert run("submit", "--dry-run", "-", text=JOB) == (1, "finetune: cannot patch FineTuneJob team/bot: not there\n")
+    assert run("submit", "--dry-run", "--wait", "-", text=JOB)[0] == 2
+    assert len(server.asked) == 1
+
+
+def test_a_cluster_without_the_operator_is_told_of(server: Server) -> None:
+    """What an API server says of a path that it does not know: text, no object."""
+    server.unknown = b"404 page not found\n"
+    told = "cannot patch FineTuneJob team/bot: 404 page not found; this cluster knows no FineTuneJobs: install the operator in it"
+    assert run("submit", "-", text=JOB) == (1, f"finetune: {told}\n")
 
 
 def test_submit_waits_and_tells_of_the_failure(server: Server) -> None:

@@ -28,7 +28,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 256,
 }
-READERS = ("validate", "plan", "local", "chat", "measure", "submit")
+READERS = ("validate", "plan", "compare", "local", "chat", "measure", "submit")
 
 
 def run(*arguments: str) -> tuple[int, list[str]]:
@@ -44,17 +44,44 @@ def run(*arguments: str) -> tuple[int, list[str]]:
         (".", "cannot be read: Is a directory"),
         ("binary.yaml", "cannot be read: it is not text in UTF-8"),
         ("broken.yaml", "line 2, column 1: "),
+        ("nul.yaml", "line 2: the character U+0000 may not stand in YAML; remove it"),
     ],
 )
 def test_every_command_tells_the_same_of_a_file_that_is_none(tmp_path: Path, command: str, name: str, words: str) -> None:
+    """Exit code 2, as of wrong usage; 1 where the text was read and is refused, but for commands that could not start."""
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "nul.yaml").write_text("a: 1\nb: \0\n")
     file = tmp_path / name
     code, lines = run(command, str(file))
-    assert code in (1, 2)
+    assert code == (1 if name in ("broken.yaml", "nul.yaml") and command not in ("local", "chat", "measure") else 2)
     assert len(lines) == 1
     assert f"{file}: {words}" in lines[0]
     assert "Errno" not in lines[0]
+
+
+@pytest.mark.parametrize("metadata", ["", "metadata: []\n", "metadata: {}\n"])
+def test_a_job_without_a_name_has_nothing_to_chat_with(tmp_path: Path, metadata: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"kind: FineTuneJob\n{metadata}")
+    assert run("chat", str(file)) == (2, [f"finetune: {file}: metadata.name: is required"])
+
+
+@pytest.mark.parametrize("option", ["--profile", "--model-config"])
+def test_an_option_that_names_no_file_is_wrong_usage_too(tmp_path: Path, option: str) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    absent = tmp_path / "absent"
+    for command in ("plan", *(("validate", "local") if option == "--profile" else ())):
+        code, (line,) = run(command, str(tmp_path / "job.yaml"), option, str(absent))
+        assert code == 2
+        assert line.removeprefix("finetune: ") == f"{absent}: cannot be read: No such file or directory"
+
+
+def test_a_profile_that_is_refused_is_no_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "bad.yaml").write_text(PROFILE.replace("gpus", "gpu"))
+    for command in ("plan", "validate"):
+        assert run(command, str(tmp_path / "job.yaml"), "--profile", str(tmp_path / "bad.yaml"))[0] == 1
 
 
 def test_profiles_are_validated_like_jobs(tmp_path: Path) -> None:

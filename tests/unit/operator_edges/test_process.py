@@ -51,7 +51,14 @@ def test_every_log_line_is_json_with_the_job_it_is_about(capsys: pytest.CaptureF
     ("variables", "words"),
     [
         ({}, "FINETUNE_TOKEN_KEY_FILE"),
-        ({"FINETUNE_TOKEN_KEY_FILE": "/nowhere/key"}, "/nowhere/key"),
+        ({}, "`finetune operator --help` lists every variable"),
+        (
+            {"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_LEADER_ELECTION": "no"},
+            "FINETUNE_LEADER_ELECTION must be true or false, not 'no'",
+        ),
+        ({"FINETUNE_TOKEN_KEY_FILE": "/nowhere/key"}, "FINETUNE_TOKEN_KEY_FILE: /nowhere/key cannot be read: No such file or directory"),
+        ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_POLL_SECONDS": "inf"}, "FINETUNE_POLL_SECONDS must be a number, not 'inf'"),
+        ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_HTTP_PORT": "80.5"}, "FINETUNE_HTTP_PORT must be a whole number, not 80.5"),
         ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_POLL_SECONDS": "soon"}, "FINETUNE_POLL_SECONDS must be a number, not 'soon'"),
         ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_HTTP_PORT": "0"}, "FINETUNE_HTTP_PORT must be larger than 0"),
         ({"FINETUNE_TOKEN_KEY_FILE": "{key}", "FINETUNE_LOG_LEVEL": "loud"}, "FINETUNE_LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR"),
@@ -68,7 +75,13 @@ def test_wrong_environment_is_one_line_and_exit_2(
     folder = tmp_path_factory.mktemp("keys")
     (folder / "key").write_text("a key of more than 16 bytes")
     (folder / "short").write_text("short")
-    for name in ("FINETUNE_TOKEN_KEY_FILE", "FINETUNE_POLL_SECONDS", "FINETUNE_HTTP_PORT", "FINETUNE_LOG_LEVEL"):
+    for name in (
+        "FINETUNE_TOKEN_KEY_FILE",
+        "FINETUNE_POLL_SECONDS",
+        "FINETUNE_HTTP_PORT",
+        "FINETUNE_LEADER_ELECTION",
+        "FINETUNE_LOG_LEVEL",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value.format(key=folder / "key", short=folder / "short"))

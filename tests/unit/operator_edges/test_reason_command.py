@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from finetune_api.reason_pages import PAGES, page
-from finetune_api.reasons import Reason
+from finetune_api.reasons import ADVICE, MEANINGS, Reason
 from finetune_operator.cli import app
-from finetune_operator.reason_command import reasons_beginning
+from finetune_operator.reason_command import plain, reasons_beginning
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -16,18 +16,28 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_a_reason_is_explained() -> None:
-    code, output = run("GPUOutOfMemory")
-    assert (code, output) == (0, page(Reason.GPU_OUT_OF_MEMORY))
-    assert PAGES[Reason.GPU_OUT_OF_MEMORY].cause in output
+def test_a_reason_is_explained_in_plain_text() -> None:
+    code, output = run("SecretNotFound")
+    assert code == 0
+    assert PAGES[Reason.SECRET_NOT_FOUND].cause in output
+    lines = output.splitlines()
+    assert lines[:3] == ["SecretNotFound", "", f"Cause. {PAGES[Reason.SECRET_NOT_FOUND].cause}"]
+    check = lines.index("Check:")
+    assert lines[check + 1 : check + 4] == [*(f"  {command}" for command in PAGES[Reason.SECRET_NOT_FOUND].check), ""]
+    assert lines[-1] == f"Fix. {ADVICE[Reason.SECRET_NOT_FOUND].hint}"
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_no_page_has_marks_left(reason: Reason) -> None:
+    assert not re.search(r"\*\*|^#|`|^- ", plain(page(reason)), re.MULTILINE)
 
 
 def test_the_case_does_not_matter() -> None:
-    assert run("oomkilled") == run("OOMKilled") == (0, page(Reason.OUT_OF_MEMORY))
+    assert run("oomkilled") == run("OOMKilled") == (0, plain(page(Reason.OUT_OF_MEMORY)))
 
 
 def test_a_reason_of_a_job_that_goes_well_is_explained_too() -> None:
-    assert run("Suspended") == (0, page(Reason.SUSPENDED))
+    assert run("Suspended") == (0, f"Suspended\n\n{MEANINGS[Reason.SUSPENDED]}\n")
 
 
 @pytest.mark.parametrize(("word", "meant"), [("OutOfMemory", "HostOutOfMemory"), ("NCCLhung", "NCCLHang"), ("StorageFul", "StorageFull")])

@@ -138,8 +138,9 @@ async def test_kill_at_every_write_changes_nothing(new_stage: NewStage, course: 
         assert life.end == undisturbed.end, (
             f"killed at write {life.writes.index(life.cut) + 1 if life.cut else 0}: {life.cut}\n{life.writes}"
         )
-    # A busy machine may put two reports into one status, so a life may have a few writes fewer than the one that was counted.
-    assert len(cuts) >= len(points) - 4
+    # What may ride along with the next status has one of its own or not, by how fast the machine is: in each attempt that its head runs,
+    # Preparing, that all workers run, and Evaluating. So a life may have a few writes fewer than the one that was counted.
+    assert len(cuts) >= len(points) - 4 * undisturbed.end.status["attempt"]["number"]
 
 
 async def _live(stage: Stage, ready: Forks, course: Course, kill_at: int | None) -> Life:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Fails:
     """Whether those of training are meant, or those of evaluation."""
     compiled: bool = False
     """Whether it is compiled, and what fails is not memory."""
+    at_first: bool = False
+    """Whether it cannot be compiled at all, and nothing else fails."""
 
 
 @dataclass
@@ -94,13 +97,15 @@ def _work(rank: int, run: Run) -> None:
     worker = Worker(rank=rank, world=run.world, all_reduce=dist.all_reduce)
     job = parse_job(run.manifest, local=True)
     files = fetch_model(job.spec.model, Mounts(run.model, local=True), run.model / "cache", weights=True)
+    if run.fails is not None and run.fails.at_first:
+        _compile_first(last=rank == run.world - 1)
     model, warnings = placed(files, job, worker)
     assert model.sharded == (run.manifest["spec"].get("compute") == {"strategy": "fsdp"})
     task = Task(job, files.base, CONFIG, Storage(LocalFileSystem(), str(run.folder), f"file://{run.folder}"))
     recorder, teacher, source = Recorder(run.stop_after), None, teacher_source(job)
     if source is not None:
         teacher = load_teacher(fetch_model(source, Mounts(run.folder, local=True), run.folder, weights=True), job, worker.device)
-    if run.fails is not None:
+    if run.fails is not None and not run.fails.at_first:
         _fail(decoder_layers(model.transformer), run.fails, last=rank == run.world - 1)
     try:
         train(task, Models(model, teacher, warnings=warnings), DATA, worker, recorder)
@@ -128,3 +133,18 @@ def _fail(layers: list[torch.nn.Module], fails: Fails, *, last: bool) -> None:
     if fails.compiled:
         forward._torchdynamo_orig_callable = own  # type: ignore[attr-defined]  # as torch.compile marks what it makes
     layers[0].forward = forward
+
+
+def _compile_first(*, last: bool) -> None:
+    """Have torch.compile make nothing faster in this process, and fail on the worker that is the last."""
+
+    def compile_one(call: Callable[..., Any], **_: object) -> Callable[..., Any]:
+        def forward(*arguments: Any, **named: Any) -> Any:
+            return call(*arguments, **named)
+
+        if last:
+            raise RuntimeError("no space left on device")
+        forward._torchdynamo_orig_callable = call  # type: ignore[attr-defined]
+        return forward
+
+    torch.compile = compile_one  # type: ignore[assignment]

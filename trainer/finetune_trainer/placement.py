@@ -64,4 +64,4 @@ def _ready(model: CausalModel, job: FineTuneJob, worker: Worker) -> tuple[Causal
     model, warnings = with_activations(model, job, worker)
     if model.device.type == "cpu" and not model.sharded and job.spec.training.compile != "always":  # which fuses them itself
         use_cpu_norms(model.transformer)
-    return model, (*warnings, *compile_layers(model, job.spec))
+    return model, (*warnings, *compile_layers(model, job.spec, worker))

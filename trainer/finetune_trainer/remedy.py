@@ -17,6 +17,7 @@ import torch
 
 from finetune_api.estimate import AUTO_TOKENS
 from finetune_api.reasons import Reason
+from finetune_api.scrub import telling_lines
 from finetune_api.v1alpha1 import Training
 from finetune_trainer.data.shares import Limit
 from finetune_trainer.errors import JobError
@@ -63,10 +64,15 @@ def uncompile(model: CausalModel) -> bool:
     return bool(found)
 
 
-def uncompiled_because(error: Exception) -> str:
+def uncompiled_because(error: BaseException) -> str:
     """What to tell the job's owner."""
-    reason = str(error).strip().splitlines()
-    return f"the model is trained without torch.compile: {reason[0] if reason else type(error).__name__}"
+    while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
+        error = inner  # what torch puts around it begins with a line that names its backend, and nothing else
+    reason = telling_lines(str(error))
+    return f"the model is trained without torch.compile: {reason[0].strip() if reason else type(error).__name__}"
+
+
+FAILED_ELSEWHERE = uncompiled_because(RuntimeError("it failed on another worker"))
 
 
 def limit_of(training: Training, model: CausalModel) -> Limit:
@@ -197,7 +203,7 @@ class Remedy:
         self._tell_limit()
         if worker.sum(float(bool(self._uncompiled))) > 0:
             uncompile(self._model)
-            self._tell_uncompiled(self._uncompiled or uncompiled_because(RuntimeError("it failed on another worker")))
+            self._tell_uncompiled(self._uncompiled or FAILED_ELSEWHERE)
 
     def _tell_limit(self) -> None:
         if self.limit.most < self._told_most:

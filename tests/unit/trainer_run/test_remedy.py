@@ -145,6 +145,18 @@ def together(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder, losses
 
 
+def test_where_one_of_them_cannot_compile_none_waits_for_it(
+    files: ModelFiles, tmp_path: Path, together: tuple[Path, dict[int, float]]
+) -> None:
+    """In the midst of the first pass of all: it goes on with the layers as they are, and then all do. Nobody begins anew."""
+    manifest = manifest_with(files.folder, {"lora": {"rank": 2, "dropout": 0.0}}, **SHARDED, compile="always")
+    manifest["spec"]["compute"] = {"strategy": "fsdp"}
+    losses, _ = start(Run(manifest, files.folder, tmp_path, 2, stop_after=2, fails=Fails(0, training=False, at_first=True)))
+    assert losses == pytest.approx({step: together[1][step] for step in losses}, abs=1e-5)
+    told = json.loads((tmp_path / "told.json").read_text())["warnings"]
+    assert told == ["the model is trained without torch.compile: it failed on another worker"]
+
+
 @pytest.mark.parametrize(
     ("fails", "steps", "warning"),
     [

@@ -76,11 +76,10 @@ def same(folder: Path, other: Path) -> None:
 
 
 @pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler that there is, spared what makes only large models faster."""
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # each other one is a process that imports torch
-    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)
-    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)  # else each kind of vectors is tried out in processes of its own
+def quick_compiler() -> Iterator[None]:
+    """The compiler that there is, without what makes only large models faster: more processes, and vectors, which it tries out first."""
+    with torch._inductor.config.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
+        yield
 
 
 @pytest.mark.timeout(900)  # the compiler of C++ is a process of its own, and slow beside others

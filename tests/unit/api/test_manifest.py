@@ -83,7 +83,7 @@ REFUSED = [
     ("~: c\n", "line 1: a key must be a word"),
     ("a: *nowhere\n", "line 1, column 4: found undefined alias 'nowhere'"),
     ("b: {<<: 1}\n", "<< takes a mapping, or a list of mappings"),
-    ("a: \x00\n", "not YAML"),
+    ("a: \x00\n", "line 1: the character U+0000 may not stand in YAML"),
     ("[" * 5000, "nested too deeply"),
 ]
 

@@ -13,7 +13,7 @@ NEEDED = ("closed-loop.yaml", "closed_loop.py", "extractive_writer.py", "data/cl
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_closed_loop_ends_in_a_gated_adapter_with_its_report(tmp_path: Path) -> None:
     for name in NEEDED:
         source, target = EXAMPLES / name, tmp_path / name

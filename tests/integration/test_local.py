@@ -19,7 +19,7 @@ import yaml
 
 from finetune_operator.local.processes import MARK
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMAND = [sys.executable, "-c", "from finetune_operator.cli import main; main()", "local"]
@@ -64,7 +64,7 @@ class Quickstart:
     def run(self) -> tuple[int, str]:
         process = self.start()
         try:
-            output, _ = process.communicate(timeout=800)
+            output, _ = process.communicate(timeout=1400)
         finally:
             process.kill()
         return process.returncode, output
@@ -145,7 +145,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(quickstart: Quic
     run = quickstart.start()
     quickstart.eventually(lambda: quickstart.status().get("progress", {}).get("step", 0) >= 1, run)
     run.send_signal(signal.SIGINT)
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=900)
     assert run.returncode == 130, output
     assert quickstart.status()["phase"] == "Suspended"
     assert quickstart.processes() == []

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 QUICKLY = "from finetune_trainer import crew, ray_cluster; ray_cluster.SETTLE_SECONDS = 3.0; crew.KEEP_SECONDS = 1.0; "
 """Elastic jobs wait for more workers, which here come at once or not at all."""
 ROLE = "import runpy; runpy.run_module('finetune_trainer', run_name='__main__', alter_sys=True)"
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds after which a test gives up on what should have come long before."""
 
 

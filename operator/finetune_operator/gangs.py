@@ -15,12 +15,11 @@ from typing import Any
 from finetune_api.status import Attempt, Status
 from finetune_api.v1alpha1 import Spec
 from finetune_operator.observed import Job, Observed, Pod
-from finetune_operator.queue_names import KUEUE_QUEUE, VOLCANO_QUEUE, queue_of
+from finetune_operator.queue_names import KUEUE, KUEUE_QUEUE, VOLCANO_QUEUE, queue_of
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
 
-KUEUE = "kueue.x-k8s.io"
 GROUP_NAME = f"{KUEUE}/pod-group-name"
 GROUP_COUNT = f"{KUEUE}/pod-group-total-count"
 RETRIABLE = f"{KUEUE}/retriable-in-group"

@@ -88,8 +88,6 @@ def read_manifests(text: str) -> list[Manifest]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ManifestError(f"line {line}: the character U+{error.character:04X} may not stand in YAML; remove it") from None
-    except yaml.YAMLError as error:
-        raise ManifestError(f"not YAML: {error}") from None
     except RecursionError:
         raise ManifestError("not a manifest: values are nested too deeply") from None
     return manifests

@@ -16,6 +16,7 @@ from finetune_api.v1alpha1 import Spec, parse_job
 from finetune_operator.diagnosis import Disruption, Raw, Waiting, condition, disruption_of, waiting_of
 from finetune_operator.manifest import explain
 from finetune_operator.profiles import Offered, effective, left_out
+from finetune_operator.queue_names import KUEUE
 
 __all__ = ["Exit", "Job", "Observed", "Pod", "Raw", "Role", "Waiting", "head_name", "job_from", "observe", "pod_from"]
 
@@ -246,7 +247,7 @@ def _is_pod_of(raw: Raw, job: str) -> bool:
     return re.fullmatch(f"{re.escape(job)}-{attempt}-{name}", raw["metadata"]["name"], re.ASCII) is not None
 
 
-MANAGED_BY_KUEUE = "kueue.x-k8s.io/managed"
+MANAGED_BY_KUEUE = f"{KUEUE}/managed"
 """A label that Kueue puts on the pods that it holds back, and leaves there."""
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from finetune_api.resolved_profile import ResolvedProfile
 from finetune_api.status import Status
 
-KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+KUEUE = "kueue.x-k8s.io"
+KUEUE_QUEUE = f"{KUEUE}/queue-name"
 VOLCANO_QUEUE = "volcano.sh/queue-name"
 
 _NAMES_SHOWN = 10
